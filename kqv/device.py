@@ -1,0 +1,89 @@
+"""The device that computes, and the precision it computes in."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kqv.errors import UserError
+from kqv.settings import setting
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """Device"""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "precision; auto: what the device is fast in"
+    )
+    compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
+
+
+# Dense bf16/fp16 tensor-core peaks in TFLOP/s, without sparsity, from the makers' data sheets, by the name that the
+# driver reports. The whole name must match: an H100 NVL or a laptop's RTX 4090 is another chip with another peak.
+PEAK_TFLOPS = {
+    r"NVIDIA B200": 2250,
+    r"NVIDIA H200": 989,
+    r"NVIDIA H100 80GB HBM3": 989,
+    r"NVIDIA H100 PCIe": 756,
+    r"NVIDIA A100.*": 312,
+    r"NVIDIA A40": 149.7,
+    r"NVIDIA A10G": 70,
+    r"NVIDIA A10": 125,
+    r"NVIDIA L40S": 362,
+    r"NVIDIA L4": 121,
+    r"NVIDIA RTX 6000 Ada Generation": 364.2,
+    r"NVIDIA RTX A6000": 154.8,
+    r"NVIDIA GeForce RTX 4090": 165.2,
+    r"NVIDIA GeForce RTX 3090": 71,
+    r"Tesla V100-SXM2.*": 125,
+    r"Tesla T4": 65,
+}
+
+
+def find_device(name):
+    """ "auto" -> the best device there is; a device's name -> that device. Raises UserError where it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else "no reason given"
+        raise UserError(
+            f"device {name} can't be used ({reason}): use --device=auto or --device=cpu"
+        ) from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device {name} holds no numbers to compute with: use --device=auto or --device=cpu")
+    return device
+
+
+def find_dtype(name, device):
+    """ "auto" -> bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere; a name -> that dtype."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.float32
+
+
+def peak_flops(device_name, dtype):
+    """The peak in FLOP/s for matrix products in `dtype` of the GPU named so; None where it is not known. Never a guess."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, device_name)), None)
+
+
+def find_compile(choice, device):
+    """ "auto" -> whether torch.compile pays on this device. Raises UserError where it is asked for without a C++ compiler."""
+    if choice == "auto":
+        return device.type == "cuda"
+    if choice and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+        raise UserError(
+            "--compile=True needs a C++ compiler, and none is found: install g++, or use --compile=False"
+        )
+    return choice

@@ -1,0 +1,37 @@
+"""What a user sees when something is wrong: one line that names the value and the way out, never a traceback."""
+
+import os
+import sys
+
+
+class UserError(Exception):
+    """The world is not as it must be: a missing file, a broken checkpoint, an absent device. Exit status 1."""
+
+    status = 1
+
+
+class UsageError(UserError):
+    """The command or its settings are wrong: a misspelt name, a value out of range. Exit status 2."""
+
+    status = 2
+
+
+def run(main):
+    """Run a script's `main(argv)` and turn what went wrong into one line on standard error and an exit status."""
+    try:
+        main(sys.argv[1:])
+        sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit
+    except UserError as error:
+        fail(str(error), error.status)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+
+
+def fail(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

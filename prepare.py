@@ -1,0 +1,134 @@
+"""Text -> token files: what `train.py` reads, in data/<name>."""
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from kqv import dataset, sources
+from kqv.errors import UsageError, UserError, run
+from kqv.settings import parse, setting
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """
+    usage: python prepare.py SOURCE [SOURCE ...] [--name=value ...]
+
+    Turn text into the token files that train.py reads, in data/<name>. SOURCE is a built-in set (plays, shakespeare_char,
+    shakespeare), or paths and quoted globs of UTF-8 text files. The last part of the text becomes the validation split.
+    """
+
+    sources: tuple[str, ...] = ()
+    tokenizer: Literal["auto", "char", "byte", "gpt2"] = setting(
+        "auto", "auto: what is usual for the source, else char"
+    )
+    name: str = setting("", "the set's name; empty: the source's")
+    val_fraction: float = setting(0.1, "share of the text for validation", at_least=0.0, below=1.0)
+
+
+def main(argv):
+    config = parse(PrepareSettings, argv)
+    if not config.sources:
+        raise UsageError(
+            f"no source: python prepare.py plays, or another of {', '.join(sources.BUILT_IN)}, or text files"
+        )
+    built_in = config.sources[0] if config.sources[0] in sources.BUILT_IN else None
+    if built_in and len(config.sources) > 1:
+        raise UsageError(
+            f"{built_in} is a whole set by itself: prepare {config.sources[1]} on its own, with its own --name"
+        )
+    usual = sources.USUAL_TOKENIZER.get(built_in, "char")
+    kind = usual if config.tokenizer == "auto" else config.tokenizer
+    name = config.name or default_name(config.sources, built_in, suffix="" if kind == usual else f"_{kind}")
+    folder = Path("data") / name
+    documents = sources.BUILT_IN[built_in]() if built_in else sources.read_text_files(config.sources)
+    about = {
+        "source": {
+            "name": built_in or list(config.sources),
+            "sha256": hash_of(documents),
+            "documents": len(documents),
+        },
+        "val_fraction": config.val_fraction,
+    }
+    if is_prepared(folder, kind, about):
+        print(f"{folder} is ready: the same text and tokenizer as before")
+        return
+    tokenizer = {"char": CharTokenizer.trained_on, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[kind]
+    tokenizer = tokenizer(documents) if kind == "char" else tokenizer()
+    texts = split(documents, config.val_fraction)
+    splits = {}
+    for part, part_documents in texts.items():
+        splits[part] = encode(part_documents, tokenizer, progress=f"{part} split")
+        if len(splits[part]) < 2:
+            raise UserError(
+                f"the {part} split would have {len(splits[part])} tokens: give more text, or another --val_fraction "
+                f"than {config.val_fraction}"
+            )
+    dataset.write(folder, splits, tokenizer, about)
+    counts = ", ".join(f"{part} {len(ids):,} tokens" for part, ids in splits.items())
+    print(f"{folder}: {counts}; {tokenizer.kind} tokenizer with {tokenizer.vocab_size:,} ids")
+    print(f"train on it with: python train.py --dataset={name}")
+
+
+def default_name(paths, built_in, suffix):
+    """The set's name where the user gives none. Raises UsageError where several files leave it open."""
+    if built_in:
+        return built_in + suffix
+    if len(paths) > 1 or any(letter in paths[0] for letter in "*?["):
+        raise UsageError(f"{len(paths)} sources need a name for their set: --name=mytext, for example")
+    return Path(paths[0]).stem + suffix
+
+
+def hash_of(documents):
+    """sha256 of the documents' UTF-8 bytes, one after another."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(document.encode("utf-8"))
+    return digest.hexdigest()
+
+
+def is_prepared(folder, kind, about):
+    """Whether the folder holds this very set, whole."""
+    try:
+        dataset.Dataset(folder.resolve())
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+    except (UserError, OSError):
+        return False
+    return meta["tokenizer"]["kind"] == kind and {name: meta.get(name) for name in about} == about
+
+
+def split(documents, val_fraction):
+    """{"train": documents, "val": documents}, cut where `val_fraction` of all characters remain, within a document if need be."""
+    cut = int(sum(map(len, documents)) * (1 - val_fraction))
+    parts = {"train": [], "val": []}
+    for document in documents:
+        parts["train"].append(document[: max(cut, 0)])
+        parts["val"].append(document[max(cut, 0) :])
+        cut -= len(document)
+    return {part: [document for document in texts if document] for part, texts in parts.items()}
+
+
+def encode(documents, tokenizer, progress):
+    """(N,) ids of all documents, with the tokenizer's separator between two of them."""
+    total = sum(map(len, documents))
+    ids = []
+    with tqdm(
+        total=total, desc=progress, unit="char", unit_scale=True, disable=not sys.stderr.isatty()
+    ) as bar:
+        for document in documents:
+            if ids and tokenizer.separator is not None:
+                ids.append(np.array([tokenizer.separator], np.uint32))
+            ids.append(tokenizer.encode(document))
+            bar.update(len(document))
+    return np.concatenate(ids) if ids else np.zeros(0, np.uint32)
+
+
+if __name__ == "__main__":
+    run(main)
