@@ -1,13 +1,15 @@
 """
 A GPT, whole, in one file: the architecture of GPT-2 (Radford et al. 2019), to read from top to bottom.
 
-Tokens go in as ids; out come, for every position, V numbers (logits) that say how likely each id is to come next.
-On the way each token is a vector of C channels, its place in the *residual stream*. Every block reads the stream and adds
-to it twice: attention lets tokens look at the tokens before them, the MLP lets each token think about what it has seen.
+Tokens go in as ids; out come, for every position, V numbers (logits) that say how likely each id is to come
+next. On the way each token is a vector of C channels, its place in the *residual stream*. Every block reads
+the stream and adds to it twice: attention lets tokens look at the tokens before them, the MLP lets each token
+think about what it has seen.
 
-    idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block -> (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
+    idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
-Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary, S tokens seen so far.
+Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary,
+S tokens seen so far, these T included.
 """
 
 import math
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2's 124M, its vocabulary of 50257 rounded up to a multiple of 64."""
+    """The shape of a GPT; by default that of GPT-2 124M, its 50257 ids rounded up to a multiple of 64."""
 
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50304
@@ -39,8 +41,8 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
             raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but every head gets an equal share of the "
-                f"channels: use n_embd={near}, for example"
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but every head gets an "
+                f"equal share of the channels: use n_embd={near}, for example"
             )
 
 
@@ -54,22 +56,24 @@ class CausalSelfAttention(nn.Module):
         K, its key:    what do I have to be found by?
         V, its value:  what do I hand over when I am found?
 
-    Q and K live in the same space, so their dot product measures how well they match: large where they point the same way,
-    near zero where they have nothing to do with each other. A softmax turns one token's scores into weights that sum to 1,
-    and the token receives the weighted mean of the values:
+    Q and K live in the same space, so their dot product measures how well they match: large where they point
+    the same way, near zero where they have nothing to do with each other. A softmax turns one token's scores
+    into weights that sum to 1, and the token receives the weighted mean of the values:
 
         attention(Q, K, V) = softmax(Q K^T / sqrt(hs) + mask) V        (Vaswani et al. 2017, section 3.2.1)
 
         Q (T, hs) @ K^T (hs, S) -> scores (T, S): row t holds token t's interest in every token s
         softmax over s, then weights (T, S) @ V (S, hs) -> (T, hs)
 
-    Why 1/sqrt(hs)? The dot product of two random vectors of hs entries of variance 1 has variance hs. Unscaled, scores grow
-    with the head size, the softmax saturates on one token, and its gradient vanishes.
-    Why the mask? Position t is trained to predict token t+1. If it could look at t+1, it would copy the answer and learn
-    nothing. So the scores of later tokens are set to -inf, which the softmax turns into weights of exactly 0. This makes all T
-    positions of a sequence training examples at once.
-    Why heads? One softmax can look at one kind of thing at a time. nh heads of hs channels look at nh things for the
-    same cost as one head of C channels.
+    Why 1/sqrt(hs)? The dot product of two random vectors of hs entries of variance 1 has variance hs.
+    Unscaled, scores grow with the head size, the softmax saturates on one token, and its gradient vanishes.
+
+    Why the mask? Position t is trained to predict token t+1. If it could look at t+1, it would copy the
+    answer and learn nothing. So the scores of later tokens are set to -inf, which the softmax turns into
+    weights of exactly 0. This makes all T positions of a sequence training examples at once.
+
+    Why heads? One softmax can look at one kind of thing at a time. nh heads of hs channels look at nh things
+    for the same cost as one head of C channels.
     """
 
     def __init__(self, config, layer):
@@ -93,7 +97,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.extend(
                 self.layer, k, v
             )  # (B, nh, T, hs) -> (B, nh, S, hs): all that was seen, these T last
-        # The formula above, in one kernel that never writes the (T, S) scores to memory (FlashAttention, Dao et al. 2022).
+        # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
@@ -103,7 +107,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Each token by itself: up to 4C channels, a non-linearity, and back. Most of a GPT's parameters are here."""
+    """Each token by itself: up to 4C channels, a non-linearity, and back. Two thirds of a block's weights."""
 
     def __init__(self, config):
         super().__init__()
@@ -120,7 +124,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each reads a normalised copy of the residual stream and adds its result to the stream."""
+    """Attention, then the MLP: each reads the residual stream, normalised, and adds its result to it."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -139,8 +143,10 @@ class KVCache:
     """
     The keys and values of the tokens seen so far, of every layer.
 
-    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them means that a new
-    token costs one token's work, not the whole context's. Queries are not kept: only the newest token asks.
+    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them
+    means that a new token costs one token's work, not the whole context's. Queries are not kept: only the
+    newest token asks.
+
     `length` counts the tokens seen; whoever calls the model adds to it after each call.
     """
 
@@ -151,7 +157,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer, k, v):
-        """Put T new keys and values, both (B, nh, T, hs), behind the old ones; all of them, both (B, nh, S, hs)."""
+        """Put T new keys and values (B, nh, T, hs) behind the old ones; returns them all (B, nh, S, hs)."""
         seen = self.length + k.size(2)  # S
         self.k[layer, :, :, self.length : seen] = k
         self.v[layer, :, :, self.length : seen] = v
@@ -179,7 +185,7 @@ class GPT(nn.Module):
         # One matrix both reads tokens in and scores them on the way out (weight tying, Press & Wolf 2016).
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self.init_weights)
-        # Each block adds to the stream twice; scaling those 2 n_layer additions keeps its variance from growing (GPT-2, 2.3).
+        # Each block adds to the stream twice; smaller additions keep its variance from growing with depth.
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -194,7 +200,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_weights(cls, config, weights):
-        """A GPT with the weights {parameter name: tensor}. Raises ValueError where they are not those of `config`."""
+        """A GPT with the given weights {parameter name: tensor}. Raises ValueError where they don't fit."""
         model = cls(config)
         try:
             model.load_state_dict(weights)
@@ -206,9 +212,10 @@ class GPT(nn.Module):
         """
         idx (B, T) token ids -> (logits, loss).
 
-        With targets (B, T), the ids that should have come next (-1: don't care): logits (B, T, V) and the mean cross-entropy
-        in nats. Without: logits (B, 1, V) of the last position only, and None. With a KVCache, idx continues the tokens that
-        the cache has seen. Raises ValueError where idx reaches past block_size.
+        With targets (B, T), the ids that should have come next (-1: don't care): logits (B, T, V) and the
+        mean cross-entropy in nats. Without: logits (B, 1, V) of the last position only, and None. With a
+        KVCache, idx continues the tokens that the cache has seen. Raises ValueError where idx reaches past
+        block_size.
         """
         B, T = idx.shape
         past = 0 if cache is None else cache.length
@@ -217,8 +224,8 @@ class GPT(nn.Module):
                 f"{past + T} tokens, but block_size is {self.config.block_size}: shorten the input"
             )
         positions = torch.arange(past, past + T, device=idx.device)  # (T,)
-        # Without a past the mask is the plain causal triangle, which attention applies by itself. With one, token t may look
-        # at every key at its own position or before it.
+        # Without a past the mask is the plain causal triangle, which attention applies by itself. With one,
+        # token t may look at every key at its own position or before it.
         mask = None
         if past > 0:
             mask = torch.arange(past + T, device=idx.device) <= positions[:, None]  # (T, S) of bool
@@ -240,10 +247,11 @@ class GPT(nn.Module):
         """
         Continue idx (B, T) token by token: an iterator of max_new_tokens tensors (B, 1).
 
-        `temperature` 0 is greedy; `top_k` keeps the k likeliest ids (0: all); ids from `vocab_size` on are never drawn.
-        When the context is full its oldest quarter is forgotten and the rest read again (a position is part of what a key
-        says, so keys can't be moved): the window slides in steps, at one long read for every block_size / 4 tokens.
-        Raises ValueError where T is 0 or more than block_size.
+        `temperature` 0 is greedy; `top_k` keeps the k likeliest ids (0: all); ids from `vocab_size` on are
+        never drawn. Raises ValueError where T is 0 or more than block_size.
+
+        Past block_size the window slides in steps: when the context is full, its oldest quarter is forgotten
+        and the rest read again. (A key holds its token's position, so the kept keys can't be moved along.)
         """
         block_size = self.config.block_size
         if not 1 <= idx.size(1) <= block_size:
@@ -268,7 +276,7 @@ class GPT(nn.Module):
         return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 
     def num_parameters(self, without_positions=True):
-        """How many numbers the model learns. Tied weights count once; position embeddings don't, as is usual."""
+        """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - self.transformer.wpe.weight.numel() if without_positions else total
 
@@ -276,14 +284,15 @@ class GPT(nn.Module):
         """
         Floating-point operations to train on one token of a full context, forward and backward.
 
-        6 for each parameter (a multiply and an add forward, twice that backward) and 12 n_layer C T for the attention scores
-        and their use (PaLM, Chowdhery et al. 2022, appendix B). The causal mask's saving is not taken off, as is usual.
+        6 for each parameter (a multiply and an add forward, twice that backward) and 12 n_layer C T for the
+        attention scores and their use (PaLM, Chowdhery et al. 2022, appendix B). The causal mask's saving is
+        not taken off, as is usual.
         """
         config = self.config
         return 6 * self.num_parameters() + 12 * config.n_layer * config.n_embd * config.block_size
 
     def crop_block_size(self, block_size):
-        """Shorten the longest context, as when fine-tuning GPT-2's 1024 at 256. Raises ValueError where it would grow."""
+        """Shorten the longest context, for fine-tuning at less. Raises ValueError where it would grow."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(
                 f"block_size={block_size} is not within 1 to {self.config.block_size}, what the model has"
@@ -305,8 +314,8 @@ def draw(logits, temperature, top_k, generator=None):
     """
     One id per row, drawn with probability softmax(logits / temperature): (B, V) -> (B, 1).
 
-    The draw is a race: with E_i ~ Exp(1), argmax_i p_i / E_i is i with probability p_i. Unlike torch.multinomial it never
-    waits for the device.
+    The draw is a race: with E_i ~ Exp(1), argmax_i p_i / E_i is i with probability p_i. Unlike
+    torch.multinomial it never waits for the device.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)

@@ -21,8 +21,9 @@ class PrepareSettings:
     """
     usage: python prepare.py SOURCE [SOURCE ...] [--name=value ...]
 
-    Turn text into the token files that train.py reads, in data/<name>. SOURCE is a built-in set (plays, shakespeare_char,
-    shakespeare), or paths and quoted globs of UTF-8 text files. The last part of the text becomes the validation split.
+    Turn text into the token files that train.py reads, in data/<name>. SOURCE is a built-in set (plays,
+    shakespeare_char, shakespeare), or paths and quoted globs of UTF-8 text files. The last part of the text
+    becomes the validation split.
     """
 
     sources: tuple[str, ...] = ()
@@ -42,7 +43,7 @@ def main(argv):
     built_in = config.sources[0] if config.sources[0] in sources.BUILT_IN else None
     if built_in and len(config.sources) > 1:
         raise UsageError(
-            f"{built_in} is a whole set by itself: prepare {config.sources[1]} on its own, with its own --name"
+            f"{built_in} is a whole set by itself: prepare {config.sources[1]} apart, with its own --name"
         )
     usual = sources.USUAL_TOKENIZER.get(built_in, "char")
     kind = usual if config.tokenizer == "auto" else config.tokenizer
@@ -68,8 +69,8 @@ def main(argv):
         splits[part] = encode(part_documents, tokenizer, progress=f"{part} split")
         if len(splits[part]) < 2:
             raise UserError(
-                f"the {part} split would have {len(splits[part])} tokens: give more text, or another --val_fraction "
-                f"than {config.val_fraction}"
+                f"the {part} split would have {len(splits[part])} tokens: give more text, or another "
+                f"--val_fraction than {config.val_fraction}"
             )
     dataset.write(folder, splits, tokenizer, about)
     counts = ", ".join(f"{part} {len(ids):,} tokens" for part, ids in splits.items())
@@ -105,7 +106,10 @@ def is_prepared(folder, kind, about):
 
 
 def split(documents, val_fraction):
-    """{"train": documents, "val": documents}, cut where `val_fraction` of all characters remain, within a document if need be."""
+    """
+    {"train": documents, "val": documents}, cut where `val_fraction` of all characters remain, within a
+    document if need be.
+    """
     cut = int(sum(map(len, documents)) * (1 - val_fraction))
     parts = {"train": [], "val": []}
     for document in documents:

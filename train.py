@@ -80,13 +80,9 @@ class LogSettings:
     """Evaluation, checkpoints and logs"""
 
     eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
-    eval_iters: int = setting(
-        200, "most batches per evaluation and split; a small split is read once", at_least=1
-    )
+    eval_iters: int = setting(200, "most batches for a split; a small one is read once", at_least=1)
     log_interval: int = setting(1, "steps between log lines", at_least=1)
-    always_save_checkpoint: bool = setting(
-        True, "False: save only when the validation loss is the best so far"
-    )
+    always_save_checkpoint: bool = setting(True, "False: only when val loss is the best so far")
     wandb_log: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name of the run")
@@ -98,8 +94,8 @@ class TrainSettings(DeviceSettings, LogSettings, OptimizerSettings, ModelSetting
     """
     usage: python train.py [config.py ...] [--name=value ...]
 
-    Train a GPT on a prepared set. Config files are Python (run as your own code) and set the names below; the command line
-    comes last. On several GPUs: torchrun --nproc_per_node=8 train.py ...
+    Train a GPT on a prepared set. Config files are Python (run as your own code) and set the names below; the
+    command line comes last. On several GPUs: torchrun --nproc_per_node=8 train.py ...
     """
 
 
@@ -126,7 +122,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved):
-        """All but the weights, which the model was built with. Raises ValueError where the state does not fit the model."""
+        """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved.get("scaler") or self.scaler.state_dict())
         self.step = int(saved["iter_num"])
@@ -150,17 +146,21 @@ def main(argv):
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory on {world.device} with batch_size={config.batch_size}: try --batch_size="
-                f"{max(1, config.batch_size // 2)} --gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
+                f"out of memory on {world.device} with batch_size={config.batch_size}: try "
+                f"--batch_size={max(1, config.batch_size // 2)} "
+                f"--gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
             ) from None
 
 
 def train(config, source, world):
-    """The run that `config` describes, from the checkpoint contents `source` (None: from scratch), on this process."""
+    """
+    The run that `config` describes, from the checkpoint contents `source` (None: from scratch), on this
+    process.
+    """
     if config.gradient_accumulation_steps % world.size:
         raise UsageError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it must be "
-            f"divisible by their number, {world.size}"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
+            f"must be divisible by their number, {world.size}"
         )
     torch.set_float32_matmul_precision("high")  # float32 products of a GPU in TF32
     dtype = find_dtype(config.dtype, world.device)
@@ -190,9 +190,10 @@ def train(config, source, world):
     )
 
     log = Log(config, world, resumed_at)
+    precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     log.line(
-        f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, {world.device} x {world.size}, "
-        f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}"
+        f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, "
+        f"{world.size} x {world.device}, {precision}"
     )
     started = clock = time.perf_counter()
     evaluation_seconds = tokens = 0
@@ -236,8 +237,8 @@ def train(config, source, world):
     if not config.eval_only:
         seconds = time.perf_counter() - started
         log.line(
-            f"done: step {state.step} after {seconds:.1f} s, of which evaluation and saving {evaluation_seconds:.1f} s; "
-            f"best val loss {state.best_val_loss:.4f}\n"
+            f"done: step {state.step} after {seconds:.1f} s, of which evaluation and saving took "
+            f"{evaluation_seconds:.1f} s; best val loss {state.best_val_loss:.4f}\n"
             f"to see what it writes: python sample.py --out_dir={config.out_dir}"
         )
 
@@ -262,8 +263,8 @@ def build_model(config, source, tokenizer):
         for name in ARCHITECTURE:
             if getattr(config, name) != getattr(shape, name):
                 raise UsageError(
-                    f"{name}={getattr(config, name)}, but the run in {config.out_dir} has {name}={getattr(shape, name)}: "
-                    "leave it out to resume, or train anew with --init_from=scratch"
+                    f"{name}={getattr(config, name)}, but the run in {config.out_dir} has "
+                    f"{name}={getattr(shape, name)}: leave it out, or use --init_from=scratch"
                 )
     elif config.block_size < shape.block_size:
         gpt.crop_block_size(config.block_size)
@@ -273,7 +274,7 @@ def build_model(config, source, tokenizer):
     ):
         raise UserError(
             f"data/{config.dataset} was made with another tokenizer than the weights of {config.init_from} "
-            f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the tokenizer that the weights know"
+            f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the one that the weights know"
         )
     return replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE}), gpt
 
@@ -291,7 +292,9 @@ def make_optimizer(gpt, config, device):
 
 
 def learning_rate_at(step, config):
-    """The learning rate of a step: linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters."""
+    """
+    The learning rate of a step: linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters.
+    """
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
@@ -308,7 +311,10 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 def micro_batches(data, config, world, step):
-    """This process's share of a step: (x (B, T), y (B, T), seed) each. Rank r takes every size-th, beginning with the r-th."""
+    """
+    This process's share of a step: (x (B, T), y (B, T), seed) each. Rank r takes every size-th, beginning
+    with the r-th.
+    """
     for index in range(world.rank, config.gradient_accumulation_steps, world.size):
         x, y, seed = data.training_batch(config.batch_size, config.block_size, config.seed, step, index)
         yield to_device(x, world.device), to_device(y, world.device), seed
@@ -321,9 +327,11 @@ def to_device(tensor, device):
 
 def train_step(model, state, batches, config, world, autocast):
     """
-    One optimizer step over this process's micro-batches; state's model is trained through `model`, its wrapped form.
+    One optimizer step over this process's micro-batches; state's model is trained through `model`, its
+    wrapped form.
 
-    Returns tensors on the device: the mean loss of these micro-batches, and the gradient's norm before clipping.
+    Returns tensors on the device: the mean loss of these micro-batches, and the gradient's norm before
+    clipping.
     """
     share = config.gradient_accumulation_steps // world.size
     loss_sum = torch.zeros((), device=world.device)
@@ -363,7 +371,9 @@ def evaluate(model, data, config, world, autocast):
 
 
 def save(state, val_loss, config, tokenizer):
-    """ckpt.pt, the newest, with all that training needs; best.pt, the weights with the lowest validation loss."""
+    """
+    ckpt.pt, the newest, with all that training needs; best.pt, the weights with the lowest validation loss.
+    """
     out_dir = Path(config.out_dir)
     best = val_loss < state.best_val_loss
     contents = {
@@ -381,7 +391,10 @@ def save(state, val_loss, config, tokenizer):
 
 
 class Log:
-    """Where a run's numbers go: metrics.jsonl always, the terminal, wandb where asked. Only the main process has one."""
+    """
+    Where a run's numbers go: metrics.jsonl always, the terminal, wandb where asked. Only the main process has
+    one.
+    """
 
     def __init__(self, config, world, resumed_at):
         self.is_main = world.is_main
@@ -417,7 +430,8 @@ class Log:
 
     def training(self, step, numbers):
         self.record(step, numbers)
-        text = f"loss {numbers['loss']:.4f}, lr {numbers['lr']:.2e}, {numbers['tokens_per_second'] / 1e3:.1f}k tokens/s"
+        speed = f"{numbers['tokens_per_second'] / 1e3:.1f}k tokens/s"
+        text = f"loss {numbers['loss']:.4f}, lr {numbers['lr']:.2e}, {speed}"
         if "mfu" in numbers:
             text += f", MFU {numbers['mfu']:.1%}"
         if self.bar.disable:
@@ -434,7 +448,10 @@ class Log:
 
 
 def open_metrics(out_dir, resumed_at):
-    """metrics.jsonl, empty for a new run; for a resumed one without what an interrupted run logged past its checkpoint."""
+    """
+    metrics.jsonl, empty for a new run; for a resumed one without what an interrupted run logged past its
+    checkpoint.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "metrics.jsonl"
     kept = []

@@ -1,5 +1,4 @@
 # A character-level GPT on Shakespeare's plays, sized by what it runs on: about two minutes on two CPU cores.
-import torch
 
 out_dir = "out/plays_char"
 dataset = "plays"

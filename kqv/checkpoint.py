@@ -13,7 +13,10 @@ BEST = "best.pt"
 
 
 def save(path, contents):
-    """Write `contents` (tensors and plain values) beside `path` and rename: a crash leaves the old file or the new one."""
+    """
+    Write `contents` (tensors and plain values) beside `path` and rename: a crash leaves the old file or the
+    new one.
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.new")
     try:
@@ -28,9 +31,11 @@ def save(path, contents):
 
 def load(path):
     """
-    A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was saved.
+    A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was
+    saved.
 
-    Only tensors and plain values are read (`weights_only`). Raises UserError for a file that is anything else.
+    Only tensors and plain values are read (`weights_only`). Raises UserError for a file that is anything
+    else.
     """
     path = Path(path)
     try:
@@ -44,20 +49,25 @@ def load(path):
         raise UserError(f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {reason}") from None
     if not isinstance(contents, dict) or not {"model", "model_args"} <= contents.keys():
         raise UserError(
-            f"{path} is a file of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
+            f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
     contents["model"] = plain_names(contents["model"])
     return contents
 
 
 def plain_names(weights):
-    """Weights under the model's own names: without torch.compile's prefix and old nanoGPT's causal-mask buffers."""
+    """
+    Weights under the model's own names: without torch.compile's prefix and old nanoGPT's causal-mask buffers.
+    """
     names = {name: name.removeprefix("_orig_mod.") for name in weights}
     return {plain: weights[name] for name, plain in names.items() if not plain.endswith(".attn.bias")}
 
 
 def find(out_dir, which):
-    """The path of a run's "best" or "newest" checkpoint (best falls back to newest), or of a file that `which` names."""
+    """
+    The path of a run's "best" or "newest" checkpoint (best falls back to newest), or of a file that `which`
+    names.
+    """
     if which not in ("best", "newest"):
         return Path(which)
     best, newest = Path(out_dir) / BEST, Path(out_dir) / NEWEST
@@ -66,8 +76,9 @@ def find(out_dir, which):
 
 def load_start(source):
     """
-    Weights to start from, in the form of a checkpoint: from `source`, a checkpoint file, a run's folder (its best), a Hugging
-    Face folder with GPT-2's architecture, or gpt2, gpt2-medium, gpt2-large, gpt2-xl. Raises UserError where it is none.
+    Weights to start from, in the form of a checkpoint: from `source`, a checkpoint file, a run's folder (its
+    best), a Hugging Face folder with GPT-2's architecture, or gpt2, gpt2-medium, gpt2-large, gpt2-xl. Raises
+    UserError where it is none.
     """
     path = Path(source)
     if source in huggingface.NAMES or (path / "config.json").exists():
@@ -79,7 +90,9 @@ def load_start(source):
 
 
 def tokenizer_of(contents):
-    """A checkpoint's own tokenizer; for nanoGPT's, which carry none, that of the data folder it was trained on."""
+    """
+    A checkpoint's own tokenizer; for nanoGPT's, which carry none, that of the data folder it was trained on.
+    """
     if "tokenizer" in contents:
         return tokenizer.from_json(contents["tokenizer"])
     name = contents.get("config", {}).get("dataset", "")
@@ -90,5 +103,5 @@ def tokenizer_of(contents):
     if vocab_size in (50257, 50304):
         return tokenizer.GPT2Tokenizer()
     raise UserError(
-        f"the checkpoint has no tokenizer, and {folder} has none for its {vocab_size} ids: put its meta.pkl there"
+        f"the checkpoint has no tokenizer, nor has {folder} for its {vocab_size} ids: put its meta.pkl there"
     )

@@ -1,9 +1,10 @@
 """
 Token files on disk <-> batches.
 
-A set is a folder: `train.bin` and `val.bin` (raw token ids) and `meta.json` (what they are). nanoGPT's folders, with
-`meta.pkl` or nothing beside the .bin files, are read as they are. A batch is a pure function of (seed, step, index):
-nothing is drawn from a global random state, so a resumed run or another number of processes sees the same data.
+A set is a folder: `train.bin` and `val.bin` (raw token ids) and `meta.json` (what they are). nanoGPT's
+folders, with `meta.pkl` or nothing beside the .bin files, are read as they are. A batch is a pure function of
+(seed, step, index): nothing is drawn from a global random state, so a resumed run or another number of
+processes sees the same data.
 """
 
 import io
@@ -26,7 +27,10 @@ class Dataset:
     """A prepared set: the tokenizer, and each split as a (N,) array of ids mapped from disk."""
 
     def __init__(self, name):
-        """Open `data/<name>`, or the folder `name` where it is an absolute path. Raises UserError where it is no set."""
+        """
+        Open `data/<name>`, or the folder `name` where it is an absolute path. Raises UserError where it is no
+        set.
+        """
         self.folder = Path("data") / name
         missing = [f"{split}.bin" for split in SPLITS if not (self.folder / f"{split}.bin").is_file()]
         if missing:
@@ -45,16 +49,16 @@ class Dataset:
         for split, tokens in self.splits.items():
             if len(tokens) <= block_size:
                 raise UserError(
-                    f"the {split} split of {self.folder} has {len(tokens)} tokens, but block_size={block_size} needs "
-                    f"{block_size + 1}: use more text or --block_size={max(1, len(tokens) - 1)}"
+                    f"the {split} split of {self.folder} has {len(tokens)} tokens, but "
+                    f"block_size={block_size} needs {block_size + 1}: use more text or --block_size={max(1, len(tokens) - 1)}"
                 )
 
     def training_batch(self, batch_size, block_size, seed, step, index):
         """
         Micro-batch `index` of a training step: windows drawn with replacement.
 
-        Returns (x, y), both (B, T) int64, where y is x shifted by one token, and a number for seeding whatever else is
-        random in this micro-batch. The same arguments give the same result, always.
+        Returns (x, y), both (B, T) int64, where y is x shifted by one token, and a number for seeding
+        whatever else is random in this micro-batch. The same arguments give the same result, always.
         """
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
         tokens = self.splits["train"]
@@ -62,7 +66,10 @@ class Dataset:
         return *windows(tokens, starts, block_size), int(random.integers(2**63))
 
     def evaluation_batch(self, split, batch_size, block_size, index, count):
-        """Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation. (x, y) as above."""
+        """
+        Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation. (x, y)
+        as above.
+        """
         tokens = self.splits[split]
         spread = np.linspace(0, len(tokens) - block_size - 1, count * batch_size)
         return windows(tokens, spread[index::count].astype(np.int64), block_size)
@@ -118,10 +125,11 @@ def load_plain_pickle(path):
 
 def write(folder, splits, tok, about):
     """
-    Write a set: `splits` is {"train": (N,) ids, "val": (N,) ids}, `about` goes into meta.json beside the usual entries.
+    Write a set: `splits` is {"train": (N,) ids, "val": (N,) ids}, `about` goes into meta.json beside the
+    usual entries.
 
-    Every file is written beside its final name first. train.bin goes before the rest is replaced and comes back last, so a
-    folder that was left at any moment is either the old set, the new set, or visibly no set.
+    Every file is written beside its final name first. train.bin goes before the rest is replaced and comes
+    back last, so a folder that was left at any moment is either the old set, the new set, or visibly no set.
     """
     dtype = "uint16" if tok.vocab_size <= 2**16 else "uint32"
     meta = {

@@ -23,8 +23,9 @@ class DeviceSettings:
     compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
 
 
-# Dense bf16/fp16 tensor-core peaks in TFLOP/s, without sparsity, from the makers' data sheets, by the name that the
-# driver reports. The whole name must match: an H100 NVL or a laptop's RTX 4090 is another chip with another peak.
+# Dense bf16/fp16 tensor-core peaks in TFLOP/s, without sparsity, from the makers' data sheets, by the name
+# that the driver reports. The whole name must match: an H100 NVL or a laptop's RTX 4090 is another chip with
+# another peak.
 PEAK_TFLOPS = {
     r"NVIDIA B200": 2250,
     r"NVIDIA H200": 989,
@@ -46,7 +47,10 @@ PEAK_TFLOPS = {
 
 
 def find_device(name):
-    """ "auto" -> the best device there is; a device's name -> that device. Raises UserError where it is not there."""
+    """
+     "auto" -> the best device there is; a device's name -> that device. Raises UserError where it is not
+    there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -63,7 +67,9 @@ def find_device(name):
 
 
 def find_dtype(name, device):
-    """ "auto" -> bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere; a name -> that dtype."""
+    """
+    "auto" -> bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere; a name -> that dtype.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -72,14 +78,20 @@ def find_dtype(name, device):
 
 
 def peak_flops(device_name, dtype):
-    """The peak in FLOP/s for matrix products in `dtype` of the GPU named so; None where it is not known. Never a guess."""
+    """
+    The peak in FLOP/s for matrix products in `dtype` of the GPU named so; None where it is not known. Never a
+    guess.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, device_name)), None)
 
 
 def find_compile(choice, device):
-    """ "auto" -> whether torch.compile pays on this device. Raises UserError where it is asked for without a C++ compiler."""
+    """
+     "auto" -> whether torch.compile pays on this device. Raises UserError where it is asked for without a C++
+    compiler.
+    """
     if choice == "auto":
         return device.type == "cuda"
     if choice and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):

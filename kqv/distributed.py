@@ -1,4 +1,6 @@
-"""One process or many: `torchrun` starts the processes, and this is the one place that knows how many there are."""
+"""
+One process or many: `torchrun` starts the processes, and this is the one place that knows how many there are.
+"""
 
 import os
 from contextlib import contextmanager, nullcontext
@@ -42,13 +44,19 @@ class World:
         )
 
     def reduce_gradients(self, model, last):
-        """A context for one micro-batch's forward and backward: gradients are averaged only at a step's last one."""
+        """
+        A context for one micro-batch's forward and backward: gradients are averaged only at a step's last
+        one.
+        """
         return nullcontext() if self.size == 1 or last else model.no_sync()
 
 
 @contextmanager
 def join_world(device_name, backend):
-    """The World that `torchrun` describes in the environment, left again at the end; a world of one without torchrun."""
+    """
+    The World that `torchrun` describes in the environment, left again at the end; a world of one without
+    torchrun.
+    """
     if "RANK" not in os.environ:
         yield World(find_device(device_name))
         return

@@ -1,11 +1,15 @@
-"""What a user sees when something is wrong: one line that names the value and the way out, never a traceback."""
+"""
+What a user sees when something is wrong: one line that names the value and the way out, never a traceback.
+"""
 
 import os
 import sys
 
 
 class UserError(Exception):
-    """The world is not as it must be: a missing file, a broken checkpoint, an absent device. Exit status 1."""
+    """
+    The world is not as it must be: a missing file, a broken checkpoint, an absent device. Exit status 1.
+    """
 
     status = 1
 
@@ -17,7 +21,9 @@ class UsageError(UserError):
 
 
 def run(main):
-    """Run a script's `main(argv)` and turn what went wrong into one line on standard error and an exit status."""
+    """
+    Run a script's `main(argv)` and turn what went wrong into one line on standard error and an exit status.
+    """
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit

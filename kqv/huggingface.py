@@ -1,4 +1,7 @@
-"""GPT-2's weights as Hugging Face stores them -> ours. Knows both sides' names and shapes, and nothing of the model."""
+"""
+GPT-2's weights as Hugging Face stores them -> ours. Knows both sides' names and shapes, and nothing of the
+model.
+"""
 
 import json
 from pathlib import Path
@@ -13,9 +16,11 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 def load(source):
     """
-    A folder in Hugging Face's form, or one of NAMES, as the contents of a checkpoint: `model`, `model_args`, `tokenizer`.
+    A folder in Hugging Face's form, or one of NAMES, as the contents of a checkpoint: `model`, `model_args`,
+    `tokenizer`.
 
-    Raises UserError where a package is missing, the hub is out of reach, or the folder holds another architecture.
+    Raises UserError where a package is missing, the hub is out of reach, or the folder holds another
+    architecture.
     """
     try:
         from safetensors import SafetensorError
@@ -40,7 +45,7 @@ def load(source):
             4 * config["n_embd"],
         ):
             raise UserError(
-                f"{source} is not GPT-2's architecture (another activation or MLP width): it can't be used here"
+                f"{source} is not GPT-2's architecture (another activation or MLP width): use one that is"
             )
         contents = {"model": our_weights(load_file(weights_path)), "model_args": model_args}
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -53,7 +58,10 @@ def load(source):
 
 
 def local_file(source, name):
-    """The path of one file of a local folder or of a model on the hub (fetched once, kept in Hugging Face's cache)."""
+    """
+    The path of one file of a local folder or of a model on the hub (fetched once, kept in Hugging Face's
+    cache).
+    """
     if (Path(source) / "config.json").exists():
         path = Path(source) / name
         if not path.exists():
@@ -70,8 +78,8 @@ def local_file(source, name):
     except Exception as error:  # offline, refused, timed out: each library below has an error of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"cannot fetch {source} from the Hugging Face hub ({reason}): give a local folder with config.json and "
-            "model.safetensors, as --init_from=FOLDER"
+            f"cannot fetch {source} from the Hugging Face hub ({reason}): give a local folder with "
+            "config.json and model.safetensors, as --init_from=FOLDER"
         ) from None
 
 

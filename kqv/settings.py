@@ -1,9 +1,11 @@
 """
-Typed settings, declared once as a frozen dataclass and filled in this order: defaults < config files < command line.
+Typed settings, declared once as a frozen dataclass and filled in this order: defaults < config files <
+command line.
 
     python train.py config/a.py config/b.py --batch_size=32 --dtype float32 --eval_only
 
-A config file is the user's own Python, run in an empty namespace; the plain values that it leaves behind are settings.
+A config file is the user's own Python, run in an empty namespace; the plain values that it leaves behind are
+settings.
 """
 
 import dataclasses
@@ -28,9 +30,10 @@ def parse(cls, argv, saved=None):
     """
     The settings that a command line asks for, as an instance of the frozen dataclass `cls`.
 
-    Arguments that begin with `--` are settings: `--name=value`, `--name value`, and `--name` alone for a bool. The others
-    are config files, or, where `cls` has a field of type tuple[str, ...], that field's values. `saved` replaces defaults
-    (a checkpoint's settings on resume). `--help` prints every setting and exits. Raises UsageError.
+    Arguments that begin with `--` are settings: `--name=value`, `--name value`, and `--name` alone for a
+    bool. The others are config files, or, where `cls` has a field of type tuple[str, ...], that field's
+    values. `saved` replaces defaults (a checkpoint's settings on resume). `--help` prints every setting and
+    exits. Raises UsageError.
     """
     types_of = typing.get_type_hints(cls)
     many = next((name for name, kind in types_of.items() if kind == tuple[str, ...]), None)
@@ -84,7 +87,9 @@ def split_arguments(cls, types_of, argv):
 
 
 def read_config_file(path):
-    """The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are its own."""
+    """
+    The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are its own.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             source = file.read()
@@ -139,7 +144,9 @@ def require_known(name, types_of, where):
 
 
 def convert(name, value, kind, where, from_text=False):
-    """`value` as the declared type, from a config file (a Python value) or from the command line (a string)."""
+    """
+    `value` as the declared type, from a config file (a Python value) or from the command line (a string).
+    """
     converted = from_string(value, kind) if from_text else from_value(value, kind)
     if converted is None:
         shown = f"{where}{name}={value}" if from_text else f"{where}{name} = {value!r}"
@@ -200,7 +207,9 @@ def article(kind):
 
 
 def help_text(cls):
-    """What --help prints: the script's own words, then each group's settings with type, default and one line."""
+    """
+    What --help prints: the script's own words, then each group's settings with type, default and one line.
+    """
     lines = [cls.__doc__.strip()]
     types_of = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}

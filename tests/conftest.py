@@ -1,0 +1,76 @@
+"""What the tests share: small real text, real prepared sets, and the scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kqv import errors
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4"]
+TINY_RUN = [
+    *TINY_MODEL,
+    "--gradient_accumulation_steps=1",
+    "--device=cpu",
+    "--max_iters=6",
+    "--eval_interval=3",
+]
+TINY_RUN += ["--eval_iters=2", "--warmup_iters=1", "--lr_decay_iters=6", "--learning_rate=1e-2"]
+
+torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+
+
+def write_text(path, words=3000):
+    """A text file with some structure, written by a fixed rule."""
+    names = ["keys", "queries", "values", "heads", "tokens", "é", "masks", "streams"]
+    path.write_text(
+        "".join(f"{names[i * i % 7]} and {names[i % 8]}{'.' if i % 5 else chr(10)} " for i in range(words)),
+        "utf-8",
+    )
+    return path
+
+
+def call(main, argv, monkeypatch, capsys):
+    """A script's main as run from the command line: (exit status, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+    capsys.readouterr()
+    status = 0
+    try:
+        errors.run(main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def script(name, *arguments, cwd, **environment):
+    """A script in a process of its own, from folder `cwd`: a CompletedProcess with text output."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=process_environment(**environment), capture_output=True, text=True, timeout=300
+    )
+
+
+def process_environment(**extra):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capsys):
+    """Call a script's main in an empty folder: cli(train.main, "--max_iters=3") -> (status, out, err)."""
+    monkeypatch.chdir(tmp_path)
+    return lambda main, *argv: call(main, argv, monkeypatch, capsys)
+
+
+@pytest.fixture
+def tiny_set(cli, tmp_path):
+    """The name of a prepared character-level set in the test's folder."""
+    import prepare
+
+    status, _, err = cli(prepare.main, write_text(tmp_path / "text.txt"), "--name=tiny")
+    assert status == 0, err
+    return "tiny"
