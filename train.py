@@ -34,6 +34,7 @@ class RunSettings:
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
+    backend: Literal["auto", "nccl", "gloo"] = setting("auto", "what processes talk through, under torchrun")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,6 @@ class LogSettings:
     wandb_log: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name of the run")
-    backend: Literal["auto", "nccl", "gloo"] = setting("auto", "what processes talk through, under torchrun")
 
 
 @dataclass(frozen=True)

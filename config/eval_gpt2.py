@@ -1,0 +1,6 @@
+# Evaluate OpenAI's GPT-2 (124M parameters) on a prepared set, OpenWebText if no other is named.
+init_from = "gpt2"
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
