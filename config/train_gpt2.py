@@ -1,6 +1,6 @@
 # GPT-2 124M on OpenWebText: nanoGPT's recipe. On one machine with 8 GPUs:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
-wandb_log = True
+wandb_log = False  # metrics.jsonl has the same numbers
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 

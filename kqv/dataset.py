@@ -50,7 +50,8 @@ class Dataset:
             if len(tokens) <= block_size:
                 raise UserError(
                     f"the {split} split of {self.folder} has {len(tokens)} tokens, but "
-                    f"block_size={block_size} needs {block_size + 1}: use more text or --block_size={max(1, len(tokens) - 1)}"
+                    f"block_size={block_size} needs {block_size + 1}: use more text or "
+                    f"--block_size={max(1, len(tokens) - 1)}"
                 )
 
     def training_batch(self, batch_size, block_size, seed, step, index):
