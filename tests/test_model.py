@@ -1,0 +1,503 @@
+"""model.py against what it claims: the formulas, GPT-2 itself, one forward for training and generation."""
+
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from kqv import huggingface
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache, draw
+
+SMALL = {"block_size": 8, "vocab_size": 19, "n_layer": 2, "n_head": 2, "n_embd": 16}
+GPT2_SIZES = {"124M": (12, 12), "350M": (24, 16), "774M": (36, 20), "1558M": (48, 25)}  # (n_layer, n_head)
+
+
+def random_gpt(seed=0, std=0.3, **shape):
+    """A small GPT whose every number is random, LayerNorms and biases too, so that none hides a fault."""
+    torch.manual_seed(seed)
+    return randomise(GPT(GPTConfig(**{**SMALL, **shape})), std).eval()
+
+
+@torch.no_grad()
+def randomise(module, std):
+    for parameter in module.parameters():
+        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=std)
+    return module
+
+
+def random_ids(*shape, below=SMALL["vocab_size"], seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(gpt, idx):
+    """The logits of every position, (B, T, V)."""
+    return gpt(idx, targets=idx)[0]
+
+
+# Attention and the whole model, against independent implementations
+
+
+def attention_by_the_formula(attention, x):
+    """softmax(Q K^T / sqrt(hs) + mask) V, token by token and head by head."""
+    B, T, C = x.shape
+    hs = C // attention.n_head
+    q, k, v = F.linear(x, attention.c_attn.weight, attention.c_attn.bias).chunk(3, dim=-1)  # 3 x (B, T, C)
+    heads = []
+    for head in range(attention.n_head):
+        Q, K, V = (part[:, :, head * hs : (head + 1) * hs] for part in (q, k, v))  # (B, T, hs)
+        scores = torch.einsum("bth,bsh->bts", Q, K) / math.sqrt(hs)  # (B, T, S)
+        for t in range(T):
+            scores[:, t, t + 1 :] = -math.inf
+        weights = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+        heads.append(torch.einsum("bts,bsh->bth", weights, V))
+    return F.linear(torch.cat(heads, dim=-1), attention.c_proj.weight, attention.c_proj.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_attention_is_the_formula(bias, dropout):
+    torch.manual_seed(0)
+    config = GPTConfig(block_size=10, n_head=3, n_embd=24, bias=bias, dropout=dropout)
+    attention = randomise(CausalSelfAttention(config, layer=0), std=0.5).eval()  # eval: dropout is off
+    x = torch.randn(2, 10, 24)
+    torch.testing.assert_close(attention(x), attention_by_the_formula(attention, x), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    gpt, idx = random_gpt(dropout=0.5), random_ids(2, 8)
+    assert torch.equal(logits_of(gpt, idx), logits_of(random_gpt(dropout=0.0), idx))
+    gpt.train()
+    assert not torch.equal(logits_of(gpt, idx), logits_of(gpt, idx))
+
+
+@pytest.mark.parametrize("size", GPT2_SIZES)
+def test_logits_equal_hugging_faces_gpt2(size):
+    transformers = pytest.importorskip("transformers")
+    n_layer, n_head = GPT2_SIZES[size]
+    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": 4 * n_head, "vocab_size": 61}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=12, attn_implementation="eager", **shape)
+    theirs = randomise(transformers.GPT2LMHeadModel(config), std=0.3).eval()
+    weights = huggingface.our_weights(theirs.state_dict())
+    ours = GPT.from_weights(GPTConfig(block_size=12, **shape), weights).eval()
+    idx = random_ids(3, 12, below=61)
+    with torch.no_grad():
+        expected = theirs(idx).logits  # (B, T, V)
+    assert expected.std() > 0.5  # numbers that a wrong model would not meet by being near zero
+    torch.testing.assert_close(logits_of(ours, idx), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours(idx)[0], expected[:, -1:], atol=1e-4, rtol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(changed=st.integers(0, 7), seed=st.integers(0, 9), new_seed=st.integers(10, 19))
+def test_later_tokens_never_change_earlier_logits(changed, seed, new_seed):
+    gpt, idx = random_gpt(), random_ids(2, 8, seed=seed)
+    other = torch.cat([idx[:, :changed], random_ids(2, 8 - changed, seed=new_seed)], dim=1)
+    assert torch.equal(logits_of(gpt, idx)[:, :changed], logits_of(gpt, other)[:, :changed])
+
+
+def test_every_token_sees_every_token_before_it():
+    gpt = random_gpt(n_layer=1)
+    for position in range(8):
+        idx, other = random_ids(1, 8), random_ids(1, 8)
+        other[:, position] = (other[:, position] + 1) % 19
+        changed = (logits_of(gpt, idx) - logits_of(gpt, other)).abs().amax(dim=(0, 2)) > 1e-6
+        assert changed.tolist() == [t >= position for t in range(8)]
+
+
+# The cache: the same numbers, computed once
+
+
+@torch.no_grad()
+def uncached(gpt, idx, max_new_tokens, pick):
+    """Generation as one would write it first: read the whole window again for every token."""
+    block_size = gpt.config.block_size
+    quarter = max(1, block_size // 4)
+    first = 0  # the oldest token that is not forgotten
+    for _ in range(max_new_tokens):
+        if idx.size(1) - first > block_size:
+            first = idx.size(1) - max(1, block_size - quarter)
+        idx = torch.cat((idx, pick(logits_of(gpt, idx[:, first:])[:, -1])), dim=1)
+    return idx
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prompt_length", range(1, 9))
+def test_cached_generation_is_uncached_generation_token_for_token(prompt_length, bias):
+    gpt = random_gpt(bias=bias)
+    prompt = random_ids(3, prompt_length, seed=prompt_length)
+    greedy = uncached(gpt, prompt, 20, lambda logits: logits.argmax(dim=-1, keepdim=True))
+    assert torch.equal(gpt.generate(prompt, 20, temperature=0), greedy)  # 20 tokens: past block_size twice
+
+    generator = torch.Generator().manual_seed(5)
+    drawn = uncached(gpt, prompt, 20, lambda logits: draw(logits, 1.3, 7, generator))
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(gpt.generate(prompt, 20, temperature=1.3, top_k=7, generator=generator), drawn)
+    assert not torch.equal(drawn, greedy)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 16])
+def test_the_window_slides_by_a_quarter_whatever_the_block_size(block_size):
+    gpt = random_gpt(block_size=block_size)
+    prompt = random_ids(2, block_size)
+    greedy = uncached(gpt, prompt, 3 * block_size + 2, lambda logits: logits.argmax(dim=-1, keepdim=True))
+    assert torch.equal(gpt.generate(prompt, 3 * block_size + 2, temperature=0), greedy)
+
+
+@settings(deadline=None, max_examples=40)
+@given(chunks=st.lists(st.integers(1, 8), min_size=1, max_size=8), batch_size=st.integers(1, 3))
+def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size):
+    gpt, idx = random_gpt(), random_ids(batch_size, 8)
+    cache = KVCache(gpt.config, batch_size)
+    with torch.no_grad():
+        for chunk in chunks:
+            chunk = idx[:, cache.length : cache.length + chunk]
+            if chunk.size(1):
+                logits, _ = gpt(chunk, cache=cache)
+                cache.length += chunk.size(1)
+                expected, _ = gpt(idx[:, : cache.length])
+                torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cached_forward_gives_the_logits_and_loss_of_its_part():
+    gpt, idx, targets = random_gpt(), random_ids(2, 8), random_ids(2, 8, seed=1)
+    cache = KVCache(gpt.config, 2)
+    with torch.no_grad():
+        gpt(idx[:, :3], cache=cache)
+        cache.length = 3
+        logits, loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache)
+    torch.testing.assert_close(logits, logits_of(gpt, idx)[:, 3:], atol=1e-5, rtol=1e-5)
+    expected = F.cross_entropy(logits_of(gpt, idx)[:, 3:].flatten(0, 1), targets[:, 3:].flatten())
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_cached_forward_costs_one_token_at_a_time():
+    gpt, seen = random_gpt(), []
+    gpt.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].size(1)))
+    gpt.generate(random_ids(1, 3), 9, temperature=0)
+    assert seen == [3, 1, 1, 1, 1, 1, 6, 1, 1]  # the context is full after 8: its newest 6 are read again
+
+
+# Generation
+
+
+def test_ids_from_vocab_size_on_are_never_emitted():
+    gpt = random_gpt()
+    with torch.no_grad():
+        gpt.lm_head.weight[5:] *= 10  # the padding's ids would be the likeliest
+    prompt = random_ids(4, 1, below=5)
+    for options in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": 19}):
+        assert gpt.generate(prompt, 50, vocab_size=5, **options).max() == 4
+    assert gpt.generate(prompt, 50).max() > 5
+
+
+def test_top_k_1_and_vanishing_temperatures_are_greedy():
+    gpt, prompt = random_gpt(), random_ids(4, 2)
+    greedy = gpt.generate(prompt, 30, temperature=0)
+    assert greedy.unique().numel() > 3
+    assert torch.equal(gpt.generate(prompt, 30, top_k=1), greedy)
+    for temperature in (1e-5, 1e-30):
+        assert torch.equal(gpt.generate(prompt, 30, temperature=temperature), greedy)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e30])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
+def test_draw_gives_ids_whatever_the_size_of_the_logits(temperature, top_k):
+    logits = torch.tensor([[-3e4, 3e4, 0.0, 1.0], [5.0, 1e4, -math.inf, -math.inf], [0.0, 1.0, 0.5, -1.0]])
+    ids = draw(logits, temperature, top_k, torch.Generator().manual_seed(0))
+    assert ids.shape == (3, 1) and ids.min() >= 0 and ids.max() <= 3
+    if temperature < 1 or top_k == 1:
+        assert ids.flatten().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 3, 100])
+def test_draws_follow_the_softmax_of_the_k_likeliest(temperature, top_k):
+    draws, logits = 20_000, np.array([0.3, -1.2, 2.0, 0.9, -0.4, 1.4])
+    expected = np.exp(logits / temperature)
+    if top_k == 3:
+        expected[logits < 0.9] = 0
+    expected *= draws / expected.sum()
+    rows = torch.tensor(logits, dtype=torch.float32).expand(draws, -1)  # every row is a draw of its own
+    ids = draw(rows, temperature, top_k, torch.Generator().manual_seed(0)).flatten()
+    counts = np.bincount(ids.numpy(), minlength=6)
+    likely = expected > 0
+    assert counts[~likely].sum() == 0
+    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = likely.sum() - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # mean and standard deviation of a chi-square
+
+
+def test_the_seed_decides_the_text_and_rows_are_drawn_apart():
+    gpt, prompt = random_gpt(), random_ids(1, 2).expand(6, -1)
+    first, again, other = (
+        gpt.generate(prompt, 12, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len({tuple(row) for row in first.tolist()}) == 6
+
+
+def test_stream_yields_what_generate_joins_and_leaves_gradients_on():
+    gpt, prompt = random_gpt(), random_ids(2, 3)
+    tokens = []
+    for token in gpt.stream(prompt, 10, temperature=0):
+        assert token.shape == (2, 1) and torch.is_grad_enabled() and not token.requires_grad
+        tokens.append(token)
+    assert torch.equal(torch.cat([prompt, *tokens], dim=1), gpt.generate(prompt, 10, temperature=0))
+    assert torch.equal(gpt.generate(prompt, 0), prompt)
+
+
+@pytest.mark.parametrize("length", [0, 9])
+def test_a_prompt_of_no_tokens_or_too_many_is_refused(length):
+    with pytest.raises(ValueError, match=rf"\b{length}\b.*block_size=8"):
+        random_gpt().generate(random_ids(1, length), 1)
+
+
+# Initialisation, parameters, names
+
+
+def test_the_initial_loss_is_that_of_a_uniform_guess():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=32, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
+    _, loss = gpt(random_ids(4, 32, below=1000), random_ids(4, 32, below=1000, seed=1))
+    assert abs(loss.item() - math.log(1000)) < 0.05
+
+
+@pytest.mark.parametrize("n_layer", [1, 8])
+def test_the_initial_weights_are_gpt2s(n_layer):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=n_layer, n_head=2, n_embd=128))
+    for name, parameter in gpt.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif ".ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(2 * n_layer) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.05 * std, name
+
+
+def test_the_head_is_the_embedding():
+    gpt = GPT(GPTConfig(**SMALL))
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    names = [name for name, _ in gpt.named_parameters()]  # an optimizer's state follows this order: nanoGPT's
+    assert names[:2] == ["transformer.wte.weight", "transformer.wpe.weight"] and "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_names_are_nanogpts(bias):
+    kinds = ("weight", "bias") if bias else ("weight",)
+    parts = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+    expected = ["transformer.wte.weight", "transformer.wpe.weight"]
+    for layer in range(2):
+        expected += [f"transformer.h.{layer}.{part}.{kind}" for part in parts for kind in kinds]
+    expected += [f"transformer.ln_f.{kind}" for kind in kinds] + ["lm_head.weight"]
+    assert list(GPT(GPTConfig(**SMALL, bias=bias)).state_dict()) == expected
+
+
+def parameters_by_the_formula(V, T, C, n_layer, bias):
+    matrices = 3 * C * C + C * C + 4 * C * C + 4 * C * C
+    biases = 3 * C + C + 4 * C + C if bias else 0
+    layer_norm = 2 * C if bias else C
+    return V * C + T * C + n_layer * (matrices + biases + 2 * layer_norm) + layer_norm
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("vocab_size", [50257, 50304])
+def test_parameters_and_flops_of_the_124m(vocab_size, bias):
+    with torch.device("meta"):  # shapes alone
+        gpt = GPT(GPTConfig(vocab_size=vocab_size, bias=bias))
+    total = parameters_by_the_formula(vocab_size, T=1024, C=768, n_layer=12, bias=bias)
+    assert gpt.num_parameters(without_positions=False) == total
+    assert gpt.num_parameters() == total - 1024 * 768
+    attention = 12 * 2 * 2 * 768 * 1024  # in 12 layers, Q K^T and weights V: a multiply and an add for each
+    assert gpt.flops_per_token() == 6 * (total - 1024 * 768) + 3 * attention
+    if vocab_size == 50257 and bias:
+        assert total == 124_439_808  # as GPT-2's 124M is usually counted
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_matrices_decay_and_vectors_do_not(bias):
+    gpt = GPT(GPTConfig(**SMALL, bias=bias))
+    decaying, other = gpt.parameter_groups(weight_decay=0.1)
+    assert decaying["weight_decay"] == 0.1 and other["weight_decay"] == 0.0
+    assert all(p.dim() >= 2 for p in decaying["params"]) and all(p.dim() == 1 for p in other["params"])
+    grouped = [id(p) for p in decaying["params"] + other["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in gpt.parameters()}
+    assert len(decaying["params"]) == 2 + 4 * 2  # wte (which is lm_head too), wpe, four matrices a block
+
+
+def test_frozen_parameters_are_in_no_group():
+    gpt = GPT(GPTConfig(**SMALL))
+    gpt.transformer.wpe.weight.requires_grad_(False)
+    grouped = [p for group in gpt.parameter_groups(0.1) for p in group["params"]]
+    assert len(grouped) == len(list(gpt.parameters())) - 1
+    assert all(p is not gpt.transformer.wpe.weight for p in grouped)
+
+
+# Loss and gradients
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gradient_reaches_every_parameter(bias):
+    gpt = random_gpt(bias=bias).train()
+    _, loss = gpt(random_ids(4, 8), random_ids(4, 8, seed=1))
+    loss.backward()
+    for name, parameter in gpt.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if parameter.dim() == 1:
+            assert parameter.grad.any(), name
+        else:
+            assert parameter.grad.any(dim=1).all(), name  # every row: every position, every id, every channel
+
+
+def test_the_gradient_is_that_of_the_loss():
+    gpt = random_gpt(n_layer=1).double()
+    idx, targets = random_ids(2, 8), random_ids(2, 8, seed=1)
+    gpt(idx, targets)[1].backward()
+    torch.manual_seed(0)
+    for name, parameter in gpt.named_parameters():
+        direction = torch.randn_like(parameter)
+        with torch.no_grad():
+            ahead = gpt_loss_at(gpt, parameter, 1e-5 * direction, idx, targets)
+            behind = gpt_loss_at(gpt, parameter, -1e-5 * direction, idx, targets)
+        slope = (parameter.grad * direction).sum().item()
+        assert (ahead - behind) / 2e-5 == pytest.approx(slope, rel=1e-5, abs=1e-8), name
+
+
+def gpt_loss_at(gpt, parameter, offset, idx, targets):
+    parameter += offset
+    loss = gpt(idx, targets)[1].item()
+    parameter -= offset
+    return loss
+
+
+def test_the_loss_is_the_mean_over_targets_that_are_not_minus_1():
+    gpt, idx, targets = random_gpt(), random_ids(2, 8), random_ids(2, 8, seed=1)
+    targets[0, 2:] = targets[1, 5] = -1
+    logits, loss = gpt(idx, targets)
+    counted = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
+    log_p = logits.log_softmax(dim=-1)
+    expected = -sum(log_p[b, t, targets[b, t]] for b, t in counted) / len(counted)
+    assert len(counted) == 2 + 7
+    torch.testing.assert_close(loss, expected)
+
+
+def test_without_targets_only_the_last_positions_logits_are_made():
+    gpt, idx = random_gpt(), random_ids(3, 5)
+    logits, loss = gpt(idx)
+    assert loss is None and logits.shape == (3, 1, 19)
+    torch.testing.assert_close(logits[:, 0], logits_of(gpt, idx)[:, -1])
+
+
+def test_the_model_learns_a_batch_by_heart():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**SMALL))
+    optimizer = torch.optim.AdamW(gpt.parameter_groups(0.0), lr=1e-2)
+    idx, targets = random_ids(4, 8), random_ids(4, 8, seed=1)
+    for _ in range(100):
+        _, loss = gpt(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+# Shapes that can and can't be
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"n_embd": 17}, "n_embd=17 .*n_head=2"),
+        ({"n_embd": 2, "n_head": 3}, "n_embd=2 .*n_head=3"),
+        *(({name: value}, f"{name}.*{value}") for name in SMALL for value in (0, -4)),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused_with_its_values(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        GPTConfig(**{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize("n_embd, n_head", [(17, 2), (2, 3), (100, 12), (7, 7)])
+def test_the_width_that_a_refused_shape_is_told_to_use_works(n_embd, n_head):
+    try:
+        GPTConfig(n_embd=n_embd, n_head=n_head)
+    except ValueError as error:
+        suggested = int(re.findall(r"n_embd=(\d+)", str(error))[-1])
+        assert GPTConfig(n_embd=suggested, n_head=n_head).n_embd == suggested != n_embd
+
+
+def test_more_tokens_than_block_size_are_refused():
+    gpt = random_gpt()
+    with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
+        gpt(random_ids(1, 9))
+    cache = KVCache(gpt.config, 1)
+    gpt(random_ids(1, 8), cache=cache)
+    cache.length = 8
+    with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
+        gpt(random_ids(1, 1), cache=cache)
+
+
+def test_crop_block_size_keeps_the_logits_of_short_inputs():
+    gpt, idx = random_gpt(), random_ids(2, 5)
+    before = logits_of(gpt, idx)
+    gpt.crop_block_size(5)
+    assert torch.equal(logits_of(gpt, idx), before)
+    assert gpt.config.block_size == 5 and gpt.state_dict()["transformer.wpe.weight"].shape == (5, 16)
+    assert gpt.generate(idx, 7).shape == (2, 12)
+    again = GPT.from_weights(gpt.config, gpt.state_dict())
+    assert torch.equal(logits_of(again.eval(), idx), before)
+    with pytest.raises(ValueError, match="6"):
+        gpt(random_ids(1, 6))
+    gpt(idx, idx)[1].backward()
+    assert gpt.transformer.wpe.weight.grad.shape == (5, 16)
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 9])
+def test_crop_block_size_only_shortens(block_size):
+    gpt = random_gpt()
+    with pytest.raises(ValueError, match=rf"{block_size}\b.*8"):
+        gpt.crop_block_size(block_size)
+    assert gpt.config.block_size == 8
+    gpt.crop_block_size(8)
+
+
+def test_weights_of_another_shape_are_refused_in_one_line():
+    weights = random_gpt().state_dict()
+    for other in ({"n_layer": 3}, {"n_layer": 1}, {"n_embd": 32}, {"bias": False}):
+        with pytest.raises(ValueError) as caught:
+            GPT.from_weights(GPTConfig(**{**SMALL, **other}), weights)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_equals_the_eager_one(backend):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    gpt, idx, targets = random_gpt(n_layer=1), random_ids(2, 8), random_ids(2, 8, seed=1)
+    compiled = torch.compile(gpt, backend=backend, fullgraph=True)
+    logits, loss = compiled(idx, targets)
+    expected_logits, expected_loss = gpt(idx, targets)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected_loss)
+    gradients = torch.autograd.grad(loss, list(gpt.parameters()))
+    expected = torch.autograd.grad(expected_loss, list(gpt.parameters()))
+    for gradient, expectation in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expectation, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_model_writes_what_the_eager_one_writes():
+    """The cache's length is a number that the compiled code must not take for a constant."""
+    gpt, prompt = random_gpt(n_layer=1), random_ids(2, 3)
+    expected = gpt.generate(prompt, 12, temperature=0)
+    gpt.compile(backend="eager")
+    assert torch.equal(gpt.generate(prompt, 12, temperature=0), expected)

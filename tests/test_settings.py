@@ -1,0 +1,441 @@
+"""
+Settings: where a value comes from, what is refused and in which words, and that nanoGPT's own config files run.
+"""
+
+import dataclasses
+import itertools
+import re
+import tempfile
+import typing
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sample
+import train
+from kqv.errors import UsageError
+from kqv.settings import parse
+from train import TrainSettings
+
+FIELDS = {field.name: field for field in dataclasses.fields(TrainSettings)}
+TYPES = typing.get_type_hints(TrainSettings)
+
+
+def config_file(folder, source, name="a.py"):
+    path = folder / name
+    path.write_text(source, "utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def refusal(cli):
+    """Run train.py with settings that must be refused: refusal("--seed=-1") -> the one line that it prints."""
+
+    def run(*argv):
+        status, out, err = cli(train.main, *argv)
+        assert (status, out) == (2, "")
+        assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in err, err
+        return err
+
+    return run
+
+
+# Where a value comes from
+
+
+def test_without_arguments_every_setting_has_its_default():
+    assert parse(TrainSettings, []) == TrainSettings()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["a.py", "b.py", "--seed=3"])))
+def test_later_config_files_beat_earlier_ones_and_the_command_line_beats_both_wherever_it_stands(
+    order, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config_file(tmp_path, "seed = 1; n_layer = 1; n_head = 1", "a.py")
+    config_file(tmp_path, "seed = 2; n_layer = 2; n_embd = 2", "b.py")
+    last = 1 if order.index("a.py") > order.index("b.py") else 2
+    assert parse(TrainSettings, order) == TrainSettings(seed=3, n_layer=last, n_head=1, n_embd=2)
+
+
+def test_the_last_of_two_values_on_the_command_line_counts():
+    assert parse(TrainSettings, ["--seed=1", "--seed", "2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["--max_iters=5"], {"max_iters": 5}),
+        (["--max_iters", "5"], {"max_iters": 5}),
+        (["--max_iters=1e4"], {"max_iters": 10000}),
+        (["--max_iters=5.0"], {"max_iters": 5}),
+        (["--learning_rate=1"], {"learning_rate": 1.0}),
+        (["--learning_rate", "6e-4"], {"learning_rate": 6e-4}),
+        (["--eval_only"], {"eval_only": True}),
+        (["--eval_only", "False"], {"eval_only": False}),
+        (["--decay_lr", "false", "--bias"], {"decay_lr": False, "bias": True}),
+        (["--decay_lr=False"], {"decay_lr": False}),
+        (["--eval_only", "--bias=true"], {"eval_only": True, "bias": True}),
+        (["--compile=auto"], {"compile": "auto"}),
+        (["--compile=True"], {"compile": True}),
+        (["--compile", "False"], {"compile": False}),
+        (["--dtype=bfloat16"], {"dtype": "bfloat16"}),
+    ],
+)
+def test_the_ways_to_write_a_value_on_the_command_line(argv, expected):
+    config = parse(TrainSettings, argv)
+    assert config == TrainSettings(**expected)
+    assert {name: type(getattr(config, name)) for name in expected} == {
+        name: type(value) for name, value in expected.items()
+    }
+
+
+@pytest.mark.parametrize("text", ["1+1=", "", " two  words ", "'quoted'", '"', "True", "1e4", "--x", "é\n\t$HOME"])
+def test_text_stays_as_it_was_typed(text, tmp_path):
+    assert parse(sample.SampleSettings, [f"--start={text}"]).start == text
+    assert parse(TrainSettings, [config_file(tmp_path, f"out_dir = {text!r}")]).out_dir == text
+
+
+@pytest.mark.parametrize("text", ["two words", "", "-5 degrees", "a=b", "-"])
+def test_text_may_follow_its_name_as_an_argument_of_its_own(text):
+    assert parse(sample.SampleSettings, ["--start", text, "--seed=2"]).start == text
+
+
+def test_a_config_file_is_python_and_only_its_plain_values_are_settings(tmp_path):
+    source = """
+import math
+from dataclasses import dataclass
+def heads(layers):
+    return 2 * layers
+@dataclass
+class Helper:
+    size: int = 3
+_sizes = [64, 128]
+n_layer = Helper().size
+n_head = heads(n_layer)
+n_embd = _sizes[-1] * 3 + math.floor(0.5)
+max_iters = 1e4
+dropout = 0
+eval_only = not True
+compile = "auto"
+if __name__ == "__main__":
+    raise SystemExit("a config file is not a script")
+"""
+    config = parse(TrainSettings, [config_file(tmp_path, source)])
+    assert config == TrainSettings(n_layer=3, n_head=6, n_embd=384, max_iters=10000, dropout=0.0)
+    assert type(config.max_iters) is int and type(config.dropout) is float
+
+
+def test_saved_settings_replace_defaults_and_give_way_to_all_else(tmp_path):
+    saved = {"n_layer": 4, "n_head": 4, "n_embd": 64, "compile": True, "of_another_program": [1]}
+    config = parse(TrainSettings, [config_file(tmp_path, "n_head = 2"), "--n_embd=32"], saved)
+    assert config == TrainSettings(n_layer=4, n_head=2, n_embd=32, compile=True)
+
+
+@pytest.mark.parametrize("saved", [{"n_layer": "four"}, {"n_layer": 2.5}, {"dropout": float("nan")}, {"seed": -1}])
+def test_saved_settings_are_checked_like_all_others(saved):
+    with pytest.raises(UsageError, match=next(iter(saved))):
+        parse(TrainSettings, [], saved)
+
+
+def test_settings_can_not_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        parse(TrainSettings, []).seed = 1
+
+
+# What is refused, and in which words
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ("--max_iters=1.5", ["--max_iters=1.5", "whole number"]),
+        ("--max_iters=True", ["--max_iters=True", "whole number"]),
+        ("--max_iters=ten", ["--max_iters=ten", "whole number"]),
+        ("--max_iters=", ["--max_iters=", "whole number"]),
+        ("--max_iters=inf", ["--max_iters=inf", "whole number"]),
+        ("--max_iters=nan", ["--max_iters=nan", "whole number"]),
+        ("--max_iters=1\n2", ["--max_iters=1", "whole number"]),
+        ("--learning_rate=nan", ["--learning_rate=nan", "finite"]),
+        ("--learning_rate=inf", ["--learning_rate=inf", "finite"]),
+        ("--learning_rate=1e999", ["--learning_rate=1e999", "finite"]),
+        ("--learning_rate=" + "9" * 400, ["--learning_rate=9", "finite"]),
+        ("--bias=yes", ["--bias=yes", "True|False"]),
+        ("--bias=1", ["--bias=1", "True|False"]),
+        ("--dtype=float64", ["--dtype=float64", "bfloat16"]),
+        ("--compile=maybe", ["--compile=maybe", "auto"]),
+        ("--seed=-1", ["seed", "-1", "at least 0"]),
+        ("--seed -1", ["seed", "-1", "at least 0"]),
+        ("--learning_rate -1e-3", ["learning_rate", "-0.001", "at least 0"]),
+        ("--batch_size=0", ["batch_size", "0", "at least 1"]),
+        ("--dropout=1", ["dropout", "1.0", "below 1"]),
+        ("--max_iters", ["--max_iters", "needs a value", "--max_iters="]),
+        ("--max_iters --bias", ["--max_iters", "needs a value"]),
+        ("--max_itrs=3", ["max_itrs", "did you mean max_iters?"]),
+        ("--n_layers 3", ["n_layers", "did you mean n_layer?"]),
+        ("--batch-size=3", ["batch-size", "did you mean batch_size?"]),
+        ("--quite_unlike=3", ["quite_unlike", "--help"]),
+        ("-x", ["-x", "--name=value", "--help"]),
+        ("--", ["--help"]),
+        ("--=3", ["--help"]),
+        ("max_iters=3", ["max_iters=3", "--name=value"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_the_value_and_the_way_out(argv, parts, refusal):
+    line = refusal(*argv.split(" "))
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("max_itrs = 3", ["max_itrs", "did you mean max_iters?"]),
+        ("betas = [0.9, 0.95]", ["betas", "list", "_betas"]),
+        ("n_layer = None", ["n_layer", "NoneType"]),
+        ("max_iters = 1.5", ["max_iters = 1.5", "whole number"]),
+        ("max_iters = True", ["max_iters = True", "whole number"]),
+        ("max_iters = '5'", ["max_iters = '5'", "whole number"]),
+        ("learning_rate = float('nan')", ["learning_rate = nan", "finite"]),
+        ("learning_rate = -float('inf')", ["learning_rate = -inf", "finite"]),
+        ("learning_rate = 10**400", ["learning_rate = 1000", "finite"]),
+        ("learning_rate = False", ["learning_rate = False", "finite"]),
+        ("out_dir = 3", ["out_dir = 3", "text"]),
+        ("bias = 1", ["bias = 1", "True|False"]),
+        ("compile = 1", ["compile = 1", "auto"]),
+        ("dtype = 'float64'", ["dtype = 'float64'", "bfloat16"]),
+        ("seed = -1", ["seed", "-1", "at least 0"]),
+        ("dropout = 1.0", ["dropout", "1.0", "below 1"]),
+        ("seed = 1\n1 / 0", ["line 2", "ZeroDivisionError"]),
+        ("def f():\n    raise KeyError('no')\n\nf()", ["line 2", "KeyError"]),
+        ("import json\nn_layer = json.loads('{')", ["line 2", "JSONDecodeError"]),
+        ("import no_such_module", ["line 1", "no_such_module"]),
+        ("seed = 1\nif True", ["line 2", "SyntaxError"]),
+        ("seed = 1\nraise SyntaxError('mine')", ["line 2", "mine"]),
+        ("import sys\nsys.exit(0)", ["line 2", "SystemExit"]),
+        ("raise ValueError('of two\\nlines')", ["line 1", "of two"]),
+        ("n_layer = n_head", ["line 1", "n_head"]),
+    ],
+)
+def test_a_wrong_config_file_is_refused_with_its_name_and_the_line(source, parts, refusal, tmp_path):
+    line = refusal(config_file(tmp_path, source, "mine.py"))
+    in_file = [] if "at least" in parts[-1] or "below" in parts[-1] else ["mine.py"]
+    assert all(part in line for part in [*parts, *in_file]), line
+
+
+def test_a_config_file_that_can_not_be_read_is_refused(refusal, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.py").write_bytes("out_dir = 'é'".encode("latin-1"))
+    (tmp_path / "null.py").write_bytes(b"seed = 1\0")
+    assert "missing.py" in refusal("missing.py")
+    assert "folder" in refusal("folder")
+    assert "latin.py is not UTF-8" in refusal("latin.py")
+    assert "null.py" in refusal("null.py")
+
+
+def test_config_files_do_not_see_each_other(refusal, tmp_path):
+    first, second = config_file(tmp_path, "n_layer = 2", "a.py"), config_file(tmp_path, "n_head = n_layer", "b.py")
+    assert "NameError" in refusal(first, second)
+
+
+# --help
+
+
+def test_help_shows_every_setting_in_its_group_with_type_default_and_meaning(cli):
+    status, out, err = cli(train.main, "--help")
+    assert (status, err) == (0, "")
+    group_of = {}
+    for line in out.splitlines():
+        if line and not line.startswith(" "):
+            title = line
+        elif named := re.match(r"  --(\w+)=(\S+)", line):
+            assert named[1] not in group_of
+            group_of[named[1]] = title
+            field, kind = FIELDS[named[1]], TYPES[named[1]]
+            words = [*typing.get_args(kind)] or [{bool: "True|False", str: "text"}.get(kind) or kind.__name__]
+            assert all(str(word) in named[2] for word in words), line
+            assert field.metadata["help"] in line and repr(field.default) in line
+    assert group_of == {
+        name: f"{base.__doc__.strip().splitlines()[0]}:"
+        for base in TrainSettings.__bases__
+        for name in typing.get_type_hints(base)
+    }
+
+
+@pytest.mark.parametrize("argv", [["-h"], ["--seed=1", "--help"], ["missing.py", "--help"]])
+def test_help_is_given_wherever_it_is_asked_for(argv, cli):
+    status, out, err = cli(train.main, *argv)
+    assert (status, err) == (0, "") and "--learning_rate=" in out
+
+
+# Any value, any argument
+
+
+def values_of(field):
+    """A strategy for the values that a setting may have."""
+    kind = TYPES[field.name]
+    at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        return st.integers(at_least, None if below is None else below - 1)
+    if kind is float:
+        bounds = {"exclude_max": below is not None, "allow_nan": False, "allow_infinity": False}
+        return st.floats(at_least, below, **bounds) | st.integers(int(at_least), 0 if below == 1 else 2**53)
+    return st.text() if kind is str else st.sampled_from(typing.get_args(kind))
+
+
+ANY_SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(field) for name, field in FIELDS.items()})
+
+
+def assert_has(config, values):
+    """`values` and no others were given to `config`, and each setting is of its declared type."""
+    assert config == TrainSettings(**values)
+    for name, kind in TYPES.items():
+        assert typing.get_origin(kind) is typing.Literal or type(getattr(config, name)) is kind
+
+
+@settings(deadline=None)
+@given(ANY_SETTINGS)
+def test_any_values_come_through_the_command_line(values):
+    assert_has(parse(TrainSettings, [f"--{name}={value}" for name, value in values.items()]), values)
+
+
+@settings(deadline=None)
+@given(ANY_SETTINGS)
+def test_any_values_come_through_a_config_file(values):
+    with tempfile.TemporaryDirectory() as folder:
+        source = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+        assert_has(parse(TrainSettings, [config_file(Path(folder), source)]), values)
+
+
+# What an operating system can hand over: any character but NUL, and bytes that are no UTF-8 as lone surrogates.
+ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"))
+NAMES = st.sampled_from([*FIELDS, "help", "max_itrs"]) | ANY_TEXT
+ANY_ARGUMENT = ANY_TEXT | NAMES.map("--{}".format) | st.builds("--{}={}".format, NAMES, ANY_TEXT)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(ANY_ARGUMENT))
+def test_any_arguments_parse_or_are_refused(argv):
+    try:
+        assert isinstance(parse(TrainSettings, argv), TrainSettings)
+    except UsageError as error:
+        assert str(error)
+    except SystemExit as stop:
+        assert stop.code == 0 and {"--help", "-h"} & set(argv)
+
+
+# Config files that exist
+
+NANOGPT = {
+    "train_gpt2": (
+        """
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+""",
+        {
+            "wandb_log": True,
+            "wandb_run_name": "gpt2-124M",
+            "gradient_accumulation_steps": 40,
+            "max_iters": 600000,
+            "eval_interval": 1000,
+            "log_interval": 10,
+            "weight_decay": 0.1,
+        },
+    ),
+    "train_shakespeare_char": (
+        """
+out_dir = 'out-shakespeare-char'
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+""",
+        {
+            "out_dir": "out-shakespeare-char",
+            "dataset": "shakespeare_char",
+            "always_save_checkpoint": False,
+            "block_size": 256,
+            "n_embd": 384,
+            "dropout": 0.2,
+            "learning_rate": 1e-3,
+            "beta2": 0.99,
+            "warmup_iters": 100,
+        },
+    ),
+    "finetune_shakespeare": (
+        """
+import time
+out_dir = 'out-shakespeare'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'shakespeare'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+""",
+        {"init_from": "gpt2-xl", "dataset": "shakespeare", "learning_rate": 3e-5, "decay_lr": False, "max_iters": 20},
+    ),
+    "eval_gpt2": (
+        """
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
+init_from = 'gpt2'
+""",
+        {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False, "init_from": "gpt2"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NANOGPT)
+def test_nanogpts_config_files_run_unchanged(name, tmp_path):
+    source, expected = NANOGPT[name]
+    config = parse(TrainSettings, [config_file(tmp_path, source, f"{name}.py"), "--compile=False", "--device=cpu"])
+    assert {setting: getattr(config, setting) for setting in expected} == expected
+    assert (config.compile, config.device) == (False, "cpu")
+    if name == "finetune_shakespeare":
+        assert re.fullmatch(r"ft-\d+\.\d+", config.wandb_run_name)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
+def test_every_config_file_of_this_repository_is_one_for_training(path):
+    assert parse(TrainSettings, [str(path)]) != TrainSettings()

