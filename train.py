@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
 from kqv.device import DeviceSettings, find_compile, find_dtype, peak_flops
 from kqv.distributed import join_world
-from kqv.errors import UsageError, UserError, run
+from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting
+from kqv.signals import StopSignals
 from model import GPT, GPTConfig
 
 
@@ -34,6 +36,7 @@ class RunSettings:
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
+    deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
     backend: Literal["auto", "nccl", "gloo"] = setting("auto", "what processes talk through, under torchrun")
 
 
@@ -69,6 +72,9 @@ class OptimizerSettings:
     weight_decay: float = setting(1e-1, "on matrices and embeddings", at_least=0.0)
     beta1: float = setting(0.9, "momentum", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "momentum of the squares", at_least=0.0, below=1.0)
+    max_bad_steps: int = setting(
+        20, "skipped steps in a row (non-finite gradient) that end the run", at_least=1
+    )
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", at_least=0.0)
     decay_lr: bool = setting(True, "warm up, then decay along a cosine; False: constant")
     warmup_iters: int = setting(2000, "steps to warm up for", at_least=0)
@@ -83,7 +89,9 @@ class LogSettings:
     eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
     eval_iters: int = setting(200, "most batches for a split; a small one is read once", at_least=1)
     log_interval: int = setting(1, "steps between log lines", at_least=1)
-    always_save_checkpoint: bool = setting(True, "False: only when val loss is the best so far")
+    checkpoint_interval: int = setting(0, "steps between saves, besides evaluations; 0: none", at_least=0)
+    checkpoint_minutes: float = setting(10.0, "minutes between saves; 0: none", at_least=0.0)
+    always_save_checkpoint: bool = setting(True, "False: evaluations save only the best so far")
     wandb_log: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name of the run")
@@ -100,6 +108,7 @@ class TrainSettings(DeviceSettings, LogSettings, OptimizerSettings, ModelSetting
 
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # what a checkpoint's weights decide
+NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # where a run is and what it is to do, not what it is
 
 
 @dataclass
@@ -109,7 +118,9 @@ class TrainingState:
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    step: int = 0  # optimizer steps done
+    bad_steps: torch.Tensor  # skipped in a row, counted on the device
+    step: int = 0  # steps done
+    evaluated: int = -1  # the step of the last evaluation
     best_val_loss: float = math.inf
 
     def state_dict(self):
@@ -117,15 +128,21 @@ class TrainingState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "bad_steps": self.bad_steps,
             "iter_num": self.step,
+            "evaluated": self.evaluated,
             "best_val_loss": self.best_val_loss,
         }
 
     def load_state_dict(self, saved):
         """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved.get("scaler") or self.scaler.state_dict())
+        settings = self.optimizer.state_dict()["param_groups"]  # the run's own, not the checkpoint's
+        self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": settings})
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.bad_steps += saved.get("bad_steps", 0)
         self.step = int(saved["iter_num"])
+        self.evaluated = int(saved.get("evaluated", -1))
         self.best_val_loss = float(saved["best_val_loss"])
 
 
@@ -134,113 +151,108 @@ def main(argv):
     source = None
     if config.init_from == "resume":
         source = checkpoint.load(Path(config.out_dir) / checkpoint.NEWEST)
-        left_out = ("out_dir", "init_from", "eval_only")  # where this run is, and what it is to do
-        saved = {name: value for name, value in source.get("config", {}).items() if name not in left_out}
+        saved = {name: value for name, value in source.get("config", {}).items() if name not in NOT_RESUMED}
         config = parse(TrainSettings, argv, saved)
     elif config.init_from != "scratch":
         source = checkpoint.load_start(config.init_from)
-    with join_world(config.device, config.backend) as world:
+    with StopSignals() as stop, join_world(config.device, config.backend) as world:
         try:
-            train(config, source, world)
+            train(config, source, world, stop)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise UserError(
-                f"out of memory on {world.device} with batch_size={config.batch_size}: try "
-                f"--batch_size={max(1, config.batch_size // 2)} "
-                f"--gradient_accumulation_steps={2 * config.gradient_accumulation_steps}"
-            ) from None
+            raise UserError(f"out of memory on {world.device}: {smaller_batch(config)}") from None
+    if stop.received == signal.SIGINT:
+        sys.exit(130)
 
 
-def train(config, source, world):
-    """
-    The run that `config` describes, from the checkpoint contents `source` (None: from scratch), on this
-    process.
-    """
+def train(config, source, world, stop):
+    """The run that `config` describes, from the checkpoint contents `source` (None: from scratch)."""
     if config.gradient_accumulation_steps % world.size:
         raise UsageError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
             f"must be divisible by their number, {world.size}"
         )
-    torch.set_float32_matmul_precision("high")  # float32 products of a GPU in TF32
+    set_precision(config)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
+    autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
     data = Dataset(config.dataset)
     config, gpt = build_model(config, source, data.tokenizer)
     data.require_length(config.block_size)
-    gpt.to(world.device)
+    state = start_state(config, gpt.to(world.device), source, dtype)
+    model = torch.compile(gpt) if compiled else gpt
+    wrapped = world.wrap(model)
+
+    log = Log(config, world, state, dtype)
+    log.line(
+        f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step(config):,} tokens a step, "
+        f"{world.size} x {world.device}, {str(dtype).removeprefix('torch.')}{' compiled' * compiled}"
+    )
+    log.changes(source)
+    if config.eval_only:
+        log.evaluation(state.step, evaluate(model, data, config, world, autocast))
+        return
+    saver = checkpoint.Saver(config.out_dir)
+    saved_at, saved_when = state.step, time.monotonic()
+    while True:
+        finished = state.step >= config.max_iters
+        stopping = world.any(stop.received is not None)
+        save = stopping or (config.checkpoint_interval and state.step % config.checkpoint_interval == 0)
+        save |= 0 < 60 * config.checkpoint_minutes <= time.monotonic() - saved_when
+        best = False
+        evaluation_due = finished or state.step % config.eval_interval == 0
+        if evaluation_due and state.evaluated != state.step and not stopping:
+            with log.pause():
+                losses = evaluate(model, data, config, world, autocast)
+            log.evaluation(state.step, losses)
+            best = losses["val"] < state.best_val_loss
+            save |= best or config.always_save_checkpoint
+            state.best_val_loss = min(losses["val"], state.best_val_loss)
+            state.evaluated = state.step
+        if save and state.step > 0 and (best or state.step > saved_at) and world.is_main:
+            with log.pause():
+                log.saved(state.step, saver.save(contents(state, config, data.tokenizer), best))
+            saved_at, saved_when = state.step, time.monotonic()
+        if finished or stopping:
+            break
+
+        learning_rate = learning_rate_at(state.step, config)
+        batches = micro_batches(data, config, world, state.step)
+        loss, grad_norm = train_step(wrapped, state, batches, learning_rate, config, world, autocast)
+        if state.step % config.log_interval == 0:
+            log.training(state, world.mean(loss), grad_norm, learning_rate)
+        state.step += 1
+        log.bar.update()
+    saver.wait()
+    log.close(state, stop.received if stopping else None)
+
+
+def contents(state, config, tokenizer):
+    """What a checkpoint holds: all that training, sampling and exporting need."""
+    return {
+        **state.state_dict(),
+        "model_args": asdict(state.model.config),
+        "config": asdict(config),
+        "tokenizer": tokenizer.to_json(),
+    }
+
+
+def start_state(config, gpt, source, dtype):
+    """The state at the run's first step: all new, or on resume as it was saved."""
+    device = gpt.lm_head.weight.device
     state = TrainingState(
         model=gpt,
-        optimizer=make_optimizer(gpt, config, world.device),
-        scaler=torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16),
+        optimizer=make_optimizer(gpt, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        bad_steps=torch.zeros((), dtype=torch.int64, device=device),
     )
     if config.init_from == "resume":
         try:
             state.load_state_dict(source)
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error}") from None
-    resumed_at = state.step if config.init_from == "resume" else None
-
-    model = torch.compile(gpt) if compiled else gpt
-    wrapped = world.wrap(model)
-    autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
-    tokens_per_step = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    peak = (
-        peak_flops(torch.cuda.get_device_name(world.device), dtype) if world.device.type == "cuda" else None
-    )
-
-    log = Log(config, world, resumed_at)
-    precision = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
-    log.line(
-        f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a step, "
-        f"{world.size} x {world.device}, {precision}"
-    )
-    started = clock = time.perf_counter()
-    evaluation_seconds = tokens = 0
-    while True:
-        last = state.step >= config.max_iters
-        due = (state.step % config.eval_interval == 0 or last) and state.step != resumed_at
-        if due or config.eval_only:
-            before = time.perf_counter()
-            losses = evaluate(model, data, config, world, autocast)
-            log.evaluation(state.step, losses)
-            if config.eval_only:
-                break
-            if state.step > 0 and world.is_main:
-                save(state, losses["val"], config, data.tokenizer)
-            state.best_val_loss = min(state.best_val_loss, losses["val"])
-            clock, tokens = time.perf_counter(), 0
-            evaluation_seconds += clock - before
-        if last:
-            break
-
-        set_learning_rate(state.optimizer, learning_rate_at(state.step, config))
-        batches = micro_batches(data, config, world, state.step)
-        loss, grad_norm = train_step(wrapped, state, batches, config, world, autocast)
-        tokens += tokens_per_step
-        if state.step % config.log_interval == 0:
-            loss = world.mean(loss).item()  # waits for the device, as nothing else in a step does
-            tokens_per_second = tokens / (time.perf_counter() - clock)
-            numbers = {
-                "loss": loss,
-                "lr": learning_rate_at(state.step, config),
-                "grad_norm": grad_norm.item(),
-            }
-            numbers["tokens_per_second"] = tokens_per_second
-            if peak:
-                numbers["mfu"] = tokens_per_second * gpt.flops_per_token() / (peak * world.size)
-            log.training(state.step, numbers)
-            clock, tokens = time.perf_counter(), 0
-        state.step += 1
-        log.bar.update()
-    log.close()
-    if not config.eval_only:
-        seconds = time.perf_counter() - started
-        log.line(
-            f"done: step {state.step} after {seconds:.1f} s, of which evaluation and saving took "
-            f"{evaluation_seconds:.1f} s; best val loss {state.best_val_loss:.4f}\n"
-            f"to see what it writes: python sample.py --out_dir={config.out_dir}"
-        )
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error!r}") from None
+    return state
 
 
 def build_model(config, source, tokenizer):
@@ -284,11 +296,13 @@ def padded(vocab_size):
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
 
 
-def make_optimizer(gpt, config, device):
-    """AdamW (Loshchilov & Hutter 2017), in one fused kernel where the device has it."""
+def make_optimizer(gpt, config):
+    """
+    AdamW (Loshchilov & Hutter 2017) as one fused kernel, which can leave out a bad step without asking the
+    host.
+    """
     groups = gpt.parameter_groups(config.weight_decay)
-    fused = device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate_at(step, config):
@@ -305,9 +319,8 @@ def learning_rate_at(step, config):
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
 
 
-def set_learning_rate(optimizer, learning_rate):
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+def tokens_per_step(config):
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
 def micro_batches(data, config, world, step):
@@ -325,18 +338,18 @@ def to_device(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def train_step(model, state, batches, config, world, autocast):
+def train_step(model, state, batches, learning_rate, config, world, autocast):
     """
     One optimizer step over this process's micro-batches; state's model is trained through `model`, its
-    wrapped form.
+    wrapped form. A step whose gradient is not finite changes no weight and adds to `state.bad_steps`.
 
-    Returns tensors on the device: the mean loss of these micro-batches, and the gradient's norm before
-    clipping.
+    Returns two tensors on the device: the mean loss of these micro-batches, and the norm of the gradient
+    before clipping.
     """
     share = config.gradient_accumulation_steps // world.size
     loss_sum = torch.zeros((), device=world.device)
     for micro_step, (x, y, seed) in enumerate(batches, start=1):
-        torch.manual_seed(seed)  # dropout is a function of (seed, step, micro-batch) too
+        torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, micro_step == share):
             with autocast:
                 _, loss = model(x, y)
@@ -344,6 +357,13 @@ def train_step(model, state, batches, config, world, autocast):
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    bad = ~torch.isfinite(grad_norm)
+    state.bad_steps.add_(1).mul_(bad)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.found_inf = (
+        bad.float()
+    )  # fused optimizers leave out a step by this, as GradScaler asks them to
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -370,47 +390,31 @@ def evaluate(model, data, config, world, autocast):
     return losses
 
 
-def save(state, val_loss, config, tokenizer):
-    """
-    ckpt.pt, the newest, with all that training needs; best.pt, the weights with the lowest validation loss.
-    """
-    out_dir = Path(config.out_dir)
-    best = val_loss < state.best_val_loss
-    contents = {
-        **state.state_dict(),
-        "best_val_loss": min(val_loss, state.best_val_loss),
-        "model_args": asdict(state.model.config),
-        "config": asdict(config),
-        "tokenizer": tokenizer.to_json(),
-    }
-    if best or config.always_save_checkpoint:
-        checkpoint.save(out_dir / checkpoint.NEWEST, contents)
-    if best:
-        del contents["optimizer"], contents["scaler"]
-        checkpoint.save(out_dir / checkpoint.BEST, contents)
-
-
 class Log:
     """
     Where a run's numbers go: metrics.jsonl always, the terminal, wandb where asked. Only the main process has
     one.
     """
 
-    def __init__(self, config, world, resumed_at):
-        self.is_main = world.is_main
+    def __init__(self, config, world, state, dtype):
+        self.config, self.is_main = config, world.is_main
         self.metrics = self.wandb = None
+        flops = (
+            peak_flops(torch.cuda.get_device_name(world.device), dtype)
+            if world.device.type == "cuda"
+            else None
+        )
+        self.mfu_per_token = state.model.flops_per_token() / (flops * world.size) if flops else None
         on_terminal = self.is_main and sys.stderr.isatty() and not config.eval_only
         self.bar = tqdm(
-            total=config.max_iters,
-            initial=resumed_at or 0,
-            unit="step",
-            disable=not on_terminal,
-            smoothing=0.05,
+            total=config.max_iters, initial=state.step, unit="step", disable=not on_terminal, smoothing=0.05
         )
         if self.is_main and not config.eval_only:
-            self.metrics = open_metrics(Path(config.out_dir), resumed_at)
+            self.metrics = open_metrics(Path(config.out_dir), state)
         if self.is_main and config.wandb_log:
             self.wandb = start_wandb(config)
+        self.started = self.clock = time.perf_counter()  # of the run, and of the steps since the last line
+        self.last_step, self.paused = state.step - 1, 0.0
 
     def line(self, text):
         if self.is_main:
@@ -419,50 +423,105 @@ class Log:
 
     def record(self, step, numbers):
         if self.metrics:
-            self.metrics.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.metrics.flush()
+            finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+            try:
+                self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
+                self.metrics.flush()
+            except OSError as error:
+                warn(f"{self.metrics.name} can't be written ({error.strerror}): training goes on without it")
+                self.metrics = None
         if self.wandb:
             self.wandb.log(numbers, step=step)
+
+    @contextmanager
+    def pause(self):
+        """Time in here (evaluation, saving) is not training time."""
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+        self.clock += time.perf_counter() - before
+
+    def changes(self, source):
+        """Say which settings a resumed run has that its checkpoint had not."""
+        before = source.get("config", {}) if source and self.config.init_from == "resume" else {}
+        now = asdict(self.config)
+        changed = [
+            name for name in now if name in before and name not in NOT_RESUMED and before[name] != now[name]
+        ]
+        if changed:
+            self.line("changed: " + ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed))
 
     def evaluation(self, step, losses):
         self.line(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         self.record(step, {f"{split}_loss": loss for split, loss in losses.items()})
 
-    def training(self, step, numbers):
-        self.record(step, numbers)
-        speed = f"{numbers['tokens_per_second'] / 1e3:.1f}k tokens/s"
-        text = f"loss {numbers['loss']:.4f}, lr {numbers['lr']:.2e}, {speed}"
-        if "mfu" in numbers:
+    def saved(self, step, seconds):
+        self.record(step, {"save_stall_ms": 1000 * seconds})
+
+    def training(self, state, loss, grad_norm, learning_rate):
+        """
+        Log a step; the only place where training waits for the device. Raises UserError after too many bad
+        steps.
+        """
+        loss, grad_norm, bad_steps = loss.item(), grad_norm.item(), int(state.bad_steps)
+        tokens = (state.step - self.last_step) * tokens_per_step(self.config)
+        tokens_per_second = tokens / (time.perf_counter() - self.clock)
+        numbers = {
+            "loss": loss,
+            "lr": learning_rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_second,
+        }
+        text = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second / 1e3:.1f}k tokens/s"
+        if self.mfu_per_token:
+            numbers["mfu"] = tokens_per_second * self.mfu_per_token
             text += f", MFU {numbers['mfu']:.1%}"
+        if bad_steps:
+            numbers["bad_steps"] = bad_steps
+            text += f", {bad_steps} steps skipped"
+        self.record(state.step, numbers)
         if self.bar.disable:
-            self.line(f"step {step}: {text}")
+            self.line(f"step {state.step}: {text}")
         else:
             self.bar.set_postfix_str(text, refresh=False)
+        self.clock, self.last_step = time.perf_counter(), state.step
+        if bad_steps >= self.config.max_bad_steps:
+            self.bar.close()
+            raise UserError(
+                f"{bad_steps} steps in a row up to step {state.step} had a gradient that is not finite: try "
+                f"--dtype=float32 or a --learning_rate below {self.config.learning_rate}; the checkpoint stays"
+            )
 
-    def close(self):
+    def close(self, state, received):
         self.bar.close()
+        seconds, out_dir = time.perf_counter() - self.started, self.config.out_dir
+        how = f"stopped by {received.name}" if received else "done"
+        self.line(
+            f"{how}: step {state.step} after {seconds:.1f} s "
+            f"({self.paused:.1f} s of it evaluation and saving), best val loss {state.best_val_loss:.4f}"
+        )
+        if received:
+            self.line(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
+        else:
+            self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
             self.metrics.close()
         if self.wandb:
             self.wandb.finish()
 
 
-def open_metrics(out_dir, resumed_at):
-    """
-    metrics.jsonl, empty for a new run; for a resumed one without what an interrupted run logged past its
-    checkpoint.
-    """
+def open_metrics(out_dir, state):
+    """metrics.jsonl, without the lines that an earlier run wrote past the state that this one starts from."""
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "metrics.jsonl"
     kept = []
-    if resumed_at is not None and path.exists():
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            try:
-                numbers = json.loads(line)
-            except ValueError:
-                break  # torn when the run was killed
-            if numbers["step"] < resumed_at or numbers["step"] == resumed_at and "val_loss" in numbers:
-                kept.append(line)
+    for line in path.read_text("utf-8").splitlines(keepends=True) if state.step and path.exists() else []:
+        try:
+            numbers = json.loads(line)
+        except ValueError:
+            break  # torn when the run was killed
+        if numbers["step"] < state.step or numbers["step"] == state.evaluated and "val_loss" in numbers:
+            kept.append(line)
     beside = path.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), "utf-8")
     os.replace(beside, path)
@@ -470,19 +529,46 @@ def open_metrics(out_dir, resumed_at):
 
 
 def start_wandb(config):
+    """
+    wandb's run; None, with a warning, where its server is out of reach. Raises UserError where it needs the
+    user.
+    """
     try:
         import wandb
     except ImportError:
         raise UserError("wandb_log=True needs: pip install wandb") from None
     try:
         return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
+    except wandb.errors.CommError as error:
+        warn(f"wandb is out of reach, so this run does not log to it ({' '.join(str(error).split())[:150]})")
     except wandb.errors.Error as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"wandb can't start ({reason}): WANDB_MODE=offline logs without a network") from None
 
 
+def set_precision(config):
+    """
+    How float32 products are computed, and with --deterministic that every operation repeats bit for bit.
+    """
+    torch.set_float32_matmul_precision("high")  # on a GPU in TF32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
+
+
 def is_out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def smaller_batch(config):
+    """
+    What to try when memory is short: the next smaller micro-batch with the accumulation that keeps the total.
+    """
+    if config.batch_size == 1:
+        return "batch_size is 1 already, so try a smaller --block_size, --n_layer or --n_embd"
+    smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.batch_size % size == 0)
+    steps = config.gradient_accumulation_steps * config.batch_size // smaller
+    return f"try --batch_size={smaller} --gradient_accumulation_steps={steps}"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,31 @@
-"""Checkpoints on disk: saved atomically, loaded without running any code that is in them."""
+"""
+Checkpoints on disk: saved atomically and without stalling, loaded without running any code that is in them.
+"""
 
 import os
+import threading
+import time
+import zipfile
 from pathlib import Path
 
 import torch
 
 from kqv import dataset, huggingface, tokenizer
-from kqv.errors import UserError
+from kqv.errors import UserError, warn
 
 NEWEST = "ckpt.pt"
+PREVIOUS = "ckpt.prev.pt"
 BEST = "best.pt"
+ONLY_TO_TRAIN = ("optimizer", "scaler")  # what best.pt leaves out
 
 
 def save(path, contents):
     """
-    Write `contents` (tensors and plain values) beside `path` and rename: a crash leaves the old file or the
-    new one.
+    Write `contents` (tensors and plain values) beside `path`, then rename: a crash at any byte leaves a whole
+    file.
+
+    The newest checkpoint's predecessor stays as ckpt.prev.pt. torch.save stores a CRC-32 of every record,
+    which `load` checks.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.new")
@@ -24,9 +34,79 @@ def save(path, contents):
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.name == NEWEST and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
         os.replace(beside, path)
+        sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync_folder(folder):
+    """Make renames in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Saver:
+    """
+    Saves a run's checkpoints while it goes on: a copy to host memory, then a thread that writes the copy.
+    """
+
+    def __init__(self, out_dir):
+        self.out_dir = Path(out_dir)
+        self.copies = {}  # (address, shape, type) of a tensor -> its copy, used again at the next save
+        self.thread = None
+
+    def save(self, contents, best):
+        """
+        Copy `contents` and begin to write ckpt.pt, and best.pt where `best`; the seconds that it kept the
+        caller.
+        """
+        before = time.perf_counter()
+        self.wait()
+        copy = self.copy(contents)
+        if any(tensor.is_pinned() for tensor in self.copies.values()):
+            torch.cuda.synchronize()
+        files = {NEWEST: copy}
+        if best:
+            files[BEST] = {name: value for name, value in copy.items() if name not in ONLY_TO_TRAIN}
+        self.thread = threading.Thread(target=self.write, args=(files,))
+        self.thread.start()
+        return time.perf_counter() - before
+
+    def copy(self, value):
+        """A copy in host memory; tensors that share memory (tied weights) share it there too."""
+        if isinstance(value, dict):
+            return {name: self.copy(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.copy(part) for part in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = (value.data_ptr(), value.shape, value.dtype)
+        if key not in self.copies:
+            self.copies[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self.copies[key].copy_(value, non_blocking=True)
+
+    def write(self, files):
+        for name, contents in files.items():
+            try:
+                save(self.out_dir / name, contents)
+            except (
+                OSError,
+                RuntimeError,
+            ) as error:  # torch's writer raises RuntimeError when the disk is full
+                reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+                warn(f"{self.out_dir / name} can't be saved ({reason}): training goes on, the last one stays")
+
+    def wait(self):
+        """Until what is being written is on disk."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
 
 
 def load(path):
@@ -34,15 +114,32 @@ def load(path):
     A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was
     saved.
 
-    Only tensors and plain values are read (`weights_only`). Raises UserError for a file that is anything
+    Only tensors and plain values are read (`weights_only`). Where ckpt.pt is torn or missing and its
+    predecessor is whole, that one is returned, with a warning. Raises UserError for a file that is anything
     else.
     """
     path = Path(path)
     try:
+        return load_file(path)
+    except UserError as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != NEWEST or not previous.exists():
+            raise
+        contents = load_file(previous)
+        warn(f"{error}; using {previous}, of step {contents.get('iter_num', 'unknown')}")
+        return contents
+
+
+def load_file(path):
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if torn := archive.testzip():
+                    raise UserError(f"{path} is damaged: the checksum of its record {torn} is wrong")
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # a torn or foreign file raises nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]

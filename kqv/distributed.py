@@ -20,6 +20,9 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    control: dist.ProcessGroup | None = (
+        None  # processes agree through this on the CPU, without waiting for a GPU
+    )
 
     @property
     def is_main(self):
@@ -34,6 +37,14 @@ class World:
     def mean(self, values):
         """The mean of a tensor over all processes; each gets it."""
         return self.sum(values) / self.size
+
+    def any(self, flag):
+        """Whether the flag is set in any process; all get the same answer."""
+        if self.size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, group=self.control)
+        return votes.item() > 0
 
     def wrap(self, model):
         """The model whose backward averages gradients over all processes."""
@@ -70,6 +81,7 @@ def join_world(device_name, backend):
         backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend)
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size())
+        control = dist.new_group(backend="gloo")
+        yield World(device, dist.get_rank(), dist.get_world_size(), control)
     finally:
         dist.destroy_process_group()

@@ -38,6 +38,11 @@ def run(main):
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 
 
+def warn(message):
+    """Say what went wrong where the program can go on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def fail(message, status):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
