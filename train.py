@@ -185,9 +185,10 @@ def train(config, source, world, stop):
     wrapped = world.wrap(model)
 
     log = Log(config, world, state, dtype)
+    how = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     log.line(
         f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step(config):,} tokens a step, "
-        f"{world.size} x {world.device}, {str(dtype).removeprefix('torch.')}{' compiled' * compiled}"
+        f"{world.size} x {world.device}, {how}"
     )
     log.changes(source)
     if config.eval_only:
@@ -489,7 +490,7 @@ class Log:
             self.bar.close()
             raise UserError(
                 f"{bad_steps} steps in a row up to step {state.step} had a gradient that is not finite: try "
-                f"--dtype=float32 or a --learning_rate below {self.config.learning_rate}; the checkpoint stays"
+                f"--dtype=float32 or a --learning_rate below {self.config.learning_rate}; ckpt.pt stays"
             )
 
     def close(self, state, received):

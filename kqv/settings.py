@@ -157,7 +157,7 @@ def convert(name, value, kind, where, from_text=False):
 def from_string(text, kind):
     """A command-line string as `kind`, or None where it is not one."""
     if kind is str:
-        return text
+        return from_value(text, kind)
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     if typing.get_origin(kind) is typing.Literal:
@@ -182,6 +182,8 @@ def from_value(value, kind):
             return float(value) if math.isfinite(value) else None
         except OverflowError:
             return None
+    if kind is str and type(value) is str and "\0" in value:
+        return None  # no file name or command line can hold it
     return value if type(value) is kind else None
 
 

@@ -1,6 +1,7 @@
 """What the tests share: small real text, real prepared sets, and the scripts run as a user runs them."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ TINY_RUN = [
 ]
 TINY_RUN += ["--eval_iters=2", "--warmup_iters=1", "--lr_decay_iters=6", "--learning_rate=1e-2"]
 
+# A test that goes wrong and wants all memory gets an error, and the machine stays usable.
+resource.setrlimit(resource.RLIMIT_DATA, (10 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 
 

@@ -1,0 +1,439 @@
+"""A run survives signals, kills, torn files, full disks, bad numbers and odd command lines."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, process_environment
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import sample
+import train
+from kqv import checkpoint
+from kqv.distributed import World
+from kqv.errors import UserError
+
+RUN = [*TINY_RUN, "--dataset=tiny", "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=1"]
+
+
+def weights(out_dir, name="ckpt.pt"):
+    return torch.load(Path(out_dir) / name, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(out_dir):
+    """{(step, kind): number} of everything in metrics.jsonl that does not depend on the clock."""
+    numbers = {}
+    for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for kind in ("loss", "lr", "grad_norm", "train_loss", "val_loss"):
+            if kind in entry:
+                assert (entry["step"], kind) not in numbers, "logged twice"
+                numbers[entry["step"], kind] = entry[kind]
+    return numbers
+
+
+def start(cwd, *arguments, launcher=()):
+    """A real training process, in a process group of its own."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *RUN, *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(out_dir, step, process, seconds=120):
+    """Until metrics.jsonl has reached a step."""
+    deadline = time.monotonic() + seconds
+    path = Path(out_dir) / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def test_resume_continues_bit_for_bit(cli, tiny_set, tmp_path):
+    assert cli(train.main, *RUN, "--out_dir=straight", "--max_iters=7")[0] == 0
+    for stop_at in (1, 3, 5):  # one of them at an evaluation, two between
+        shutil.rmtree("stopped", ignore_errors=True)
+        first = ["--out_dir=stopped", f"--max_iters={stop_at}", "--eval_interval=3"]
+        assert cli(train.main, *RUN, *first)[0] == 0
+        status, out, err = cli(train.main, "--init_from=resume", "--out_dir=stopped", "--max_iters=7")
+        assert status == 0, err
+        assert f"max_iters {stop_at} -> 7" in out
+        assert same(weights("stopped"), weights("straight"))
+        assert metrics("straight").items() <= metrics("stopped").items()
+
+
+def test_resume_continues_the_gradient_scaler(cli, tiny_set):
+    half = [*RUN, "--dtype=float16"]
+    assert cli(train.main, *half, "--out_dir=straight")[0] == 0
+    assert cli(train.main, *half, "--out_dir=stopped", "--max_iters=3")[0] == 0
+    assert checkpoint.load("stopped/ckpt.pt")["scaler"]["_growth_tracker"] == 3
+    assert cli(train.main, "--init_from=resume", "--out_dir=stopped", "--max_iters=6")[0] == 0
+    assert same(weights("stopped"), weights("straight"))
+
+
+def test_resume_takes_changed_optimizer_settings_and_says_so(cli, tiny_set):
+    assert cli(train.main, *RUN, "--out_dir=a", "--max_iters=3")[0] == 0
+    changed = ["--weight_decay=0.5", "--beta2=0.9", "--max_iters=4"]
+    status, out, _ = cli(train.main, "--init_from=resume", "--out_dir=a", *changed)
+    assert status == 0
+    assert "weight_decay 0.1 -> 0.5" in out and "beta2 0.95 -> 0.9" in out
+    groups = checkpoint.load("a/ckpt.pt")["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.5 and groups[0]["betas"] == (0.9, 0.9)
+
+
+def test_deterministic_runs_repeat(cli, tiny_set):
+    try:
+        for name in "ab":
+            assert cli(train.main, *RUN, f"--out_dir={name}", "--deterministic=True")[0] == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(weights("a"), weights("b"))
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(cli, tiny_set, tmp_path, name, status):
+    process = start(tmp_path, "--out_dir=stopped", "--max_iters=100000", "--eval_interval=1000")
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert f"stopped by {name}" in out and "Traceback" not in err
+    step = checkpoint.load("stopped/ckpt.pt")["iter_num"]
+    assert max(key[0] for key in metrics("stopped")) == step - 1  # nothing done was lost
+    further = [f"--max_iters={step + 2}", "--eval_interval=1000"]
+    assert cli(train.main, "--init_from=resume", "--out_dir=stopped", *further)[0] == 0
+    assert cli(train.main, *RUN, "--out_dir=straight", *further)[0] == 0
+    assert same(weights("stopped"), weights("straight"))
+    assert metrics("straight") == metrics("stopped")
+
+
+def test_a_second_ctrl_c_quits_at_once(cli, tiny_set, tmp_path):
+    # The first evaluation reads the whole text in single windows: long enough to be interrupted twice.
+    slow = ["--out_dir=out", "--batch_size=1", "--eval_iters=1000000", "--n_layer=12"]
+    process = start(tmp_path, *slow)
+    while not (tmp_path / "out" / "metrics.jsonl").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.strip() == "error: interrupted"
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_at_the_same_step_and_resume(cli, tiny_set, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = start(
+        tmp_path, "--out_dir=stopped", "--max_iters=100000", "--eval_interval=1000", launcher=launcher
+    )
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=90)
+    step = checkpoint.load("stopped/ckpt.pt")["iter_num"]
+    further = [f"--max_iters={step + 3}", "--eval_interval=1000"]
+    command = [sys.executable, *launcher, str(ROOT / "train.py")]
+    resumed = [*command, "--init_from=resume", "--out_dir=stopped", *further]
+    subprocess.run(resumed, cwd=tmp_path, env=process_environment(), check=True, capture_output=True)
+    straight = [*command, *RUN, "--out_dir=straight", *further]
+    subprocess.run(straight, cwd=tmp_path, env=process_environment(), check=True, capture_output=True)
+    assert same(weights("stopped"), weights("straight"))
+    assert metrics("stopped") == metrics("straight")
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(cli, tiny_set, tmp_path):
+    """A run that saves every third step, killed at random moments and resumed, ends as one never killed."""
+    steps = ["--max_iters=400", "--lr_decay_iters=400", "--eval_interval=50", "--checkpoint_interval=3"]
+    assert cli(train.main, *RUN, *steps, "--out_dir=straight")[0] == 0
+    moment = random.Random(7)
+    kills, lost = 0, []
+    while kills < 20:
+        begun = (tmp_path / "killed" / "ckpt.pt").exists() or (tmp_path / "killed" / "ckpt.prev.pt").exists()
+        process = start(tmp_path, *steps, "--out_dir=killed", *(["--init_from=resume"] if begun else []))
+        path, done = tmp_path / "killed" / "metrics.jsonl", 0
+        while process.poll() is None and not (path.exists() and '"loss"' in path.read_text()):
+            time.sleep(0.01)
+        time.sleep(moment.uniform(0, 0.25))
+        process.kill()
+        process.communicate()
+        kills += 1
+        entries = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        done = max((json.loads(line)["step"] for line in entries), default=-1) + 1
+        if (tmp_path / "killed" / "ckpt.pt").exists():
+            lost.append(done - checkpoint.load(tmp_path / "killed" / "ckpt.pt")["iter_num"])
+    process = start(tmp_path, *steps, "--out_dir=killed", "--init_from=resume")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert same(weights("killed"), weights("straight"))
+    assert same(weights("killed", "best.pt"), weights("straight", "best.pt"))
+    assert metrics("killed") == metrics("straight")
+    print(f"{kills} kills survived; steps lost at each: {lost}")
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """A folder with a ckpt.pt and its predecessor, and what is in them."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        contents = {"model": {"a": torch.randn(300) + step}, "model_args": {"n_layer": 1}, "iter_num": step}
+        checkpoint.save(folder / "ckpt.pt", contents)
+    return folder
+
+
+def is_step(contents, folder, name):
+    expected = torch.load(folder / name, weights_only=True)
+    return contents["iter_num"] == expected["iter_num"] and same(contents["model"], expected["model"])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_torn_checkpoint_is_refused_or_its_predecessor_used(two_checkpoints, tmp_path, data):
+    whole = (two_checkpoints / "ckpt.pt").read_bytes()
+    offset = data.draw(st.integers(0, len(whole) - 1), label="offset")
+    bit = data.draw(st.none() | st.integers(0, 7), label="bit")  # None: cut there
+    torn = whole[:offset] if bit is None else bytearray(whole)
+    if bit is not None:
+        torn[offset] ^= 1 << bit
+    (tmp_path / "ckpt.pt").write_bytes(torn)
+    (tmp_path / "ckpt.prev.pt").unlink(missing_ok=True)
+    try:
+        contents = checkpoint.load(tmp_path / "ckpt.pt")
+    except UserError as error:
+        assert "ckpt.pt" in str(error)
+        shutil.copy(two_checkpoints / "ckpt.prev.pt", tmp_path)
+        assert is_step(checkpoint.load(tmp_path / "ckpt.pt"), two_checkpoints, "ckpt.prev.pt")
+    else:  # the bit was in padding, which nothing reads
+        assert is_step(contents, two_checkpoints, "ckpt.pt")
+
+
+@pytest.mark.parametrize("fails_at", range(1, 4))
+def test_a_save_that_breaks_off_leaves_a_whole_checkpoint(two_checkpoints, tmp_path, monkeypatch, fails_at):
+    """Whichever step of saving is the last before a crash, what can be loaded is the state before."""
+    for name in ("ckpt.pt", "ckpt.prev.pt"):
+        shutil.copy(two_checkpoints / name, tmp_path)
+    steps = [(os, "fsync"), (os, "replace"), (os, "replace")]
+    real, calls = {name: getattr(os, name) for _, name in steps}, []
+
+    def crash_later(name):
+        def step(*arguments):
+            calls.append(name)
+            if len(calls) == fails_at:
+                raise KeyboardInterrupt
+            return real[name](*arguments)
+
+        return step
+
+    for name in real:
+        monkeypatch.setattr(os, name, crash_later(name))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path / "ckpt.pt", {"model": {}, "model_args": {}, "iter_num": 3})
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 2
+
+
+def test_training_goes_on_when_the_disk_is_full(cli, tiny_set, tmp_path):
+    """A limit on the size of files stands in for the full disk: only the checkpoint is larger than it."""
+    assert cli(train.main, *RUN, "--out_dir=out", "--max_iters=3")[0] == 0
+    limit = (tmp_path / "out" / "ckpt.pt").stat().st_size - 1000
+    larger = [sys.executable, str(ROOT / "train.py"), "--init_from=resume", "--out_dir=out", "--max_iters=6"]
+    done = subprocess.run(
+        larger,
+        cwd=tmp_path,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: step 6" in done.stdout
+    assert "warning:" in done.stderr and "ckpt.pt" in done.stderr and "Traceback" not in done.stderr
+    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 3
+    assert not list((tmp_path / "out").glob(".*")), "something half-written was left"
+
+
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(cli, tiny_set):
+    assert cli(train.main, *RUN, "--out_dir=out", "--max_iters=3")[0] == 0
+    before = weights("out")
+    broken = ["--learning_rate=1e30", "--decay_lr=False", "--max_iters=1000", "--max_bad_steps=5"]
+    status, out, err = cli(train.main, "--init_from=resume", "--out_dir=out", "--eval_interval=1000", *broken)
+    assert status == 1
+    assert err.count("\n") == 1 and "5 steps in a row" in err and "--learning_rate" in err
+    assert same(weights("out"), before)
+
+
+def test_a_skipped_step_changes_no_weight_and_no_moment(cli, tiny_set):
+    config = train.parse(train.TrainSettings, [*RUN, "--dropout=0.0"])
+    data = train.Dataset("tiny")
+    config, gpt = train.build_model(config, None, data.tokenizer)
+    state = train.start_state(config, gpt, None, torch.float32)
+    world = World(torch.device("cpu"))
+
+    def step(number):
+        batches = train.micro_batches(data, config, world, number)
+        train.train_step(gpt, state, batches, 1e-3, config, world, nullcontext())
+        return [p.detach().clone() for p in gpt.parameters()], state.optimizer.state_dict()["state"][0][
+            "step"
+        ].clone()
+
+    before, count = step(0)
+    hook = gpt.lm_head.weight.register_hook(lambda gradient: gradient * math.nan)
+    after, same_count = step(1)
+    assert all(map(torch.equal, before, after)) and count == same_count
+    assert state.bad_steps == 1
+    hook.remove()
+    further, _ = step(2)
+    assert not any(map(torch.equal, before, further)) and state.bad_steps == 0
+    assert all(p.isfinite().all() for p in further)
+
+
+def test_out_of_memory_proposes_a_smaller_batch_of_the_same_total(cli, tiny_set):
+    enormous = 3 * 10**14
+    status, _, err = cli(train.main, *RUN, f"--batch_size={enormous}")
+    assert status == 1
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert f"--batch_size={enormous // 2} --gradient_accumulation_steps=4" in err
+
+
+VALUES = [
+    "",
+    "0",
+    "1",
+    "2",
+    "-1",
+    "1e1",
+    "1.5",
+    "nan",
+    "inf",
+    "1e999",
+    "None",
+    "True",
+    "auto",
+    "cpu",
+    "cuda:99",
+    "é\x00",
+]
+VALUES += [
+    "../..",
+    "/",
+    "tiny",
+    "resume",
+    "scratch",
+    "[1]",
+    "'",
+    "float16",
+    "best",
+    "FILE:",
+    "-",
+    " ",
+    "\udcff",
+]
+
+
+def random_value(choice, kind):
+    """Half of the time a value that the setting's type admits, else anything."""
+    if choice.random() < 0.5:
+        return choice.choice(VALUES)
+    return str(
+        choice.choice(get_args(kind) or {bool: [True, False], str: ["out", "tiny", "a"]}.get(kind, [1, 2, 3]))
+    )
+
+
+def random_arguments(choice, types):
+    for _ in range(choice.randint(1, 5)):
+        name = choice.choice(list(types)) if choice.random() < 0.95 else choice.choice(["lr", "", "-", "="])
+        value = random_value(choice, types.get(name, str)).rstrip("\0")
+        form = choice.random()
+        yield from [f"--{name}={value}"] if form < 0.7 else [f"--{name}", value] if form < 0.95 else [value]
+
+
+def test_a_thousand_odd_command_lines_and_no_traceback(cli, tiny_set, tmp_path, monkeypatch):
+    assert cli(train.main, *RUN, "--out_dir=out", "--max_iters=1")[0] == 0
+    monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))
+    choice = random.Random(3)
+    small_train = [*TINY_RUN, "--dataset=tiny", "--max_iters=1"]
+    scripts = [
+        (train.main, train.TrainSettings, small_train),
+        (sample.main, sample.SampleSettings, ["--max_new_tokens=2"]),
+        (prepare.main, prepare.PrepareSettings, ["text.txt"]),
+    ]
+    statuses = Counter()
+    for number in range(1000):
+        main, cls, arguments = scripts[number % 3]
+        untouched = ("wandb_log", "backend", "compile", "device", "sources", "deterministic")
+        types = {name: kind for name, kind in get_type_hints(cls).items() if name not in untouched}
+        arguments = [*arguments, *random_arguments(choice, types)]
+        if number % 2 and main is not prepare.main:  # by way of a config file too
+            names = choice.sample(list(types), 3)
+            lines = [f"{name} = {random_value(choice, types[name])!r}" for name in names]
+            lines.append(choice.choice(["", "", "x = [", "1/0"]))
+            (tmp_path / "odd.py").write_text("\n".join(lines), "utf-8", errors="surrogatepass")
+            arguments.append("odd.py")
+        status, _, err = cli(main, *arguments)  # an exception would end the test here
+        statuses[status] += 1
+        lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+        assert status == 0 or len(lines) == 1 and lines[0].startswith("error: "), (arguments, err)
+    assert set(statuses) == {0, 1, 2}, statuses
+    print(statuses)
+
+
+def test_a_hostile_checkpoint_runs_nothing(cli, tiny_set, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'owned'}",))
+
+    for where in ("model", "optimizer", "config"):
+        contents = {
+            "model": {},
+            "model_args": {},
+            "optimizer": {"state": {}},
+            "iter_num": 1,
+            "best_val_loss": 1.0,
+        }
+        contents[where] = Hostile()
+        Path("out").mkdir(exist_ok=True)
+        torch.save(contents, "out/ckpt.pt")
+        for main, arguments in ((train.main, [*RUN, "--init_from=resume"]), (sample.main, [])):
+            status, _, err = cli(main, *arguments)
+            assert status == 1 and err.count("\n") == 1 and "ckpt.pt" in err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_saving_keeps_training_waiting_only_for_a_copy(cli, tiny_set):
+    """The stall is logged, and what is written beside training is the state of its step, not a later one."""
+    often = ["--checkpoint_interval=1", "--eval_interval=1000", "--max_iters=5"]
+    assert cli(train.main, *RUN, *often, "--out_dir=often")[0] == 0
+    entries = [json.loads(line) for line in Path("often/metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "save_stall_ms" in entry] == [1, 2, 3, 4, 5]
+    assert cli(train.main, *RUN, "--out_dir=straight", "--eval_interval=1000", "--max_iters=4")[0] == 0
+    assert same(weights("often", "ckpt.prev.pt"), weights("straight"))
