@@ -21,10 +21,8 @@ ONLY_TO_TRAIN = ("optimizer", "scaler")  # what best.pt leaves out
 
 def save(path, contents):
     """
-    Write `contents` (tensors and plain values) beside `path`, then rename: a crash at any byte leaves a whole
-    file.
-
-    The newest checkpoint's predecessor stays as ckpt.prev.pt. torch.save stores a CRC-32 of every record,
+    Write `contents` (tensors and plain values) beside `path`, then rename: a crash at any byte leaves a file
+    that is whole. ckpt.pt's predecessor stays as ckpt.prev.pt. torch.save stores a CRC-32 of every record,
     which `load` checks.
     """
     path = Path(path)
@@ -52,9 +50,7 @@ def sync_folder(folder):
 
 
 class Saver:
-    """
-    Saves a run's checkpoints while it goes on: a copy to host memory, then a thread that writes the copy.
-    """
+    """Saves a run's checkpoints while it goes on: it waits for a copy in host memory, a thread writes that."""
 
     def __init__(self, out_dir):
         self.out_dir = Path(out_dir)
@@ -62,10 +58,7 @@ class Saver:
         self.thread = None
 
     def save(self, contents, best):
-        """
-        Copy `contents` and begin to write ckpt.pt, and best.pt where `best`; the seconds that it kept the
-        caller.
-        """
+        """Copy `contents`, begin to write ckpt.pt (and best.pt); returns the seconds that the caller waited."""
         before = time.perf_counter()
         self.wait()
         copy = self.copy(contents)
@@ -95,10 +88,7 @@ class Saver:
         for name, contents in files.items():
             try:
                 save(self.out_dir / name, contents)
-            except (
-                OSError,
-                RuntimeError,
-            ) as error:  # torch's writer raises RuntimeError when the disk is full
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, when the disk is full
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 warn(f"{self.out_dir / name} can't be saved ({reason}): training goes on, the last one stays")
 

@@ -104,9 +104,7 @@ def read_config_file(path):
         exec(compile(source, path, "exec"), namespace)
     except KeyboardInterrupt:
         raise
-    except (
-        BaseException
-    ) as error:  # the file is the user's code: whatever it raises (SystemExit too) is its error
+    except BaseException as error:  # whatever the user's code raises, SystemExit too, is an error in it
         raise UsageError(
             f"config file {path}{line_of(error, path)}: {type(error).__name__}: {error}"
         ) from None

@@ -77,6 +77,17 @@ def test_dropout_acts_in_training_alone():
     assert not torch.equal(logits_of(gpt, idx), logits_of(gpt, idx))
 
 
+@pytest.mark.parametrize("place", ["drop", "h.0.attn", "h.0.attn.resid_dropout", "h.1.mlp.dropout"])
+def test_dropout_acts_in_each_of_its_places(place):
+    gpt, idx = random_gpt(dropout=0.5).train(), random_ids(2, 8)
+    for name, module in gpt.transformer.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5 if name == place else 0.0
+        elif isinstance(module, CausalSelfAttention):
+            module.dropout = 0.5 if name == place else 0.0  # of the attention weights
+    assert not torch.equal(logits_of(gpt, idx), logits_of(gpt, idx))
+
+
 @pytest.mark.parametrize("size", GPT2_SIZES)
 def test_logits_equal_hugging_faces_gpt2(size):
     transformers = pytest.importorskip("transformers")
@@ -207,7 +218,7 @@ def test_top_k_1_and_vanishing_temperatures_are_greedy():
         assert torch.equal(gpt.generate(prompt, 30, temperature=temperature), greedy)
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e30])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e30])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 100])
 def test_draw_gives_ids_whatever_the_size_of_the_logits(temperature, top_k):
     logits = torch.tensor([[-3e4, 3e4, 0.0, 1.0], [5.0, 1e4, -math.inf, -math.inf], [0.0, 1.0, 0.5, -1.0]])
@@ -246,10 +257,12 @@ def test_the_seed_decides_the_text_and_rows_are_drawn_apart():
 
 def test_stream_yields_what_generate_joins_and_leaves_gradients_on():
     gpt, prompt = random_gpt(), random_ids(2, 3)
-    tokens = []
+    tokens, recorded = [], []
+    gpt.lm_head.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
     for token in gpt.stream(prompt, 10, temperature=0):
-        assert token.shape == (2, 1) and torch.is_grad_enabled() and not token.requires_grad
+        assert token.shape == (2, 1) and torch.is_grad_enabled()
         tokens.append(token)
+    assert recorded == [False] * 10  # generation itself keeps no graph
     assert torch.equal(torch.cat([prompt, *tokens], dim=1), gpt.generate(prompt, 10, temperature=0))
     assert torch.equal(gpt.generate(prompt, 0), prompt)
 

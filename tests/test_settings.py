@@ -1,5 +1,5 @@
 """
-Settings: where a value comes from, what is refused and in which words, and that nanoGPT's own config files run.
+Settings: where a value comes from, what is refused and in which words, that nanoGPT's own config files run.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
@@ -20,6 +20,7 @@ from kqv.errors import UsageError
 from kqv.settings import parse
 from train import TrainSettings
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 FIELDS = {field.name: field for field in dataclasses.fields(TrainSettings)}
 TYPES = typing.get_type_hints(TrainSettings)
 
@@ -32,7 +33,7 @@ def config_file(folder, source, name="a.py"):
 
 @pytest.fixture
 def refusal(cli):
-    """Run train.py with settings that must be refused: refusal("--seed=-1") -> the one line that it prints."""
+    """Run train.py with settings that must be refused -> the one line that it prints."""
 
     def run(*argv):
         status, out, err = cli(train.main, *argv)
@@ -93,7 +94,9 @@ def test_the_ways_to_write_a_value_on_the_command_line(argv, expected):
     }
 
 
-@pytest.mark.parametrize("text", ["1+1=", "", " two  words ", "'quoted'", '"', "True", "1e4", "--x", "é\n\t$HOME"])
+@pytest.mark.parametrize(
+    "text", ["1+1=", "", " two  words ", "'quoted'", '"', "True", "1e4", "--x", "é\n\t$HOME"]
+)
 def test_text_stays_as_it_was_typed(text, tmp_path):
     assert parse(sample.SampleSettings, [f"--start={text}"]).start == text
     assert parse(TrainSettings, [config_file(tmp_path, f"out_dir = {text!r}")]).out_dir == text
@@ -135,7 +138,9 @@ def test_saved_settings_replace_defaults_and_give_way_to_all_else(tmp_path):
     assert config == TrainSettings(n_layer=4, n_head=2, n_embd=32, compile=True)
 
 
-@pytest.mark.parametrize("saved", [{"n_layer": "four"}, {"n_layer": 2.5}, {"dropout": float("nan")}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "saved", [{"n_layer": "four"}, {"n_layer": 2.5}, {"dropout": float("nan")}, {"seed": -1}]
+)
 def test_saved_settings_are_checked_like_all_others(saved):
     with pytest.raises(UsageError, match=next(iter(saved))):
         parse(TrainSettings, [], saved)
@@ -236,7 +241,10 @@ def test_a_config_file_that_can_not_be_read_is_refused(refusal, tmp_path):
 
 
 def test_config_files_do_not_see_each_other(refusal, tmp_path):
-    first, second = config_file(tmp_path, "n_layer = 2", "a.py"), config_file(tmp_path, "n_head = n_layer", "b.py")
+    first, second = (
+        config_file(tmp_path, "n_layer = 2", "a.py"),
+        config_file(tmp_path, "n_head = n_layer", "b.py"),
+    )
     assert "NameError" in refusal(first, second)
 
 
@@ -297,13 +305,13 @@ def assert_has(config, values):
         assert typing.get_origin(kind) is typing.Literal or type(getattr(config, name)) is kind
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(ANY_SETTINGS)
 def test_any_values_come_through_the_command_line(values):
     assert_has(parse(TrainSettings, [f"--{name}={value}" for name, value in values.items()]), values)
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(ANY_SETTINGS)
 def test_any_values_come_through_a_config_file(values):
     with tempfile.TemporaryDirectory() as folder:
@@ -311,13 +319,13 @@ def test_any_values_come_through_a_config_file(values):
         assert_has(parse(TrainSettings, [config_file(Path(folder), source)]), values)
 
 
-# What an operating system can hand over: any character but NUL, and bytes that are no UTF-8 as lone surrogates.
+# What an operating system hands over: any character but NUL, and bytes that are no UTF-8 as lone surrogates.
 ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"))
 NAMES = st.sampled_from([*FIELDS, "help", "max_itrs"]) | ANY_TEXT
 ANY_ARGUMENT = ANY_TEXT | NAMES.map("--{}".format) | st.builds("--{}={}".format, NAMES, ANY_TEXT)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(UNHURRIED, max_examples=300)
 @given(st.lists(ANY_ARGUMENT))
 def test_any_arguments_parse_or_are_refused(argv):
     try:
@@ -411,7 +419,13 @@ max_iters = 20
 learning_rate = 3e-5
 decay_lr = False
 """,
-        {"init_from": "gpt2-xl", "dataset": "shakespeare", "learning_rate": 3e-5, "decay_lr": False, "max_iters": 20},
+        {
+            "init_from": "gpt2-xl",
+            "dataset": "shakespeare",
+            "learning_rate": 3e-5,
+            "decay_lr": False,
+            "max_iters": 20,
+        },
     ),
     "eval_gpt2": (
         """
@@ -429,7 +443,9 @@ init_from = 'gpt2'
 @pytest.mark.parametrize("name", NANOGPT)
 def test_nanogpts_config_files_run_unchanged(name, tmp_path):
     source, expected = NANOGPT[name]
-    config = parse(TrainSettings, [config_file(tmp_path, source, f"{name}.py"), "--compile=False", "--device=cpu"])
+    config = parse(
+        TrainSettings, [config_file(tmp_path, source, f"{name}.py"), "--compile=False", "--device=cpu"]
+    )
     assert {setting: getattr(config, setting) for setting in expected} == expected
     assert (config.compile, config.device) == (False, "cpu")
     if name == "finetune_shakespeare":

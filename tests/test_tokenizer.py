@@ -1,10 +1,8 @@
 """
-Tokenizers: any text comes back, nothing in a text is read as a special token, and no definition on disk runs code.
+Tokenizers: any text comes back, no text is read as a special token, no definition on disk runs code.
 """
 
-import builtins
 import collections
-import functools
 import hashlib
 import json
 import os
@@ -14,13 +12,14 @@ import time
 
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kqv import dataset, sources
 from kqv.errors import UserError
 from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_json, from_nanogpt
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 KNOWN_IDS = {  # as OpenAI's own encoder gives them
     "Hello world": [15496, 995],
@@ -30,31 +29,31 @@ KNOWN_IDS = {  # as OpenAI's own encoder gives them
 }
 
 
-@functools.cache
-def made(kind):
-    """A tokenizer whose vocabulary is its own matter; gpt2's files may have to come from the package index."""
-    if kind == "byte":
-        return ByteTokenizer()
+@pytest.fixture(scope="module")
+def gpt2():
     try:
         return GPT2Tokenizer()
     except UserError as error:
-        pytest.skip(str(error))
+        skip_offline(error)
 
 
 @pytest.fixture(params=["byte", "gpt2"], scope="module")
 def tokenizer(request):
-    return made(request.param)
+    """Each tokenizer that takes any text."""
+    return ByteTokenizer() if request.param == "byte" else request.getfixturevalue("gpt2")
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    return made("gpt2")
+def skip_offline(error):
+    """Skip where `error` says that the package index is out of reach, else it is a failure."""
+    if "package index" not in str(error):
+        raise error
+    pytest.skip(str(error))
 
 
 # Text -> ids -> text
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(text=TEXT)
 def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -63,7 +62,7 @@ def test_any_text_comes_back(tokenizer, text):
     assert tokenizer.decode_bytes(ids) == text.encode("utf-8")
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.data())
 def test_any_text_in_its_alphabet_comes_back_from_characters(alphabet, data):
     tokenizer = CharTokenizer.trained_on([alphabet[:2], alphabet[2:]])
@@ -74,7 +73,7 @@ def test_any_text_in_its_alphabet_comes_back_from_characters(alphabet, data):
     assert tokenizer.vocab_size == len(set(alphabet))
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(text=TEXT, cuts=st.lists(st.integers(0, 30)))
 def test_a_stream_may_be_cut_between_any_two_ids(tokenizer, text, cuts):
     ids = tokenizer.encode(text)
@@ -88,7 +87,7 @@ def test_half_a_character_becomes_a_replacement_character(tokenizer):
     assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd"
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(before=TEXT, after=TEXT)
 def test_a_special_token_in_a_text_is_text(tokenizer, before, after):
     text = f"{before}<|endoftext|>{after}"
@@ -96,7 +95,9 @@ def test_a_special_token_in_a_text_is_text(tokenizer, before, after):
     assert tokenizer.separator not in ids and tokenizer.decode(ids) == text
 
 
-@pytest.mark.parametrize("text, position", [("ab☃", 2), ("☃", 0), ("abbam", 4), ("a\nb", 1), ("z😀", 1), ("ab\udcff", 2)])
+@pytest.mark.parametrize(
+    "text, position", [("ab☃", 2), ("☃", 0), ("abbam", 4), ("a\nb", 1), ("z😀", 1), ("ab\udcff", 2)]
+)
 def test_characters_name_the_one_they_do_not_know_and_where_it_is(text, position):
     with pytest.raises(UserError) as error:
         CharTokenizer("abz").encode(text)
@@ -133,7 +134,7 @@ def test_gpt2_comes_from_the_package_index_where_its_own_download_fails(tmp_path
     try:
         fetched = GPT2Tokenizer()
     except UserError as error:
-        pytest.skip(str(error))
+        skip_offline(error)
     monkeypatch.setattr(subprocess, "run", no_process)
     for tokenizer in (fetched, GPT2Tokenizer()):
         assert {text: tokenizer.encode(text).tolist() for text in KNOWN_IDS} == KNOWN_IDS
@@ -141,7 +142,9 @@ def test_gpt2_comes_from_the_package_index_where_its_own_download_fails(tmp_path
 
 
 def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(gpt2, tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))  # by default a folder in /tmp that all may write to
+    monkeypatch.setenv(
+        "TIKTOKEN_CACHE_DIR", str(tmp_path)
+    )  # by default a folder in /tmp that all may write to
     folder = sources.unpacked_wheel(sources.GPT2_WHEEL, download=False)
     if folder is None:
         pytest.skip("tiktoken's own download works here")
@@ -159,11 +162,14 @@ def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(gpt2, tmp_pat
 # On disk
 
 
-@settings(deadline=None)
+@UNHURRIED
 @given(alphabet=TEXT.filter(bool))
 def test_characters_come_back_from_json(alphabet):
     saved = json.loads(json.dumps(CharTokenizer.trained_on([alphabet]).to_json()))
-    assert from_json(saved).encode(alphabet).tolist() == CharTokenizer.trained_on([alphabet]).encode(alphabet).tolist()
+    assert (
+        from_json(saved).encode(alphabet).tolist()
+        == CharTokenizer.trained_on([alphabet]).encode(alphabet).tolist()
+    )
     assert from_json(saved).to_json() == saved
 
 
@@ -205,7 +211,11 @@ def test_a_damaged_definition_is_refused(definition):
 
 def nanogpt_meta(chars):
     """What nanoGPT's prepare.py puts into meta.pkl."""
-    return {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    return {
+        "vocab_size": len(chars),
+        "itos": dict(enumerate(chars)),
+        "stoi": {c: i for i, c in enumerate(chars)},
+    }
 
 
 def read(folder, content):
@@ -236,8 +246,8 @@ class Calls:
     [
         lambda flag: Calls(os.system, f"touch {flag}"),
         lambda flag: Calls(os.mkdir, flag),
-        lambda flag: Calls(builtins.eval, f"open({flag!r}, 'w').close()"),
-        lambda flag: Calls(builtins.getattr(builtins, "open"), flag, "w"),
+        lambda flag: Calls(eval, f"open({flag!r}, 'w').close()"),
+        lambda flag: Calls(open, flag, "w"),
         lambda flag: {**nanogpt_meta("ab"), "more": Calls(os.mkdir, flag)},
     ],
     ids=["system", "mkdir", "eval", "open", "beside good content"],
@@ -252,7 +262,9 @@ def test_a_pickle_that_calls_a_function_is_refused_and_calls_none(hostile, proto
     assert flag.exists()  # so the pickle was a hostile one
 
 
-@pytest.mark.parametrize("content", [collections.OrderedDict(nanogpt_meta("ab")), print, dict, time.struct_time])
+@pytest.mark.parametrize(
+    "content", [collections.OrderedDict(nanogpt_meta("ab")), print, dict, time.struct_time]
+)
 def test_a_pickle_that_names_a_class_or_a_function_is_refused(content, tmp_path):
     with pytest.raises(UserError, match="meta.pkl"):
         read(tmp_path, pickle.dumps(content))
