@@ -50,7 +50,7 @@ def sync_folder(folder):
 
 
 class Saver:
-    """Saves a run's checkpoints while it goes on: it waits for a copy in host memory, a thread writes that."""
+    """Saves a run as it goes on: the run waits for a copy in host memory, and a thread writes that."""
 
     def __init__(self, out_dir):
         self.out_dir = Path(out_dir)
@@ -58,7 +58,7 @@ class Saver:
         self.thread = None
 
     def save(self, contents, best):
-        """Copy `contents`, begin to write ckpt.pt (and best.pt); returns the seconds that the caller waited."""
+        """Copy `contents`, begin to write ckpt.pt (and best.pt); returns the seconds the caller waited."""
         before = time.perf_counter()
         self.wait()
         copy = self.copy(contents)
