@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kqv import dataset, sources
 from kqv.errors import UsageError, UserError, run
 from kqv.settings import parse, setting
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from kqv.tokenizer import KINDS, CharTokenizer
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ def main(argv):
     if is_prepared(folder, kind, about):
         print(f"{folder} is ready: the same text and tokenizer as before")
         return
-    tokenizer = {"char": CharTokenizer.trained_on, "byte": ByteTokenizer, "gpt2": GPT2Tokenizer}[kind]
-    tokenizer = tokenizer(documents) if kind == "char" else tokenizer()
+    tokenizer = CharTokenizer.trained_on(documents) if kind == "char" else KINDS[kind]()
     texts = split(documents, config.val_fraction)
     splits = {}
     for part, part_documents in texts.items():

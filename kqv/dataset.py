@@ -102,9 +102,9 @@ def windows(tokens, starts, block_size):
 def how_to_prepare(name):
     if name in sources.BUILT_IN:
         return f"make it with: python prepare.py {name}"
-    for source in sources.BUILT_IN:
-        if str(name).startswith(f"{source}_"):
-            return f"make it with: python prepare.py {source} --tokenizer={str(name)[len(source) + 1 :]}"
+    source, _, kind = str(name).rpartition("_")
+    if source in sources.BUILT_IN and kind in tokenizer.KINDS:
+        return f"make it with: python prepare.py {source} --tokenizer={kind}"
     return f"make it with: python prepare.py YOUR_TEXT.txt --name={name}"
 
 

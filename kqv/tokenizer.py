@@ -152,15 +152,16 @@ def gpt2_encoding():
     )
 
 
+KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer)}
+
+
 def from_json(definition):
     """The tokenizer that `to_json` described. Raises UserError for a definition that is none."""
     match definition:
         case {"kind": "char", "chars": str(chars)} if chars:
             return CharTokenizer(chars)
-        case {"kind": "byte"}:
-            return ByteTokenizer()
-        case {"kind": "gpt2"}:
-            return GPT2Tokenizer()
+        case {"kind": "byte" | "gpt2" as kind}:
+            return KINDS[kind]()
     raise UserError(
         f"unknown tokenizer definition {str(definition)[:80]}: prepare the data again with prepare.py"
     )

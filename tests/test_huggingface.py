@@ -157,7 +157,7 @@ def test_sampling_with_an_unknown_vocabulary_is_refused(cli, tmp_path):
 
 def test_a_folder_without_weights_is_refused(cli, folder):
     (folder / "model.safetensors").unlink()
-    refused(cli, folder, folder, "model.safetensors")
+    refused(cli, folder, folder, "model.safetensors", "save_pretrained")
 
 
 @pytest.mark.parametrize("left", [0, 5, 300, -1])

