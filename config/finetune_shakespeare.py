@@ -1,4 +1,4 @@
-# Fine-tune GPT-2 XL on tiny Shakespeare (python prepare.py shakespeare). --init_from=gpt2 for a smaller start.
+# Fine-tune GPT-2 XL on tiny Shakespeare (python prepare.py shakespeare); --init_from=gpt2 is smaller.
 import time
 
 out_dir = "out-shakespeare"

@@ -208,6 +208,7 @@ def test_a_wrong_command_line_is_refused_with_the_value_and_the_way_out(argv, pa
         ("learning_rate = 10**400", ["learning_rate = 1000", "finite"]),
         ("learning_rate = False", ["learning_rate = False", "finite"]),
         ("out_dir = 3", ["out_dir = 3", "text"]),
+        (r"out_dir = '\0'", ["out_dir", "text"]),
         ("bias = 1", ["bias = 1", "True|False"]),
         ("compile = 1", ["compile = 1", "auto"]),
         ("dtype = 'float64'", ["dtype = 'float64'", "bfloat16"]),
@@ -281,6 +282,10 @@ def test_help_is_given_wherever_it_is_asked_for(argv, cli):
 # Any value, any argument
 
 
+# What an operating system hands over: any character but NUL, and bytes that are no UTF-8 as lone surrogates.
+ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"))
+
+
 def values_of(field):
     """A strategy for the values that a setting may have."""
     kind = TYPES[field.name]
@@ -291,8 +296,10 @@ def values_of(field):
         return st.integers(at_least, None if below is None else below - 1)
     if kind is float:
         bounds = {"exclude_max": below is not None, "allow_nan": False, "allow_infinity": False}
-        return st.floats(at_least, below, **bounds) | st.integers(int(at_least), 0 if below == 1 else 2**53)
-    return st.text() if kind is str else st.sampled_from(typing.get_args(kind))
+        return st.floats(at_least, below, **bounds) | st.integers(
+            int(at_least or 0), 2**53 if below is None else int(below) - 1
+        )
+    return ANY_TEXT if kind is str else st.sampled_from(typing.get_args(kind))
 
 
 ANY_SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(field) for name, field in FIELDS.items()})
@@ -319,8 +326,6 @@ def test_any_values_come_through_a_config_file(values):
         assert_has(parse(TrainSettings, [config_file(Path(folder), source)]), values)
 
 
-# What an operating system hands over: any character but NUL, and bytes that are no UTF-8 as lone surrogates.
-ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"))
 NAMES = st.sampled_from([*FIELDS, "help", "max_itrs"]) | ANY_TEXT
 ANY_ARGUMENT = ANY_TEXT | NAMES.map("--{}".format) | st.builds("--{}={}".format, NAMES, ANY_TEXT)
 
