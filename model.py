@@ -201,8 +201,8 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config, weights):
         """A GPT with the given weights {parameter name: tensor}. Raises ValueError where they don't fit."""
-        model = cls(config)
         try:
+            model = cls(config)  # a size far too large is a RuntimeError too
             model.load_state_dict(weights)
         except RuntimeError as error:
             raise ValueError(" ".join(str(error).split())[:200]) from None
@@ -298,7 +298,8 @@ class GPT(nn.Module):
                 f"block_size={block_size} is not within 1 to {self.config.block_size}, what the model has"
             )
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()  # a view would save it whole
+        self.transformer.wpe.weight = nn.Parameter(kept)
         self.transformer.wpe.num_embeddings = block_size
 
     def parameter_groups(self, weight_decay):
@@ -320,9 +321,8 @@ def draw(logits, temperature, top_k, generator=None):
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
-    logits = (
-        logits - logits.amax(dim=-1, keepdim=True)
-    ) / temperature  # the largest is 0: no temperature overflows
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no temperature makes it overflow
+    logits = logits / max(temperature, 1e-30)  # below that, 1/temperature is no float32
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): the smallest that stays
         logits = logits.masked_fill(logits < kth, -math.inf)

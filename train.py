@@ -271,7 +271,10 @@ def build_model(config, source, tokenizer):
         shape = GPTConfig(**{name: value for name, value in source["model_args"].items() if name in known})
         gpt = GPT.from_weights(replace(shape, dropout=config.dropout), source["model"])
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from None
+        if source is None:
+            raise UsageError(str(error)) from None
+        start = config.out_dir if config.init_from == "resume" else config.init_from
+        raise UserError(f"the weights of {start} are not those of a GPT: {error}") from None
     if config.init_from == "resume":
         for name in ARCHITECTURE:
             if getattr(config, name) != getattr(shape, name):

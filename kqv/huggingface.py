@@ -12,6 +12,15 @@ NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "model.safetensors")
 # OpenAI's code keeps these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# What a GPT-2 config may say otherwise and the model here is always: (the default, its other spellings).
+AS_TRAINED = {
+    "model_type": ("gpt2",),
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # one function, two names
+    "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "tie_word_embeddings": (True,),
+}
 
 
 def load(source):
@@ -40,13 +49,12 @@ def load(source):
             "n_embd": config["n_embd"],
             "bias": True,
         }
-        if config.get("activation_function", "gelu_new") != "gelu_new" or config.get("n_inner") not in (
-            None,
-            4 * config["n_embd"],
-        ):
-            raise UserError(
-                f"{source} is not GPT-2's architecture (another activation or MLP width): use one that is"
-            )
+        for name, allowed in {**AS_TRAINED, "n_inner": (None, 4 * config["n_embd"])}.items():
+            if config.get(name, allowed[0]) not in allowed:
+                raise UserError(
+                    f"{source} is not GPT-2's architecture ({name} is {config[name]}, not {allowed[0]}): "
+                    "use one that is"
+                )
         contents = {"model": our_weights(load_file(weights_path)), "model_args": model_args}
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
@@ -66,7 +74,8 @@ def local_file(source, name):
         path = Path(source) / name
         if not path.exists():
             raise UserError(
-                f"{source} has no {name}: save the model with save_pretrained(..., safe_serialization=True)"
+                f"{source} has no {name}, the weights in one file: load it with transformers' "
+                "GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
             )
         return path
     try:

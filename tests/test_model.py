@@ -218,7 +218,7 @@ def test_top_k_1_and_vanishing_temperatures_are_greedy():
         assert torch.equal(gpt.generate(prompt, 30, temperature=temperature), greedy)
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-38, 1e30])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30])
 @pytest.mark.parametrize("top_k", [0, 1, 3, 100])
 def test_draw_gives_ids_whatever_the_size_of_the_logits(temperature, top_k):
     logits = torch.tensor([[-3e4, 3e4, 0.0, 1.0], [5.0, 1e4, -math.inf, -math.inf], [0.0, 1.0, 0.5, -1.0]])
@@ -471,6 +471,7 @@ def test_crop_block_size_keeps_the_logits_of_short_inputs():
     assert torch.equal(logits_of(again.eval(), idx), before)
     with pytest.raises(ValueError, match="6"):
         gpt(random_ids(1, 6))
+    assert gpt.transformer.wpe.weight.untyped_storage().nbytes() == 5 * 16 * 4  # what a checkpoint would save
     gpt(idx, idx)[1].backward()
     assert gpt.transformer.wpe.weight.grad.shape == (5, 16)
 
