@@ -182,9 +182,8 @@ def tokenizer_of(contents):
     """
     if "tokenizer" in contents:
         return tokenizer.from_json(contents["tokenizer"])
-    name = contents.get("config", {}).get("dataset", "")
-    folder = Path("data") / str(name)
-    if name and (folder / "meta.pkl").exists() or (folder / "meta.json").exists():
+    folder = Path("data") / str(contents.get("config", {}).get("dataset", "unnamed"))
+    if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         return dataset.read_meta(folder)[0]
     vocab_size = contents["model_args"].get("vocab_size")
     if vocab_size in (50257, 50304):
