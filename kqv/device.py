@@ -57,7 +57,7 @@ def find_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else "no reason given"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:100]
         raise UserError(
             f"device {name} can't be used ({reason}): use --device=auto or --device=cpu"
         ) from None

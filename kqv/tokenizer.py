@@ -58,7 +58,7 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
             raise UserError(
-                f"the character {text[position]!a} at position {position} is not in the tokenizer's "
+                f"the character {text[position]!r} at position {position} is not in the tokenizer's "
                 f"vocabulary of {self.vocab_size} characters: use only {''.join(self.chars)!r}"
             )
         return ids.astype(np.uint32)
