@@ -82,14 +82,15 @@ def default_name(paths, built_in, suffix):
     if built_in:
         return built_in + suffix
     if len(paths) > 1 or any(letter in paths[0] for letter in "*?["):
-        raise UsageError(f"{len(paths)} sources need a name for their set: --name=mytext, for example")
+        raise UsageError("several files need a name for their set: --name=mytext, for example")
     return Path(paths[0]).stem + suffix
 
 
 def hash_of(documents):
     """sha256 of the documents' UTF-8 bytes, one after another."""
     digest = hashlib.sha256()
-    for document in documents:
+    for index, document in enumerate(documents):
+        digest.update(b"\xff" * (index > 0))  # where one ends; no byte of UTF-8
         digest.update(document.encode("utf-8"))
     return digest.hexdigest()
 

@@ -84,8 +84,10 @@ def read_meta(folder):
             meta = json.loads(ours.read_text("utf-8"))
             if meta["format"] != FORMAT:
                 raise UserError(f"{ours} has format {meta['format']}, not {FORMAT}: run prepare.py again")
+            if meta["dtype"] not in ("uint16", "uint32"):  # "O" would read the file as addresses
+                raise ValueError(f"dtype {meta['dtype']!r}")
             return tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]), dict(meta["tokens"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{ours} is damaged ({error}): run prepare.py again") from None
     if nanogpt.exists():
         return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), {}
@@ -104,7 +106,7 @@ def how_to_prepare(name):
         return f"make it with: python prepare.py {name}"
     source, _, kind = str(name).rpartition("_")
     if source in sources.BUILT_IN and kind in tokenizer.KINDS:
-        return f"make it with: python prepare.py {source} --tokenizer={kind}"
+        return f"make it with: python prepare.py {source} --tokenizer={kind} --name={name}"
     return f"make it with: python prepare.py YOUR_TEXT.txt --name={name}"
 
 
@@ -143,7 +145,7 @@ def write(folder, splits, tok, about):
         **about,
     }
     contents = {f"{split}.bin": ids.astype(dtype).tobytes() for split, ids in splits.items()}
-    contents["meta.json"] = (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+    contents["meta.json"] = (json.dumps(meta, indent=1) + "\n").encode("utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f".{name}.new" for name in contents}
     try:

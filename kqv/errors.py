@@ -48,5 +48,5 @@ def warn(message):
 
 
 def fail(message, status):
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(status)

@@ -91,7 +91,7 @@ def read_config_file(path):
     The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are its own.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             source = file.read()
     except OSError as error:
         raise UsageError(
@@ -123,7 +123,7 @@ def read_config_file(path):
 
 def line_of(error, path):
     """Where in the file at `path` an exception came from, as ", line N"; empty where it can't be told."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == path and error.lineno:
         return f", line {error.lineno}"
     lines = []
     trace = error.__traceback__

