@@ -59,9 +59,10 @@ class CharTokenizer(Tokenizer):
         ids = self.id_of[np.minimum(code_points(text), len(self.id_of) - 1)]
         if (ids < 0).any():
             position = int(np.argmax(ids < 0))
+            shown = self.chars if len(self.chars) <= 100 else f"{self.chars[:100]}..."
             raise UserError(
                 f"the character {text[position]!r} at position {position} is not in the tokenizer's "
-                f"vocabulary of {self.vocab_size} characters: use only {''.join(self.chars)!r}"
+                f"vocabulary of {self.vocab_size} characters: use only {shown!r}"
             )
         return ids.astype(np.uint32)
 
