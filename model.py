@@ -36,8 +36,9 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but it must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
             raise ValueError(
@@ -201,12 +202,17 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config, weights):
         """A GPT with the given weights {parameter name: tensor}. Raises ValueError where they don't fit."""
+        blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+        if len(blocks) != config.n_layer:
+            raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(blocks)} blocks")
         try:
-            model = cls(config)  # a size far too large is a RuntimeError too
-            model.load_state_dict(weights)
+            with torch.device("meta"):  # names and shapes only: memory is taken by weights that are there
+                model = cls(config)
+            model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ValueError(" ".join(str(error).split())[:200]) from None
-        return model
+        model.transformer.wte.weight = model.lm_head.weight  # tied again
+        return model.float()
 
     def forward(self, idx, targets=None, cache=None):
         """

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kqv import checkpoint
-from kqv.device import DeviceSettings, find_compile, find_device, find_dtype
+from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, is_out_of_memory
 from kqv.errors import UserError, run
 from kqv.settings import parse, setting
 from model import GPT, GPTConfig
@@ -30,7 +30,7 @@ class TextSettings:
     """What to write"""
 
     start: str = setting("\n", "the text to continue; FILE:path reads a file, - reads standard input")
-    num_samples: int = setting(1, "how many continuations", at_least=1)
+    num_samples: int = setting(1, "how many continuations", at_least=1, below=2**31)
     max_new_tokens: int = setting(500, "tokens in each", at_least=0)
     temperature: float = setting(
         0.8, "below 1: likelier tokens more often; 0: always the likeliest", at_least=0.0
@@ -50,6 +50,16 @@ class SampleSettings(DeviceSettings, TextSettings, ModelSettings):
 
 def main(argv):
     config = parse(SampleSettings, argv)
+    try:
+        write(config)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory with num_samples={config.num_samples}: try fewer") from None
+
+
+def write(config):
+    """Print what the settings ask for."""
     text = read_prompt(config.start)
     device = find_device(config.device)
     compiled = find_compile(False if config.compile == "auto" else config.compile, device)
@@ -89,7 +99,10 @@ def read_prompt(start):
         content, name = sys.stdin.buffer.read(), "standard input"
     elif start.startswith("FILE:"):
         name = start.removeprefix("FILE:")
-        content = Path(name).read_bytes()
+        try:
+            content = Path(name).read_bytes()
+        except OSError as error:
+            raise UserError(f"--start=FILE:{name} can't be read: {error.strerror}") from None
     else:
         return start
     try:
@@ -103,15 +116,16 @@ def read_prompt(start):
 def load(config):
     """(model ready to write, tokenizer) that the settings ask for."""
     if config.init_from == "resume":
-        contents = checkpoint.load(checkpoint.find(config.out_dir, config.checkpoint))
+        path = checkpoint.find(config.out_dir, config.checkpoint)
+        contents = checkpoint.load(path)
     else:
-        contents = checkpoint.load_start(config.init_from)
+        path, contents = config.init_from, checkpoint.load_start(config.init_from)
     known = {field.name for field in fields(GPTConfig)}
     try:
         shape = GPTConfig(**{name: value for name, value in contents["model_args"].items() if name in known})
         gpt = GPT.from_weights(shape, contents["model"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"the checkpoint's weights are not those of a GPT: {error}") from None
+        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
     return gpt.eval(), checkpoint.tokenizer_of(contents)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
-from kqv.device import DeviceSettings, find_compile, find_dtype, peak_flops
+from kqv.device import DeviceSettings, find_compile, find_dtype, is_out_of_memory, peak_flops
 from kqv.distributed import join_world
 from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting
@@ -45,7 +45,7 @@ class DataSettings:
     """Data"""
 
     dataset: str = setting("openwebtext", "a prepared set: the folder data/<dataset>, or an absolute path")
-    batch_size: int = setting(12, "sequences in one micro-batch", at_least=1)
+    batch_size: int = setting(12, "sequences in one micro-batch", at_least=1, below=2**50)
     gradient_accumulation_steps: int = setting(
         5 * 8, "micro-batches in one step, over all processes", at_least=1
     )
@@ -137,7 +137,13 @@ class TrainingState:
     def load_state_dict(self, saved):
         """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
         settings = self.optimizer.state_dict()["param_groups"]  # the run's own, not the checkpoint's
-        self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": settings})
+        moments = saved["optimizer"]["state"]
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):  # the fused kernel trusts these shapes
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[number][name].shape != parameter.shape:
+                    raise ValueError(f"{name} of parameter {number} has another shape than the parameter")
+        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.bad_steps += saved.get("bad_steps", 0)
@@ -178,6 +184,8 @@ def train(config, source, world, stop):
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
     data = Dataset(config.dataset)
+    if source is None:
+        data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)
     data.require_length(config.block_size)
     state = start_state(config, gpt.to(world.device), source, dtype)
@@ -194,7 +202,7 @@ def train(config, source, world, stop):
     if config.eval_only:
         log.evaluation(state.step, evaluate(model, data, config, world, autocast))
         return
-    saver = checkpoint.Saver(config.out_dir)
+    saver = checkpoint.Saver(config.out_dir, is_new_run=config.init_from != "resume")
     saved_at, saved_when = state.step, time.monotonic()
     while True:
         finished = state.step >= config.max_iters
@@ -209,7 +217,7 @@ def train(config, source, world, stop):
             log.evaluation(state.step, losses)
             best = losses["val"] < state.best_val_loss
             save |= best or config.always_save_checkpoint
-            state.best_val_loss = min(losses["val"], state.best_val_loss)
+            state.best_val_loss = losses["val"] if best else state.best_val_loss  # NaN is never the best
             state.evaluated = state.step
         if save and state.step > 0 and (best or state.step > saved_at) and world.is_main:
             with log.pause():
@@ -251,7 +259,7 @@ def start_state(config, gpt, source, dtype):
     if config.init_from == "resume":
         try:
             state.load_state_dict(source)
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error!r}") from None
     return state
 
@@ -266,14 +274,16 @@ def build_model(config, source, tokenizer):
         if source is None:
             torch.manual_seed(config.seed)
             shape = {name: getattr(config, name) for name in (*ARCHITECTURE, "dropout")}
-            return config, GPT(GPTConfig(vocab_size=padded(tokenizer.vocab_size), **shape))
+            shape = GPTConfig(vocab_size=padded(tokenizer.vocab_size), **shape)
+            require_memory(shape)
+            return config, GPT(shape)
         known = {field.name for field in fields(GPTConfig)}
         shape = GPTConfig(**{name: value for name, value in source["model_args"].items() if name in known})
         gpt = GPT.from_weights(replace(shape, dropout=config.dropout), source["model"])
     except (ValueError, TypeError) as error:
         if source is None:
             raise UsageError(str(error)) from None
-        start = config.out_dir if config.init_from == "resume" else config.init_from
+        start = Path(config.out_dir, checkpoint.NEWEST) if config.init_from == "resume" else config.init_from
         raise UserError(f"the weights of {start} are not those of a GPT: {error}") from None
     if config.init_from == "resume":
         for name in ARCHITECTURE:
@@ -293,6 +303,17 @@ def build_model(config, source, tokenizer):
             f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the one that the weights know"
         )
     return replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE}), gpt
+
+
+def require_memory(shape):
+    """Raise ValueError for a model whose weights alone outgrow the machine, before it takes the memory."""
+    count = 12 * shape.n_layer * shape.n_embd**2 + (shape.vocab_size + shape.block_size) * shape.n_embd
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * count > memory:
+        raise ValueError(
+            f"n_layer={shape.n_layer} and n_embd={shape.n_embd} make {count:.1e} parameters, more than the "
+            f"{memory / 2**30:.0f} GiB of this machine hold: make one of them smaller"
+        )
 
 
 def padded(vocab_size):
@@ -413,10 +434,10 @@ class Log:
         self.bar = tqdm(
             total=config.max_iters, initial=state.step, unit="step", disable=not on_terminal, smoothing=0.05
         )
-        if self.is_main and not config.eval_only:
-            self.metrics = open_metrics(Path(config.out_dir), state)
         if self.is_main and config.wandb_log:
             self.wandb = start_wandb(config)
+        if self.is_main and not config.eval_only:
+            self.metrics = open_metrics(Path(config.out_dir), state)
         self.started = self.clock = time.perf_counter()  # of the run, and of the steps since the last line
         self.last_step, self.paused = state.step - 1, 0.0
 
@@ -516,15 +537,21 @@ class Log:
 
 def open_metrics(out_dir, state):
     """metrics.jsonl, without the lines that an earlier run wrote past the state that this one starts from."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out_dir} can't be made ({error.strerror}): give another --out_dir") from None
     path = out_dir / "metrics.jsonl"
+    old = path.read_text("utf-8", errors="replace") if state.step and path.exists() else ""
     kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True) if state.step and path.exists() else []:
+    for line in old.splitlines(keepends=True):
         try:
             numbers = json.loads(line)
-        except ValueError:
+            step = numbers["step"]
+        except (ValueError, TypeError, KeyError):
             break  # torn when the run was killed
-        if numbers["step"] < state.step or numbers["step"] == state.evaluated and "val_loss" in numbers:
+        at_start = step == state.evaluated and "val_loss" in numbers or "save_stall_ms" in numbers
+        if step < state.step or step == state.step and at_start:
             kept.append(line)
     beside = path.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), "utf-8")
@@ -558,10 +585,6 @@ def set_precision(config):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
         torch.use_deterministic_algorithms(True)
-
-
-def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def smaller_batch(config):

@@ -5,6 +5,7 @@ Checkpoints on disk: saved atomically and without stalling, loaded without runni
 import os
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def sync_folder(folder):
 class Saver:
     """Saves a run as it goes on: the run waits for a copy in host memory, and a thread writes that."""
 
-    def __init__(self, out_dir):
+    def __init__(self, out_dir, is_new_run):
         self.out_dir = Path(out_dir)
+        self.older = (PREVIOUS, BEST) if is_new_run else ()  # what another run may have left here
         self.copies = {}  # (address, shape, type) of a tensor -> its copy, used again at the next save
         self.thread = None
 
@@ -88,6 +90,9 @@ class Saver:
         for name, contents in files.items():
             try:
                 save(self.out_dir / name, contents)
+                for other in self.older:
+                    (self.out_dir / other).unlink(missing_ok=True)
+                self.older = ()
             except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, when the disk is full
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 warn(f"{self.out_dir / name} can't be saved ({reason}): training goes on, the last one stays")
@@ -122,24 +127,40 @@ def load(path):
 
 def load_file(path):
     try:
+        path.open("rb").close()  # what the system refuses is no damage to the file
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint") from None
+    try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if torn := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of its record {torn} is wrong")
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
-    except (OSError, UserError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has some to say of foreign pickles
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
         raise
     except Exception as error:  # a torn or foreign file raises nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
         raise UserError(f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {reason}") from None
-    if not isinstance(contents, dict) or not {"model", "model_args"} <= contents.keys():
+    if not is_checkpoint(contents):
         raise UserError(
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
     contents["model"] = plain_names(contents["model"])
     return contents
+
+
+def is_checkpoint(contents):
+    """Whether a loaded object has a checkpoint's form; whether its weights fit is for the model to say."""
+    if not isinstance(contents, dict):
+        return False
+    parts = (contents.get("model"), contents.get("model_args"), contents.get("config", {}))
+    return all(isinstance(part, dict) for part in parts) and all(
+        isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in parts[0].items()
+    )
 
 
 def plain_names(weights):

@@ -62,9 +62,8 @@ class Dataset:
         whatever else is random in this micro-batch. The same arguments give the same result, always.
         """
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
-        tokens = self.splits["train"]
-        starts = random.integers(0, len(tokens) - block_size, size=batch_size)  # (B,)
-        return *windows(tokens, starts, block_size), int(random.integers(2**63))
+        starts = random.integers(0, len(self.splits["train"]) - block_size, size=batch_size)  # (B,)
+        return *self.windows("train", starts, block_size), int(random.integers(2**63))
 
     def evaluation_batch(self, split, batch_size, block_size, index, count):
         """
@@ -73,7 +72,18 @@ class Dataset:
         """
         tokens = self.splits[split]
         spread = np.linspace(0, len(tokens) - block_size - 1, count * batch_size)
-        return windows(tokens, spread[index::count].astype(np.int64), block_size)
+        return self.windows(split, spread[index::count].astype(np.int64), block_size)
+
+    def windows(self, split, starts, block_size):
+        """(x, y), both (B, T) int64: x[b] = tokens[starts[b] : starts[b] + T], y one token further on."""
+        picked = self.splits[split][starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
+        if picked.max() >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"{self.folder}/{split}.bin has the id {picked.max()}, but its tokenizer has only "
+                f"{self.tokenizer.vocab_size}: run prepare.py again"
+            )
+        picked = torch.from_numpy(picked.astype(np.int64))
+        return picked[:, :-1].contiguous(), picked[:, 1:].contiguous()
 
 
 def read_meta(folder):
@@ -92,13 +102,6 @@ def read_meta(folder):
     if nanogpt.exists():
         return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), {}
     return tokenizer.GPT2Tokenizer(), np.dtype("uint16"), {}
-
-
-def windows(tokens, starts, block_size):
-    """(x, y) with x[b] = tokens[starts[b] : starts[b] + T] and y one token further on; both (B, T) int64."""
-    picked = tokens[starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
-    picked = torch.from_numpy(picked.astype(np.int64))
-    return picked[:, :-1].contiguous(), picked[:, 1:].contiguous()
 
 
 def how_to_prepare(name):

@@ -56,7 +56,7 @@ def find_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except Exception as error:  # each backend has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:100]
         raise UserError(
             f"device {name} can't be used ({reason}): use --device=auto or --device=cpu"
@@ -85,6 +85,10 @@ def peak_flops(device_name, dtype):
     if dtype not in (torch.bfloat16, torch.float16):
         return None
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, device_name)), None)
+
+
+def is_out_of_memory(error):
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def find_compile(choice, device):

@@ -24,10 +24,8 @@ def run(main):
     """
     Run a script's `main(argv)` and turn what went wrong into one line on standard error and an exit status.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(
-            errors="backslashreplace"
-        )  # any text can be shown, whatever the terminal's encoding
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # any text shows, whatever the terminal's encoding
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit

@@ -195,6 +195,7 @@ def test_the_smallest_type_that_holds_every_id_is_written(vocab_size, dtype, tmp
     dataset.write(tmp_path, splits, Wide(), {})
     opened = Dataset(tmp_path)
     assert opened.splits["train"].dtype == dtype and opened.splits["train"].tolist() == [0, vocab_size - 1]
+    opened.tokenizer = Wide()
     x, y = opened.evaluation_batch("val", 1, 1, 0, 1)
     assert (x.item(), y.item()) == (0, vocab_size - 1)
 

@@ -101,7 +101,7 @@ def test_a_special_token_in_a_text_is_text(tokenizer, before, after):
 def test_characters_name_the_one_they_do_not_know_and_where_it_is(text, position):
     with pytest.raises(UserError) as error:
         CharTokenizer("abz").encode(text)
-    assert ascii(text[position]) in str(error.value) and f"position {position}" in str(error.value)
+    assert repr(text[position]) in str(error.value) and f"position {position}" in str(error.value)
     assert "'abz'" in str(error.value)
 
 

@@ -1,0 +1,439 @@
+"""Whatever is wrong, a script says so in one line with the way out, and leaves no half of anything."""
+
+import copy
+import io
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, process_environment, script, write_text
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import prepare
+import sample
+import train
+
+TINY = [*TINY_RUN, "--dataset=tiny"]
+TEXT = ["--device=cpu", "--max_new_tokens=3"]
+RESUME = ["--init_from=resume", "--max_iters=9"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a prepared set and a run on it, made once."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "stdout", io.StringIO())
+        prepare.main([str(write_text(folder / "text.txt")), "--name=tiny"])
+        train.main([*TINY, "--max_iters=3"])
+    return folder
+
+
+@pytest.fixture
+def here(cli, trained, tmp_path):
+    """The working folder, with a copy of that set and run in it."""
+    return shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def refuse(cli, here):
+    """Call a script that must refuse, with exit status 1 or 2: refuse(train.main, "--seed=-1", status=2)."""
+
+    def refused(main, *argv, status=None, says=()):
+        before = listing()
+        found, out, err = cli(main, *argv)
+        assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+        assert len(err) < 500 and "Traceback" not in out + err
+        assert found == status or found in (1, 2) and status is None, err
+        for part in says:
+            assert part in err
+        assert listing() == before
+
+    return refused
+
+
+def listing():
+    """{path: content} of all that is in the working folder; None for a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def cases(table):
+    return [pytest.param(name, says, id=name) for name, says in table.items()]
+
+
+# Settings
+
+TRAIN_SETTINGS = {
+    "--max_itrs=5": ["--max_itrs", "did you mean max_iters?"],
+    "--learning-rate=1": ["--learning-rate", "did you mean learning_rate?"],
+    "--banana=5": ["--banana", "--help"],
+    "-n": ["-n", "--name=value"],
+    "--max_iters=ten": ["--max_iters=ten", "whole number"],
+    "--max_iters=1.5": ["--max_iters=1.5", "whole number"],
+    "--max_iters": ["--max_iters", "needs a value"],
+    "--learning_rate=fast": ["--learning_rate=fast", "number"],
+    "--learning_rate=nan": ["--learning_rate=nan", "finite"],
+    "--bias=maybe": ["--bias=maybe", "True|False"],
+    "--dtype=bf16": ["--dtype=bf16", "bfloat16"],
+    "--compile=yes": ["--compile=yes", "True|False"],
+    "--batch_size=0": ["batch_size is 0", "at least 1"],
+    "--batch_size=-4": ["batch_size is -4", "at least 1"],
+    "--gradient_accumulation_steps=0": ["gradient_accumulation_steps is 0", "at least 1"],
+    "--block_size=-1": ["block_size is -1", "at least 1"],
+    "--n_layer=0": ["n_layer is 0", "at least 1"],
+    "--max_iters=-1": ["max_iters is -1", "at least 0"],
+    "--eval_interval=0": ["eval_interval is 0", "at least 1"],
+    "--learning_rate=-1": ["learning_rate is -1", "at least 0"],
+    "--dropout=1": ["dropout is 1", "below 1"],
+    "--seed=-1": ["seed is -1", "at least 0"],
+    "--n_embd=33": ["n_embd=33", "n_head=2", "use n_embd=32"],
+    "--n_head=64": ["n_embd=32", "n_head=64", "use n_embd=64"],
+    "nope.py": ["nope.py", "No such file"],
+    "data": ["data", "directory"],
+}
+TEXT_SETTINGS = {
+    "--max_new_tokens=-1": ["max_new_tokens is -1", "at least 0"],
+    "--num_samples=0": ["num_samples is 0", "at least 1"],
+    "--temperature=-1": ["temperature is -1", "at least 0"],
+    "--temperature=warm": ["--temperature=warm", "number"],
+    "--top_q=5": ["--top_q", "did you mean top_k?"],
+}
+
+
+@pytest.mark.parametrize("argument, says", cases(TRAIN_SETTINGS))
+def test_training_settings_that_make_no_sense(refuse, argument, says):
+    refuse(train.main, *TINY, argument, status=2, says=says)
+
+
+@pytest.mark.parametrize("argument, says", cases(TEXT_SETTINGS))
+def test_text_settings_that_make_no_sense(refuse, argument, says):
+    refuse(sample.main, *TEXT, argument, status=2, says=says)
+
+
+def test_a_config_file_with_a_misspelt_name(refuse, here):
+    (here / "mine.py").write_text("n_layers = 3\n")
+    refuse(train.main, *TINY, "mine.py", status=2, says=["mine.py", "n_layers", "did you mean n_layer?"])
+
+
+@pytest.mark.parametrize("name", ["batch_size", "block_size", "n_layer", "n_embd"])
+@pytest.mark.parametrize("value", [10**19, 10**30])
+def test_sizes_beyond_any_computer(refuse, name, value):
+    refuse(train.main, *TINY, f"--{name}={value}", "--n_head=1", "--out_dir=new", says=[name, str(value)])
+
+
+@pytest.mark.parametrize("value", [10**9, 10**19, 10**30])
+def test_more_samples_than_any_computer_holds(refuse, value):
+    refuse(sample.main, *TEXT, f"--num_samples={value}", says=["num_samples", str(value)])
+
+
+@pytest.mark.parametrize("setting", ["n_embd=10000000", "n_layer=1000000000"])
+def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(here, setting):
+    limit = 3 << 30  # bytes of address space, so that a fault here doesn't take the machine with it
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, f"--{setting}", "--out_dir=new"]
+    done = subprocess.run(
+        command,
+        env=process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert setting.partition("=")[0] in done.stderr
+    assert not Path("new").exists()
+
+
+# Devices
+
+
+@pytest.mark.parametrize("main, argv", [(train.main, TINY), (sample.main, TEXT)], ids=["train", "sample"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "xyz", "meta", "", "cpu:-1", "privateuseone"])
+def test_a_device_that_is_not_there(refuse, main, argv, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("it is there")
+    refuse(main, *argv, f"--device={device}", status=1, says=[f"device {device} ", "--device=auto"])
+
+
+# Text and data
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", ["is empty"]),
+        (b" \n\t\n", ["is empty"]),
+        (b"caf\xe9 au lait", ["0xe9", "offset 3", "iconv"]),
+        ("text".encode("utf-16"), ["0xff", "offset 0", "iconv"]),
+        (b"ab", ["split", "more text", "--val_fraction"]),
+    ],
+    ids=["empty", "blank", "latin1", "utf-16", "short"],
+)
+def test_text_that_can_not_be_prepared(refuse, here, content, says):
+    (here / "mine.txt").write_bytes(content)
+    refuse(prepare.main, "mine.txt", status=1, says=says if content == b"ab" else ["mine.txt", *says])
+
+
+def test_text_that_is_not_there(refuse, here):
+    refuse(prepare.main, "nope.txt", status=1, says=["nope.txt", "plays"])
+    refuse(prepare.main, "data", status=1, says=["data", "text file"])
+    refuse(prepare.main, "*.nope", "--name=new", status=1, says=["*.nope"])
+    refuse(prepare.main, status=2, says=["no source", "plays"])
+    refuse(prepare.main, "text.txt", "--tokenizer=word", status=2, says=["--tokenizer=word", "char"])
+    refuse(prepare.main, "text.txt", "--val_fraction=1", status=2, says=["val_fraction is 1", "below 1"])
+    refuse(prepare.main, "text.txt", "--val_fraction=0", status=1, says=["val split", "--val_fraction"])
+
+
+def test_a_set_that_is_not_prepared(refuse, here):
+    refuse(
+        train.main,
+        "--dataset=plays",
+        "--device=cpu",
+        status=1,
+        says=["data/plays", "python prepare.py plays"],
+    )
+    refuse(
+        train.main,
+        "--dataset=mine",
+        "--device=cpu",
+        status=1,
+        says=["data/mine", "prepare.py", "--name=mine"],
+    )
+    Path("data/tiny/val.bin").unlink()
+    refuse(train.main, *TINY, status=1, says=["data/tiny", "val.bin", "prepare.py"])
+
+
+def test_a_set_that_is_damaged(refuse, here):
+    Path("data/tiny/val.bin").write_bytes(b"123")
+    refuse(train.main, *TINY, status=1, says=["data/tiny/val.bin", "3 bytes", "prepare.py"])
+    Path("data/tiny/meta.json").write_text("{")
+    refuse(train.main, *TINY, status=1, says=["data/tiny/meta.json", "prepare.py"])
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_set_with_ids_beyond_its_vocabulary(cli, here, split):
+    path = Path(f"data/tiny/{split}.bin")
+    np.full(path.stat().st_size // 2, 60000, np.uint16).tofile(path)
+    status, _, err = cli(train.main, *TINY, "--out_dir=new")
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert "data/tiny" in err and split in err and "60000" in err and "prepare.py" in err
+    assert not list(Path("new").glob("*.pt"))
+
+
+def test_text_shorter_than_the_context(refuse, here):
+    (here / "short.txt").write_text("keys and queries " * 8)
+    prepare.main(["short.txt"])
+    says = ["val split", "14 tokens", "block_size=16", "--block_size=13"]
+    refuse(train.main, *TINY, "--dataset=short", "--out_dir=new", status=1, says=says)
+
+
+# Prompts
+
+
+def test_a_prompt_that_the_tokenizer_does_not_know(refuse):
+    refuse(sample.main, *TEXT, "--start=keys X", status=1, says=["'X'", "position 5"])
+    refuse(sample.main, *TEXT, "--start=\udcff", status=1, says=[r"'\udcff'", "position 0"])
+
+
+def test_a_prompt_of_no_or_too_many_tokens(refuse):
+    refuse(sample.main, *TEXT, "--start=", status=1, says=["0 tokens", "--start"])
+    refuse(sample.main, *TEXT, f"--start={'keys ' * 5}", status=1, says=["25 tokens", "16", "shorten"])
+
+
+def test_a_prompt_from_a_file_that_can_not_be_read(refuse, here):
+    refuse(sample.main, *TEXT, "--start=FILE:nope.txt", status=1, says=["nope.txt", "--start"])
+    refuse(sample.main, *TEXT, "--start=FILE:data", status=1, says=["data", "--start"])
+    (here / "latin1.txt").write_bytes(b"caf\xe9")
+    refuse(sample.main, *TEXT, "--start=FILE:latin1.txt", status=1, says=["latin1.txt", "0xe9", "offset 3"])
+
+
+def test_a_prompt_from_standard_input_that_is_no_text(refuse, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"keys\xff")))
+    refuse(sample.main, *TEXT, "--start=-", status=1, says=["standard input", "0xff", "offset 4"])
+
+
+# Checkpoints
+
+
+def refuse_everywhere(refuse, says=("out/ckpt.pt",)):
+    """Sampling, starting and resuming must all refuse the checkpoint."""
+    refuse(sample.main, *TEXT, "--checkpoint=newest", status=1, says=says)
+    refuse(train.main, *TINY, "--init_from=out/ckpt.pt", "--out_dir=new", status=1, says=says)
+    refuse(train.main, *RESUME, status=1, says=says)
+
+
+def test_a_checkpoint_that_is_not_there(refuse, here):
+    refuse(sample.main, *TEXT, "--out_dir=nope", status=1, says=["nope/ckpt.pt", "--out_dir"])
+    refuse(sample.main, *TEXT, "--checkpoint=nope.pt", status=1, says=["nope.pt"])
+    refuse(train.main, *RESUME, "--out_dir=nope", status=1, says=["nope/ckpt.pt", "--out_dir"])
+    refuse(
+        train.main, *TINY, "--init_from=nonsense", status=1, says=["init_from=nonsense", "scratch", "gpt2"]
+    )
+    refuse(train.main, *TINY, "--init_from=data", status=1, says=["data/ckpt.pt"])
+    refuse(sample.main, *TEXT, "--checkpoint=data", status=1, says=["data", "--checkpoint"])
+
+
+FOREIGN = {
+    "a list": lambda path: torch.save([1, 2], path),
+    "weights alone": lambda path: torch.save({"a": torch.zeros(2)}, path),
+    "a module": lambda path: torch.save(torch.nn.Linear(2, 2), path),
+    "text": lambda path: path.write_text("hello, I am no checkpoint\n"),
+    "nothing": lambda path: path.write_bytes(b""),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps({"model": {}, "model_args": {}})),
+    "an image": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
+}
+
+
+@pytest.mark.parametrize("write", FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_file_that_is_no_checkpoint(refuse, write):
+    write(Path("out/ckpt.pt"))
+    refuse_everywhere(refuse)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_checkpoint_that_is_cut_off_anywhere(trained, refuse, share):
+    whole = (trained / "out/ckpt.pt").read_bytes()
+    Path("out/ckpt.pt").write_bytes(whole[: int(share * len(whole))])
+    refuse_everywhere(refuse)
+
+
+class Hostile:
+    """Unpickled by a reader that trusts it, this makes a file."""
+
+    def __reduce__(self):
+        return (open, ("owned", "w"))
+
+
+@pytest.mark.parametrize("where", ["all", "model", "tokenizer"])
+def test_a_checkpoint_that_would_run_code(refuse, here, where):
+    contents = torch.load("out/ckpt.pt", weights_only=True)
+    torch.save(Hostile() if where == "all" else {**contents, where: Hostile()}, "out/ckpt.pt")
+    refuse_everywhere(refuse)
+    assert not Path("owned").exists()
+
+
+WRONG = {
+    "weights of another shape": lambda c: c["model"].update({"transformer.wte.weight": torch.zeros(3, 3)}),
+    "a weight missing": lambda c: c["model"].pop("transformer.wpe.weight"),
+    "a weight too many": lambda c: c["model"].update({"transformer.h.9.ln_1.weight": torch.zeros(32)}),
+    "a weight that is a number": lambda c: c["model"].update({"transformer.wte.weight": 5}),
+    "a weight without a name": lambda c: c["model"].update({7: torch.zeros(1)}),
+    "no weights": lambda c: c.update(model=None),
+    "a list of weights": lambda c: c.update(model=[1]),
+    "no shape": lambda c: c.update(model_args=None),
+    "a shape without n_layer": lambda c: c["model_args"].pop("n_layer"),
+    "a shape without vocab_size": lambda c: c["model_args"].pop("vocab_size"),
+    "a billion layers": lambda c: c["model_args"].update(n_layer=10**9),
+    "channels without end": lambda c: c["model_args"].update(n_embd=10**18),
+    "a context without end": lambda c: c["model_args"].update(block_size=10**30),
+    "another n_layer": lambda c: c["model_args"].update(n_layer=1),
+    "heads that do not fit": lambda c: c["model_args"].update(n_head=5),
+    "no heads": lambda c: c["model_args"].update(n_head=0),
+    "heads in words": lambda c: c["model_args"].update(n_head="two"),
+    "half a layer": lambda c: c["model_args"].update(n_layer=1.5),
+}
+
+
+@pytest.mark.parametrize("break_it", WRONG.values(), ids=WRONG.keys())
+def test_a_checkpoint_with_weights_that_do_not_fit(refuse, break_it):
+    contents = torch.load("out/ckpt.pt", weights_only=True)
+    break_it(contents)
+    torch.save(contents, "out/ckpt.pt")
+    refuse_everywhere(refuse)
+
+
+NOT_RESUMABLE = {
+    "no optimizer": lambda c: c.pop("optimizer"),
+    "an optimizer of nothing": lambda c: c.update(optimizer=None),
+    "an optimizer in words": lambda c: c.update(optimizer="adam"),
+    "moments of another shape": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+    "moments that are numbers": lambda c: c["optimizer"]["state"][0].update(exp_avg=5),
+    "a moment missing": lambda c: c["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "settings in a list": lambda c: c.update(config=[1]),
+    "no settings": lambda c: c.update(config=None),
+    "a step in words": lambda c: c.update(iter_num="three"),
+    "no best loss": lambda c: c.update(best_val_loss=None),
+}
+
+
+@pytest.mark.parametrize("break_it", NOT_RESUMABLE.values(), ids=NOT_RESUMABLE.keys())
+def test_a_checkpoint_that_can_not_be_resumed(refuse, break_it):
+    contents = copy.deepcopy(torch.load("out/ckpt.pt", weights_only=True))
+    break_it(contents)
+    torch.save(contents, "out/ckpt.pt")
+    # --max_iters as it was: should a fault go unseen, then no step is taken on memory that is not there
+    refuse(train.main, "--init_from=resume", status=1, says=["out/ckpt.pt"])
+
+
+@pytest.mark.parametrize("definition", [None, [1], {"kind": "word"}, {"kind": "char", "chars": ""}], ids=str)
+def test_a_checkpoint_with_a_tokenizer_that_is_none(refuse, definition):
+    contents = torch.load("out/ckpt.pt", weights_only=True)
+    torch.save({**contents, "tokenizer": definition}, "out/ckpt.pt")
+    refuse_everywhere(refuse, says=["tokenizer"])
+
+
+# Output folders
+
+
+@pytest.mark.parametrize("out_dir", ["text.txt", "text.txt/below"])
+def test_an_out_dir_that_can_not_be(refuse, out_dir):
+    refuse(train.main, *TINY, f"--out_dir={out_dir}", status=1, says=[out_dir, "--out_dir"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_out_dir_without_permission(refuse, here):
+    (here / "closed").mkdir(mode=0o500)
+    refuse(train.main, *TINY, "--out_dir=closed/out", status=1, says=["closed/out", "--out_dir"])
+    refuse(train.main, *TINY, "--out_dir=closed", status=1, says=["closed", "--out_dir"])
+
+
+def test_a_data_folder_that_can_not_be(refuse, here):
+    shutil.rmtree("data")
+    Path("data").write_text("a file")
+    refuse(prepare.main, "text.txt", status=1, says=["data"])
+
+
+# Real processes
+
+
+@pytest.mark.parametrize(
+    "name, arguments, status",
+    [
+        ("train.py", ["--max_itrs=5"], 2),
+        ("sample.py", ["--out_dir=nope"], 1),
+        ("prepare.py", ["nope.txt"], 1),
+    ],
+)
+def test_a_process_ends_in_one_line_and_its_status(tmp_path, name, arguments, status):
+    done = script(name, *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_c_ends_a_text_in_one_line(here):
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=1000000"]
+    process = subprocess.Popen(
+        command,
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where tests run in the background
+    )
+    process.stdout.read(10)  # it is writing
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, b"error: interrupted\n")
