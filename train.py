@@ -160,6 +160,12 @@ def main(argv):
         saved = {name: value for name, value in source.get("config", {}).items() if name not in NOT_RESUMED}
         config = parse(TrainSettings, argv, saved)
     elif config.init_from != "scratch":
+        start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
+        if out_dir in (start, start.parent) and not config.eval_only:
+            raise UsageError(
+                f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
+                "or go on with that run by --init_from=resume"
+            )
         source = checkpoint.load_start(config.init_from)
     with StopSignals() as stop, join_world(config.device, config.backend) as world:
         try:
@@ -374,7 +380,8 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     share = config.gradient_accumulation_steps // world.size
     loss_sum = torch.zeros((), device=world.device)
     for micro_step, (x, y, seed) in enumerate(batches, start=1):
-        torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
+        if config.dropout:
+            torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, micro_step == share):
             with autocast:
                 _, loss = model(x, y)
@@ -432,7 +439,11 @@ class Log:
         self.mfu_per_token = state.model.flops_per_token() / (flops * world.size) if flops else None
         on_terminal = self.is_main and sys.stderr.isatty() and not config.eval_only
         self.bar = tqdm(
-            total=config.max_iters, initial=state.step, unit="step", disable=not on_terminal, smoothing=0.05
+            total=config.max_iters,
+            initial=state.step,
+            disable=not on_terminal,
+            bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+            smoothing=0.05,
         )
         if self.is_main and config.wandb_log:
             self.wandb = start_wandb(config)
@@ -525,9 +536,9 @@ class Log:
             f"{how}: step {state.step} after {seconds:.1f} s "
             f"({self.paused:.1f} s of it evaluation and saving), best val loss {state.best_val_loss:.4f}"
         )
-        if received:
+        if received and state.step:
             self.line(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
-        else:
+        elif not received:
             self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
             self.metrics.close()

@@ -68,7 +68,7 @@ def join_world(device_name, backend):
     The World that `torchrun` describes in the environment, left again at the end; a world of one without
     torchrun.
     """
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         yield World(find_device(device_name))
         return
     local_rank = int(os.environ["LOCAL_RANK"])

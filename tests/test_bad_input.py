@@ -265,6 +265,11 @@ def test_a_prompt_from_standard_input_that_is_no_text(refuse, monkeypatch):
 # Checkpoints
 
 
+@pytest.mark.parametrize("start", ["out", "out/best.pt", "./out/../out/ckpt.pt"])
+def test_training_over_the_weights_it_starts_from(refuse, start):
+    refuse(train.main, *TINY, f"--init_from={start}", status=2, says=["out_dir=out", "--init_from=resume"])
+
+
 def refuse_everywhere(refuse, says=("out/ckpt.pt",)):
     """Sampling, starting and resuming must all refuse the checkpoint."""
     refuse(sample.main, *TEXT, "--checkpoint=newest", status=1, says=says)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, script, write_text
+from conftest import ROOT, TINY_RUN, process_environment, script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -407,6 +407,9 @@ def test_resuming_needs_nothing_but_the_folder(run):
         "init_from": "resume",
     }
     assert not Path("out").exists()
+    Path("moved").rename("out")  # where to look when nothing else is said
+    run("--init_from=resume", "--max_iters=7")
+    assert saved()["iter_num"] == 7 and not Path("moved").exists()
 
 
 def test_resuming_remembers_the_best_loss(run):
@@ -458,14 +461,18 @@ def test_starting_with_a_shorter_context_crops_the_positions(run):
     assert saved("second/ckpt.pt")["config"]["block_size"] == 8
 
 
-def test_starting_from_weights_with_another_tokenizer_is_refused(run, cli):
+@pytest.mark.parametrize("kind", ["char", "byte"])
+def test_weights_of_another_tokenizer_are_refused(run, cli, kind):
     run(*TINY, "--max_iters=3")
-    status, _, err = cli(prepare.main, "text.txt", "--name=bytes", "--tokenizer=byte")
+    Path("other.txt").write_text("other letters\n" * 100)  # fewer than the weights know
+    status, _, err = cli(prepare.main, "other.txt", "--name=other", f"--tokenizer={kind}")
     assert status == 0, err
-    status, _, err = cli(train.main, *TINY, "--dataset=bytes", "--init_from=out", "--out_dir=second")
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
-    assert "tokenizer" in err and "data/bytes" in err
-    assert not Path("second").exists()
+    before = listing()
+    for source in (["--init_from=out", "--out_dir=new"], ["--init_from=resume"]):
+        status, _, err = cli(train.main, *TINY, "--dataset=other", *source)
+        assert status == 1 and err.startswith("error: ") and err.count("\n") == 1
+        assert "tokenizer" in err and "data/other" in err
+    assert listing() == before
 
 
 # nanoGPT's own checkpoints
@@ -561,9 +568,9 @@ def on_terminal(*argv, columns=120):
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(run):
-    status, written = on_terminal(*TINY, "--max_iters=200", "--lr_decay_iters=200", columns=100)
+    status, written = on_terminal(*TINY, "--max_iters=200", "--lr_decay_iters=200", columns=80)
     assert status == 0
-    bar = [part for part in written.split("\r") if "step/s" in part and "loss" in part]
+    bar = [part for part in written.split("\r") if " left" in part and "loss" in part]
     assert (
         bar
         and "tokens/s" in bar[-1]
