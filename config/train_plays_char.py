@@ -28,7 +28,7 @@ else:  # 0.8M parameters, about two minutes on two CPU cores
     max_iters = 1200
     learning_rate = 6e-3  # so small a model, trained so shortly, learns best with large steps
     min_lr = 1e-4
-    eval_interval = 200
-    eval_iters = 50
+    eval_interval = 300
+    eval_iters = 30
 
 lr_decay_iters = max_iters
