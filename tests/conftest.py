@@ -1,5 +1,6 @@
 """What the tests share: small real text, real prepared sets, and the scripts run as a user runs them."""
 
+import io
 import os
 import resource
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare
+import train
 from kqv import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +65,15 @@ def process_environment(**extra):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
+def train_in(folder, *argv):
+    """Prepare a small set in a folder and train on it there, as a user would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "stdout", io.StringIO())
+        prepare.main([str(write_text(folder / "text.txt")), "--name=tiny"])
+        train.main([*TINY_RUN, "--dataset=tiny", *argv])
+
+
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """Call a script's main in an empty folder: cli(train.main, "--max_iters=3") -> (status, out, err)."""
@@ -72,8 +84,6 @@ def cli(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def tiny_set(cli, tmp_path):
     """The name of a prepared character-level set in the test's folder."""
-    import prepare
-
     status, _, err = cli(prepare.main, write_text(tmp_path / "text.txt"), "--name=tiny")
     assert status == 0, err
     return "tiny"

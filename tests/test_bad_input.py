@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, script, write_text
+from conftest import ROOT, TINY_RUN, process_environment, script, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -31,11 +31,7 @@ RESUME = ["--init_from=resume", "--max_iters=9"]
 def trained(tmp_path_factory):
     """A folder with a prepared set and a run on it, made once."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "stdout", io.StringIO())
-        prepare.main([str(write_text(folder / "text.txt")), "--name=tiny"])
-        train.main([*TINY, "--max_iters=3"])
+    train_in(folder, "--max_iters=3")
     return folder
 
 

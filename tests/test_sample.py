@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, write_text
+from conftest import ROOT, process_environment, train_in
 
-import prepare
 import sample
 import train
 from kqv import checkpoint
@@ -24,12 +23,7 @@ SEPARATOR = "\n---------------\n"
 def trained(tmp_path_factory):
     """The folder of a run, made once: checkpoints of a small model that has begun to learn."""
     folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "stdout", io.StringIO())
-        prepare.main([str(write_text(folder / "text.txt")), "--name=tiny"])
-        run = ["--max_iters=60", "--lr_decay_iters=60", "--eval_interval=30", "--dropout=0.2"]
-        train.main([*TINY_RUN, "--dataset=tiny", *run])
+    train_in(folder, "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=30", "--dropout=0.2")
     return folder / "out"
 
 
