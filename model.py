@@ -30,9 +30,7 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = (
-        True  # in linear layers and LayerNorms; GPT-2 has them, a little worse and slower than without
-    )
+    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -79,9 +77,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd, bias=config.bias
-        )  # Q, K, V of all heads in one product
+        # Q, K and V of all heads in one product.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads found
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
@@ -95,9 +92,7 @@ class CausalSelfAttention(nn.Module):
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(
-                self.layer, k, v
-            )  # (B, nh, T, hs) -> (B, nh, S, hs): all that was seen, these T last
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs), these T last
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
@@ -113,9 +108,8 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU(
-            approximate="tanh"
-        )  # the form that GPT-2 was trained with (Hendrycks & Gimpel 2016)
+        # GELU (Hendrycks & Gimpel 2016) in the form that GPT-2 was trained with.
+        self.gelu = nn.GELU(approximate="tanh")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -174,9 +168,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token id -> vector
-                "wpe": nn.Embedding(
-                    config.block_size, config.n_embd
-                ),  # position -> vector: attention knows no order
+                "wpe": nn.Embedding(config.block_size, config.n_embd),  # position -> vector
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -235,15 +227,14 @@ class GPT(nn.Module):
         mask = None
         if past > 0:
             mask = torch.arange(past + T, device=idx.device) <= positions[:, None]  # (T, S) of bool
+        # Attention alone knows no order: what a token is and where it stands are added into one vector.
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, mask, cache)  # (B, T, C)
         x = self.transformer.ln_f(x)
         if targets is None:
-            return self.lm_head(
-                x[:, -1:]
-            ), None  # (B, 1, V): generation needs only what comes after the last token
+            return self.lm_head(x[:, -1:]), None  # (B, 1, V): what comes after the last token
         logits = self.lm_head(x)  # (B, T, C) -> (B, T, V)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return logits, loss

@@ -73,9 +73,8 @@ def write(config):
     gpt.to(device=device, dtype=find_dtype(config.dtype, device))
     if compiled:
         gpt.compile()
-    prompt = torch.tensor(ids.astype("int64"), device=device).expand(
-        config.num_samples, -1
-    )  # (num_samples, T)
+    prompt = torch.tensor(ids.astype("int64"), device=device)  # (T,)
+    prompt = prompt.expand(config.num_samples, -1)  # (T,) -> (num_samples, T)
     tokens = gpt.stream(
         prompt,
         config.max_new_tokens,

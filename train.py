@@ -190,7 +190,7 @@ def train(config, source, world, stop):
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
     data = Dataset(config.dataset)
-    if source is None:
+    if source is None:  # before a model of that size is built
         data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)
     data.require_length(config.block_size)
@@ -393,9 +393,8 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     state.bad_steps.add_(1).mul_(bad)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    state.optimizer.found_inf = (
-        bad.float()
-    )  # fused optimizers leave out a step by this, as GradScaler asks them to
+    # fused optimizers leave out a step by this, as GradScaler asks them to
+    state.optimizer.found_inf = bad.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
@@ -408,9 +407,8 @@ def evaluate(model, data, config, world, autocast):
     model.eval()
     losses = {}
     for split in SPLITS:
-        once = math.ceil(
-            len(data.splits[split]) / (config.batch_size * config.block_size)
-        )  # batches to read it all
+        # batches to read it all
+        once = math.ceil(len(data.splits[split]) / (config.batch_size * config.block_size))
         count = min(config.eval_iters, once)
         total = torch.zeros((), device=world.device)
         for index in range(world.rank, count, world.size):

@@ -110,9 +110,8 @@ def plays():
 
 def plain_speeches(markdown):
     """A play in markdown -> its speeches alone; headings and stage directions (in _ or *) go."""
-    marked = re.sub(
-        r"\*\*(.+?)\*\*", r"\0\1", markdown
-    )  # \0 before a speaker's name, so that * is stage directions'
+    # \0 before a speaker's name, so that * is stage directions'
+    marked = re.sub(r"\*\*(.+?)\*\*", r"\0\1", markdown)
     spoken = re.sub(r"_[^_]*_|\*[^*]*\*|^#.*$|\[[^\]]*\]_", "", marked, flags=re.MULTILINE)
     lines = [re.sub(r"\\(.?)", r"\1", line).strip() for line in spoken.splitlines()]
     speeches = "\n".join(line for line in lines if line).split("\0")[1:]

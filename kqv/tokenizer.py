@@ -46,9 +46,8 @@ class CharTokenizer(Tokenizer):
         self.chars = chars
         self.vocab_size = len(chars)
         points = code_points(chars)
-        self.id_of = np.full(
-            int(points.max()) + 2, -1, np.int64
-        )  # code point -> id; the last entry: everything beyond
+        # code point -> id; the last entry: everything beyond
+        self.id_of = np.full(int(points.max()) + 2, -1, np.int64)
         self.id_of[points] = np.arange(len(chars))
 
     @classmethod
