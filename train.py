@@ -185,7 +185,7 @@ def train(config, source, world, stop):
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
             f"must be divisible by their number, {world.size}"
         )
-    set_precision(config)
+    set_precision(config, world.device)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -586,11 +586,12 @@ def start_wandb(config):
         raise UserError(f"wandb can't start ({reason}): WANDB_MODE=offline logs without a network") from None
 
 
-def set_precision(config):
+def set_precision(config, device):
     """
     How float32 products are computed, and with --deterministic that every operation repeats bit for bit.
     """
-    torch.set_float32_matmul_precision("high")  # on a GPU in TF32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # in TF32
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
         torch.use_deterministic_algorithms(True)
