@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -439,8 +440,26 @@ def test_a_hostile_checkpoint_runs_nothing(cli, tiny_set, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_saving_keeps_training_waiting_only_for_a_copy(cli, tiny_set):
-    """The stall is logged, and what is written beside training is the state of its step, not a later one."""
+def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path, monkeypatch):
+    """Weights change while the thread writes, and tied ones are stored once."""
+    begin, write = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: begin.wait(10) and write(*arguments))
+    weight = torch.zeros(100_000)
+    contents = {"model": {"wte": weight, "head": weight}, "model_args": {}, "optimizer": [weight + 5]}
+    saver = checkpoint.Saver(tmp_path, is_new_run=True)
+    for step in range(2):
+        begin.clear()
+        saver.save({**contents, "iter_num": step}, best=True)
+        weight += 1
+        begin.set()
+        saver.wait()
+        saved = checkpoint.load(tmp_path / "ckpt.pt")
+        assert saved["iter_num"] == step and saved["model"]["head"].eq(step).all()
+        assert "optimizer" in saved and "optimizer" not in checkpoint.load(tmp_path / "best.pt")
+    assert (tmp_path / "best.pt").stat().st_size < 500_000  # 100,000 numbers, not twice that
+
+
+def test_saves_at_every_step_are_logged_and_change_nothing(cli, tiny_set):
     often = ["--checkpoint_interval=1", "--eval_interval=1000", "--max_iters=5"]
     assert cli(train.main, *RUN, *often, "--out_dir=often")[0] == 0
     entries = [json.loads(line) for line in Path("often/metrics.jsonl").read_text().splitlines()]
