@@ -13,7 +13,7 @@ S tokens seen so far, these T included.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -43,6 +43,12 @@ class GPTConfig:
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but every head gets an "
                 f"equal share of the channels: use n_embd={near}, for example"
             )
+
+    @classmethod
+    def from_args(cls, args):
+        """The shape in a checkpoint's `model_args`; names that are no part of one are passed over."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in args.items() if name in known})
 
 
 class CausalSelfAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 import codecs
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -119,10 +119,8 @@ def load(config):
         contents = checkpoint.load(path)
     else:
         path, contents = config.init_from, checkpoint.load_start(config.init_from)
-    known = {field.name for field in fields(GPTConfig)}
     try:
-        shape = GPTConfig(**{name: value for name, value in contents["model_args"].items() if name in known})
-        gpt = GPT.from_weights(shape, contents["model"])
+        gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
     return gpt.eval(), checkpoint.tokenizer_of(contents)

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -283,8 +283,7 @@ def build_model(config, source, tokenizer):
             shape = GPTConfig(vocab_size=padded(tokenizer.vocab_size), **shape)
             require_memory(shape)
             return config, GPT(shape)
-        known = {field.name for field in fields(GPTConfig)}
-        shape = GPTConfig(**{name: value for name, value in source["model_args"].items() if name in known})
+        shape = GPTConfig.from_args(source["model_args"])
         gpt = GPT.from_weights(replace(shape, dropout=config.dropout), source["model"])
     except (ValueError, TypeError) as error:
         if source is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from kqv import dataset, huggingface, tokenizer
-from kqv.errors import UserError, warn
+from kqv.errors import UserError, first_line, warn
 
 NEWEST = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
@@ -143,8 +143,9 @@ def load_file(path):
     except UserError:
         raise
     except Exception as error:  # a torn or foreign file raises nearly anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        raise UserError(f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {reason}") from None
+        raise UserError(
+            f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {first_line(error)}"
+        ) from None
     if not is_checkpoint(contents):
         raise UserError(
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"

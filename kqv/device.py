@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from kqv.errors import UserError
+from kqv.errors import UserError, first_line
 from kqv.settings import setting
 
 
@@ -47,17 +47,14 @@ PEAK_TFLOPS = {
 
 
 def find_device(name):
-    """
-     "auto" -> the best device there is; a device's name -> that device. Raises UserError where it is not
-    there.
-    """
+    """The device of that name, "auto": the best there is. Raises UserError where it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:  # each backend has errors of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0][:100]
+        reason = first_line(error).split(". ")[0]
         raise UserError(
             f"device {name} can't be used ({reason}): use --device=auto or --device=cpu"
         ) from None
@@ -93,7 +90,7 @@ def is_out_of_memory(error):
 
 def find_compile(choice, device):
     """
-     "auto" -> whether torch.compile pays on this device. Raises UserError where it is asked for without a C++
+    Whether to use torch.compile; "auto": where it pays. Raises UserError where it is asked for without a C++
     compiler.
     """
     if choice == "auto":

@@ -20,9 +20,7 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
-    control: dist.ProcessGroup | None = (
-        None  # processes agree through this on the CPU, without waiting for a GPU
-    )
+    control: dist.ProcessGroup | None = None  # to agree on the CPU, without waiting for a GPU
 
     @property
     def is_main(self):

@@ -40,6 +40,11 @@ def run(main):
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 
 
+def first_line(error, length=100):
+    """What an exception says, short enough for the middle of a line; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+
+
 def warn(message):
     """Say what went wrong where the program can go on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ model.
 import json
 from pathlib import Path
 
-from kqv.errors import UserError
+from kqv.errors import UserError, first_line
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "model.safetensors")
@@ -85,10 +85,9 @@ def local_file(source, name):
     try:
         return Path(hf_hub_download(f"openai-community/{source}", name))
     except Exception as error:  # offline, refused, timed out: each library below has an error of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         raise UserError(
-            f"cannot fetch {source} from the Hugging Face hub ({reason}): give a local folder with "
-            "config.json and model.safetensors, as --init_from=FOLDER"
+            f"cannot fetch {source} from the Hugging Face hub ({first_line(error, 120)}): give a local "
+            "folder with config.json and model.safetensors, as --init_from=FOLDER"
         ) from None
 
 

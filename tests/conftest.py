@@ -82,6 +82,19 @@ def cli(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture
+def refusal(cli):
+    """Run a script that must fail -> the one line that it prints."""
+
+    def run(main, *argv, status=1):
+        found, out, err = cli(main, *argv)
+        assert (found, out) == (status, ""), err
+        assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in err, err
+        return err
+
+    return run
+
+
+@pytest.fixture
 def tiny_set(cli, tmp_path):
     """The name of a prepared character-level set in the test's folder."""
     status, _, err = cli(prepare.main, write_text(tmp_path / "text.txt"), "--name=tiny")

@@ -47,19 +47,6 @@ def numbered(tmp_path_factory):
 
 
 @pytest.fixture
-def refusal(cli):
-    """Run a script that must fail -> the one line that it prints."""
-
-    def run(main, *argv, status=1):
-        found, out, err = cli(main, *argv)
-        assert (found, out) == (status, ""), err
-        assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in err, err
-        return err
-
-    return run
-
-
-@pytest.fixture
 def prepared(cli):
     """Run prepare.py -> what it prints."""
 
