@@ -11,7 +11,7 @@ TRAIN_ARGS ?=
 demo: .venv/runtime
 	$(BIN)/python prepare.py plays
 	$(BIN)/python train.py config/train_plays_char.py $(TRAIN_ARGS)
-	$(BIN)/python sample.py --out_dir=out/plays_char
+	$(BIN)/python sample.py --out_dir=out/plays_char --start="ROMEO:"
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n auto

@@ -9,7 +9,7 @@ think about what it has seen.
     idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
 Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary,
-S tokens seen so far, these T included.
+S slots of the cache looked at, these T tokens among them.
 """
 
 import math
@@ -81,7 +81,7 @@ class CausalSelfAttention(nn.Module):
     for the same cost as one head of C channels.
     """
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         # Q, K and V of all heads in one product.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -89,16 +89,17 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.layer = layer  # which of the cache's layers is ours
 
-    def forward(self, x, mask=None, cache=None):
+    def forward(self, x, mask=None, cache=None, places=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, nh, T, hs) -> (B, nh, S, hs), these T last
+            cache.write(k, v, places)
+            if mask is not None:  # there are older tokens to look at
+                k, v = cache.read(mask.size(-1))  # (B, T, C) -> (B, S, C), these T among them
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
+        v = v.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
@@ -127,20 +128,44 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP: each reads the residual stream, normalised, and adds its result to it."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, cache)  # (B, T, C)
+    def forward(self, x, mask=None, cache=None, places=None):
+        x = x + self.attn(self.ln_1(x), mask, cache, places)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))  # (B, T, C)
         return x
 
 
-class KVCache:
+class LayerCache(nn.Module):
+    """
+    The keys and values of one layer, in buffers made once: the slot of a token is its position.
+
+    So rows of different lengths lie side by side. What stands behind a row's end is masked until the row's
+    own tokens take those slots.
+    """
+
+    def __init__(self, config, batch_size, slots, device, dtype):
+        super().__init__()
+        shape = (batch_size, slots, config.n_embd)
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype))  # (B, slots, C)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype))
+
+    def write(self, k, v, places):
+        """Put keys and values (B, T, C) at their places (B * T,) among all B * slots."""
+        self.k.flatten(0, 1).index_copy_(0, places, k.flatten(0, 1))  # (B * slots, C)
+        self.v.flatten(0, 1).index_copy_(0, places, v.flatten(0, 1))
+
+    def read(self, span):
+        """The keys and values of the first `span` positions, 2 x (B, S, C)."""
+        return self.k[:, :span], self.v[:, :span]
+
+
+class KVCache(nn.Module):
     """
     The keys and values of the tokens seen so far, of every layer.
 
@@ -148,21 +173,18 @@ class KVCache:
     means that a new token costs one token's work, not the whole context's. Queries are not kept: only the
     newest token asks.
 
-    `length` counts the tokens seen; whoever calls the model adds to it after each call.
+    `length` (B,) counts the tokens seen of each row; whoever calls the model adds to it after each call.
+    `slots` is the longest text that fits, by default block_size.
     """
 
-    def __init__(self, config, batch_size, device=None, dtype=None):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (n_layer, B, nh, block_size, hs)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer, k, v):
-        """Put T new keys and values (B, nh, T, hs) behind the old ones; returns them all (B, nh, S, hs)."""
-        seen = self.length + k.size(2)  # S
-        self.k[layer, :, :, self.length : seen] = k
-        self.v[layer, :, :, self.length : seen] = v
-        return self.k[layer, :, :, :seen], self.v[layer, :, :, :seen]
+    def __init__(self, config, batch_size, slots=None, device=None, dtype=None):
+        super().__init__()
+        slots = slots or config.block_size
+        self.layers = nn.ModuleList(
+            [LayerCache(config, batch_size, slots, device, dtype) for _ in range(config.n_layer)]
+        )
+        self.register_buffer("length", torch.zeros(batch_size, device=device, dtype=torch.long))
+        self.register_buffer("rows", slots * torch.arange(batch_size, device=device))  # where each begins
 
 
 class GPT(nn.Module):
@@ -176,7 +198,7 @@ class GPT(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token id -> vector
                 "wpe": nn.Embedding(config.block_size, config.n_embd),  # position -> vector
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)]),
+                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
@@ -212,71 +234,45 @@ class GPT(nn.Module):
         model.transformer.wte.weight = model.lm_head.weight  # tied again
         return model.float()
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, span=0):
         """
         idx (B, T) token ids -> (logits, loss).
 
         With targets (B, T), the ids that should have come next (-1: don't care): logits (B, T, V) and the
-        mean cross-entropy in nats. Without: logits (B, 1, V) of the last position only, and None. With a
-        KVCache, idx continues the tokens that the cache has seen. Raises ValueError where idx reaches past
-        block_size.
+        mean cross-entropy in nats. Without: logits (B, 1, V) of the last position only, and None.
+
+        With a KVCache, row b of idx continues the cache.length[b] tokens that the cache has seen of it, and
+        looks at its first `span` slots: enough to reach the newest token, or 0 where the cache is empty.
+        Raises ValueError where idx or span is longer than block_size.
         """
         B, T = idx.shape
-        past = 0 if cache is None else cache.length
-        if past + T > self.config.block_size:
+        if max(T, span) > self.config.block_size:
             raise ValueError(
-                f"{past + T} tokens, but block_size is {self.config.block_size}: shorten the input"
+                f"{max(T, span)} tokens, but block_size is {self.config.block_size}: shorten the input"
             )
-        positions = torch.arange(past, past + T, device=idx.device)  # (T,)
+        positions = torch.arange(T, device=idx.device)  # (T,)
+        places = None
+        if cache is not None:
+            positions = cache.length[:, None] + positions  # (B, T)
+            places = (cache.rows[:, None] + positions).flatten()  # (B * T,)
         # Without a past the mask is the plain causal triangle, which attention applies by itself. With one,
-        # token t may look at every key at its own position or before it.
+        # a token may look at every slot up to its own position; the heads all alike.
         mask = None
-        if past > 0:
-            mask = torch.arange(past + T, device=idx.device) <= positions[:, None]  # (T, S) of bool
+        if span:
+            mask = (
+                torch.arange(span, device=idx.device) <= positions[:, None, :, None]
+            )  # (B, 1, T, S) of bool
         # Attention alone knows no order: what a token is and where it stands are added into one vector.
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C) -> (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = block(x, mask, cache)  # (B, T, C)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, mask, cache.layers[layer] if cache is not None else None, places)  # (B, T, C)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None  # (B, 1, V): what comes after the last token
         logits = self.lm_head(x)  # (B, T, C) -> (B, T, V)
         loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
         return logits, loss
-
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=0, vocab_size=None, generator=None):
-        """
-        Continue idx (B, T) token by token: an iterator of max_new_tokens tensors (B, 1).
-
-        `temperature` 0 is greedy; `top_k` keeps the k likeliest ids (0: all); ids from `vocab_size` on are
-        never drawn. Raises ValueError where T is 0 or more than block_size.
-
-        Past block_size the window slides in steps: when the context is full, its oldest quarter is forgotten
-        and the rest read again. (A key holds its token's position, so the kept keys can't be moved along.)
-        """
-        block_size = self.config.block_size
-        if not 1 <= idx.size(1) <= block_size:
-            raise ValueError(
-                f"the prompt has {idx.size(1)} tokens, but must have 1 to block_size={block_size}: shorten it"
-            )
-        keep = max(1, block_size - max(1, block_size // 4))
-        cache = KVCache(self.config, idx.size(0), idx.device, self.lm_head.weight.dtype)
-        unread = idx  # (B, T): what the cache has not seen yet
-        for _ in range(max_new_tokens):
-            if cache.length + unread.size(1) > block_size:
-                cache.length = 0
-                unread = idx[:, -keep:]
-            logits, _ = self(unread, cache=cache)  # (B, 1, V)
-            cache.length += unread.size(1)
-            unread = draw(logits[:, -1, :vocab_size], temperature, top_k, generator)  # (B, 1)
-            idx = torch.cat((idx, unread), dim=1)  # (B, T + 1)
-            yield unread
-
-    def generate(self, idx, max_new_tokens, **options):
-        """idx (B, T) with max_new_tokens more: (B, T + max_new_tokens). The options are those of `stream`."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens, **options)], dim=1)
 
     def num_parameters(self, without_positions=True):
         """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""
@@ -312,22 +308,3 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-
-
-def draw(logits, temperature, top_k, generator=None):
-    """
-    One id per row, drawn with probability softmax(logits / temperature): (B, V) -> (B, 1).
-
-    The draw is a race: with E_i ~ Exp(1), argmax_i p_i / E_i is i with probability p_i. Unlike
-    torch.multinomial it never waits for the device.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no temperature makes it overflow
-    logits = logits / max(temperature, 1e-30)  # below that, 1/temperature is no float32
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1): the smallest that stays
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    p = F.softmax(logits, dim=-1)  # (B, V)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)

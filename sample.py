@@ -1,17 +1,32 @@
 """Text from a checkpoint."""
 
-import codecs
+import itertools
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from generate import Engine, Sampling, beam_search, stream
 from kqv import checkpoint
-from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, is_out_of_memory
-from kqv.errors import UserError, run
+from kqv.device import (
+    DeviceSettings,
+    cpu_has_bfloat16,
+    find_compile,
+    find_device,
+    find_dtype,
+    has_compiler,
+    is_out_of_memory,
+)
+from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting
+from kqv.tokenizer import TextStream
 from model import GPT, GPTConfig
+
+SEPARATOR = "---------------"
+COMPILE_FROM = 2000  # decoding steps from which compiling has paid for itself
 
 
 @dataclass(frozen=True)
@@ -29,18 +44,44 @@ class ModelSettings:
 class TextSettings:
     """What to write"""
 
-    start: str = setting("\n", "the text to continue; FILE:path reads a file, - reads standard input")
-    num_samples: int = setting(1, "how many continuations", at_least=1, below=2**31)
-    max_new_tokens: int = setting(500, "tokens in each", at_least=0)
+    start: str = setting(
+        "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or a newline"
+    )
+    prompts: str = setting("", "a file of texts to continue, one a line")
+    num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=2**31)
+    max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0)
+    stop: tuple[str, ...] = setting((), "a text ends before this string; may be given many times")
+    seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
+    batch_size: int = setting(64, "texts that are written at once", at_least=1)
+    format: Literal["text", "jsonl"] = setting("text", "jsonl: a JSON object a line for each continuation")
+    logprobs: bool = setting(False, "print a JSON object a line for each token, with its log-probability")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are drawn"""
+
     temperature: float = setting(
         0.8, "below 1: likelier tokens more often; 0: always the likeliest", at_least=0.0
     )
     top_k: int = setting(200, "draw among the k likeliest tokens; 0: among all", at_least=0)
-    seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
+    top_p: float = setting(1.0, "draw among the likeliest that have this probability together", at_least=0.0)
+    min_p: float = setting(
+        0.0, "draw among those with this share of the likeliest's probability", at_least=0.0
+    )
+    repetition_penalty: float = setting(1.0, "above 1: tokens of the text become less likely", at_least=1e-9)
 
 
 @dataclass(frozen=True)
-class SampleSettings(DeviceSettings, TextSettings, ModelSettings):
+class BeamSettings:
+    """Beam search instead of drawing"""
+
+    beams: int = setting(0, "how many continuations to follow at once; 0: draw", at_least=0, below=2**31)
+    length_penalty: float = setting(0.0, "divide log-probabilities by length to this power", at_least=0.0)
+
+
+@dataclass(frozen=True)
+class SampleSettings(DeviceSettings, BeamSettings, SamplingSettings, TextSettings, ModelSettings):
     """
     usage: python sample.py [config.py ...] [--name=value ...]
 
@@ -50,60 +91,273 @@ class SampleSettings(DeviceSettings, TextSettings, ModelSettings):
 
 def main(argv):
     config = parse(SampleSettings, argv)
+    if config.beams and (config.logprobs or config.num_samples > config.beams):
+        raise UsageError(
+            "beam search prints log-probabilities with --format=jsonl instead of --logprobs"
+            if config.logprobs
+            else f"num_samples={config.num_samples} is more than beams={config.beams} can give"
+        )
+    if config.start and config.prompts:
+        raise UsageError("--start and --prompts both name texts to continue: give one of them")
+    if "" in config.stop:
+        raise UsageError("--stop is empty, and an empty string is everywhere: leave it out, or name one")
     try:
         write(config)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory with num_samples={config.num_samples}: try fewer") from None
+        raise UserError(
+            f"out of memory with num_samples={config.num_samples}, batch_size={config.batch_size}: "
+            "try fewer texts at once (--batch_size), or a smaller --max_new_tokens"
+        ) from None
 
 
 def write(config):
     """Print what the settings ask for."""
-    text = read_prompt(config.start)
+    plain = config.format == "text" and not config.logprobs
+    ask = plain and not config.start and not config.prompts and sys.stdin.isatty()
+    texts = [] if ask else read_texts(config)
     device = find_device(config.device)
-    compiled = find_compile(False if config.compile == "auto" else config.compile, device)
     gpt, tokenizer = load(config)
-    ids = tokenizer.encode(text)
-    if not 1 <= len(ids) <= gpt.config.block_size:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, but the model takes 1 to {gpt.config.block_size}: "
-            + ("shorten --start" if len(ids) else "give a --start")
+    gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
+    prompts = [encode(text, tokenizer, gpt.config.block_size) for text in texts]
+    batches = batched(prompts, config)
+    compiled = config.compile
+    if compiled == "auto":
+        compiled = compiling_pays(batches, device, gpt, config)
+    writer = Writer(Engine(gpt, find_compile(compiled, device)), tokenizer, config)
+    if ask:
+        writer.converse()
+    elif config.logprobs:
+        writer.print_logprobs(prompts, batches)
+    elif plain and len(texts) == config.num_samples == 1 and not config.beams:
+        writer.print_stream(texts[0], prompts[0])
+    else:
+        writer.print_samples(texts, prompts, batches)
+
+
+def batched(prompts, config):
+    """
+    Lists of at most batch_size (number of the prompt, number of its sample), prompts of like length together:
+    then little of a batch is padding.
+    """
+    copies = 1 if config.beams else config.num_samples
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    rows = [(number, copy) for number in by_length for copy in range(copies)]
+    return [rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)]
+
+
+class Writer:
+    """Continues texts and prints them in the form that the settings ask for."""
+
+    def __init__(self, engine, tokenizer, config):
+        self.engine, self.tokenizer, self.config = engine, tokenizer, config
+        self.sampling = Sampling(
+            config.temperature,
+            config.top_k,
+            config.top_p,
+            config.min_p,
+            config.repetition_penalty,
+            config.logprobs,
         )
-    gpt.to(device=device, dtype=find_dtype(config.dtype, device))
-    if compiled:
-        gpt.compile()
-    prompt = torch.tensor(ids.astype("int64"), device=device)  # (T,)
-    prompt = prompt.expand(config.num_samples, -1)  # (T,) -> (num_samples, T)
-    tokens = gpt.stream(
-        prompt,
-        config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        vocab_size=tokenizer.vocab_size,
-        generator=torch.Generator(device).manual_seed(config.seed),
-    )
-    if config.num_samples == 1:
-        print_stream(text, (token.item() for token in tokens), tokenizer)
-        return
-    samples = torch.cat([prompt[:, :0], *tokens], dim=1).tolist()  # (num_samples, max_new_tokens)
-    for sample in samples:
-        print(text + tokenizer.decode(sample))
-        print("---------------")
+
+    def events(self, prompts, rows):
+        """
+        Continue `prompts`, lists of ids, together: an iterator of (number of the prompt, the TextStream that
+        it has become, its new text, what was drawn or None where there is nothing more to draw).
+        """
+        streams = [TextStream(self.tokenizer, self.config.stop) for _ in prompts]
+        for drawn in stream(
+            self.engine,
+            prompts,
+            self.config.max_new_tokens,
+            self.sampling,
+            self.config.seed,
+            rows,
+            self.tokenizer.vocab_size,
+        ):
+            for number, text in enumerate(streams):
+                if not text.ended:
+                    yield number, text, text.feed(drawn.ids[number]), drawn
+            if all(text.ended for text in streams):
+                return
+        for number, text in enumerate(streams):
+            if not text.ended:
+                yield number, text, text.finish(), None
+
+    def print_stream(self, text, prompt, row=0):
+        """Print each token as it is made; a character that spans several tokens appears when it is whole."""
+        print(text, end="", flush=True)
+        for _, _, new, _ in self.events([prompt], [row]):
+            print(new, end="", flush=True)
+        print()
+
+    def print_samples(self, texts, prompts, batches):
+        """Print all continuations in the order of their prompts, each when those before it are there."""
+        config, finished = self.config, {}
+        order = [(number, copy) for number in range(len(texts)) for copy in range(config.num_samples)]
+        waiting = iter(order)
+        key = next(waiting, None)
+        for batch in batches:
+            finished.update(self.found(batch, prompts) if config.beams else self.drawn(batch, prompts))
+            while key in finished:
+                record, (number, copy) = finished.pop(key), key
+                if config.format == "jsonl":
+                    print(json.dumps({"prompt": texts[number], "sample": copy, **record}), flush=True)
+                else:
+                    print(texts[number] + record["text"], flush=True)
+                    if len(order) > 1:
+                        print(SEPARATOR, flush=True)
+                key = next(waiting, None)
+
+    def drawn(self, batch, prompts):
+        """Draw a batch's continuations: {(number of the prompt, of the sample): what there is to say}."""
+        records = {key: {"text": "", "tokens": 0, "end": "length"} for key in batch}
+        rows = [number * self.config.num_samples + copy for number, copy in batch]
+        for row, text, new, drawn in self.events([prompts[number] for number, _ in batch], rows):
+            record = records[batch[row]]
+            record["text"] += new
+            record["tokens"] += drawn is not None
+            record["end"] = text.ended or "length"
+        return records
+
+    def found(self, batch, prompts):
+        """The same from a beam search, with log-probabilities; sample 0 is the best."""
+        texts = [prompts[number] for number, _ in batch]
+        hypotheses = beam_search(
+            self.engine,
+            texts,
+            self.config.max_new_tokens,
+            self.config.beams,
+            self.config.length_penalty,
+            self.ends,
+            self.tokenizer.vocab_size,
+        )
+        records = {}
+        for (number, _), some in zip(batch, hypotheses, strict=True):
+            for copy, hypothesis in enumerate(some[: self.config.num_samples]):
+                text = TextStream(self.tokenizer, self.config.stop)
+                records[number, copy] = {
+                    "text": "".join(map(text.feed, hypothesis.ids)) + text.finish(),
+                    "tokens": len(hypothesis.ids),
+                    "end": text.ended or "length",
+                    "logprob": hypothesis.logprob,
+                    "score": hypothesis.score,
+                }
+        return records
+
+    def ends(self, ids):
+        """Whether a text is complete with the last of its ids."""
+        if ids[-1] == self.tokenizer.separator:
+            return True
+        text = self.tokenizer.decode(ids) if self.config.stop else ""
+        return any(stop in text for stop in self.config.stop)
+
+    def print_logprobs(self, prompts, batches):
+        """Print a JSON object for each token: what the model thought of it, and of the likeliest ones."""
+        for batch in batches:
+            rows = [number * self.config.num_samples + copy for number, copy in batch]
+            for row, _, _, drawn in self.events([prompts[number] for number, _ in batch], rows):
+                if drawn is None:
+                    continue
+                number, copy = batch[row]
+                token = self.token(drawn.ids[row], drawn.logprobs[row])
+                top = map(self.token, drawn.top_ids[row], drawn.top_logprobs[row])
+                print(json.dumps({"prompt": number, "sample": copy, **token, "top": list(top)}), flush=True)
+
+    def token(self, token, logprob):
+        return {"token": self.tokenizer.decode([token]), "id": token, "logprob": logprob}
+
+    def converse(self):
+        """Ask for texts and continue them. Ctrl-C ends a text, Ctrl-D the program."""
+        try:
+            import readline  # noqa: F401  gives input() its history and line editing
+        except ImportError:
+            pass
+        print("Begin a text, and it is continued. Ctrl-C stops it; Ctrl-D ends the program.")
+        block_size = self.engine.gpt.config.block_size
+        for turn in itertools.count():
+            try:
+                text = input("> ") or "\n"
+                prompt = encode(text, self.tokenizer, block_size)
+                for copy in range(self.config.num_samples):
+                    self.print_stream(text, prompt, row=turn * self.config.num_samples + copy)
+            except UserError as error:
+                warn(str(error))
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
+
+
+def read_texts(config):
+    """The texts to continue."""
+    if not config.prompts:
+        return [read_prompt(config.start or "\n")]
+    lines = read_file(config.prompts, f"--prompts={config.prompts}").splitlines()
+    empty = next((number for number, line in enumerate(lines, start=1) if not line), None)
+    if empty or not lines:
+        raise UserError(
+            f"{config.prompts} has no text in line {empty or 1}: give one to continue in each line"
+        )
+    return lines
+
+
+def encode(text, tokenizer, block_size):
+    """The ids of a text to continue. Raises UserError where the model can't read them."""
+    ids = tokenizer.encode(text).tolist()
+    if not 1 <= len(ids) <= block_size:
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise UserError(
+            f"the prompt {shown!r} has {len(ids)} tokens, but the model takes 1 to {block_size}: "
+            + ("shorten it" if ids else "give a --start")
+        )
+    return ids
+
+
+def compiling_pays(batches, device, gpt, config):
+    """Whether so much is to be written that compiling saves more time than it takes."""
+    if len(batches) * config.max_new_tokens < COMPILE_FROM:
+        return False
+    one_row = config.beams <= 1 and all(len(batch) == 1 for batch in batches)
+    on_cpu = device.type == "cpu" and one_row and is_large(gpt) and has_compiler()
+    return device.type == "cuda" or on_cpu
+
+
+def is_large(gpt):
+    """Whether a model is too large for the caches of a CPU, which then waits for its weights from memory."""
+    return gpt.num_parameters() > 16e6
+
+
+def generation_dtype(name, device, gpt):
+    """
+    The precision of the weights. "auto" on a CPU: bfloat16 for a large model where the CPU computes in it.
+    """
+    if name == "auto" and device.type == "cpu" and is_large(gpt) and cpu_has_bfloat16():
+        return torch.bfloat16
+    return find_dtype(name, device)
 
 
 def read_prompt(start):
     """The prompt that --start names: the text itself, FILE:path, or - for standard input."""
     if start == "-":
-        content, name = sys.stdin.buffer.read(), "standard input"
-    elif start.startswith("FILE:"):
-        name = start.removeprefix("FILE:")
-        try:
-            content = Path(name).read_bytes()
-        except OSError as error:
-            raise UserError(f"--start=FILE:{name} can't be read: {error.strerror}") from None
-    else:
-        return start
+        return decoded(sys.stdin.buffer.read(), "standard input")
+    if start.startswith("FILE:"):
+        return read_file(start.removeprefix("FILE:"), f"--start={start}")
+    return start
+
+
+def read_file(path, setting):
+    """The text of a file that a setting names."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{setting} can't be read: {error.strerror}") from None
+    return decoded(content, path)
+
+
+def decoded(content, name):
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -124,15 +378,6 @@ def load(config):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
     return gpt.eval(), checkpoint.tokenizer_of(contents)
-
-
-def print_stream(text, ids, tokenizer):
-    """Print each token as it is made; a character that spans several tokens appears when it is whole."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    print(text, end="", flush=True)
-    for token in ids:
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
 
 
 if __name__ == "__main__":

@@ -95,8 +95,18 @@ def find_compile(choice, device):
     """
     if choice == "auto":
         return device.type == "cuda"
-    if choice and not any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))):
+    if choice and not has_compiler():
         raise UserError(
             "--compile=True needs a C++ compiler, and none is found: install g++, or use --compile=False"
         )
     return choice
+
+
+def has_compiler():
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")))
+
+
+def cpu_has_bfloat16():
+    """Whether the CPU has instructions for bfloat16, as far as this torch can tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)

@@ -31,12 +31,13 @@ def parse(cls, argv, saved=None):
     The settings that a command line asks for, as an instance of the frozen dataclass `cls`.
 
     Arguments that begin with `--` are settings: `--name=value`, `--name value`, and `--name` alone for a
-    bool. The others are config files, or, where `cls` has a field of type tuple[str, ...], that field's
-    values. `saved` replaces defaults (a checkpoint's settings on resume). `--help` prints every setting and
-    exits. Raises UsageError.
+    bool; one of type tuple[str, ...] may be given many times. The others are config files, or, where `cls`
+    has a field of that type without `setting`, that field's values. `saved` replaces defaults (a checkpoint's
+    settings on resume). `--help` prints every setting and exits. Raises UsageError.
     """
     types_of = typing.get_type_hints(cls)
-    many = next((name for name, kind in types_of.items() if kind == tuple[str, ...]), None)
+    many = next((field.name for field in dataclasses.fields(cls) if is_positional(field, types_of)), None)
+    types_of.pop(many, None)
     positional, given = split_arguments(cls, types_of, argv)
     values = {}
     for name, value in (saved or {}).items():
@@ -55,6 +56,10 @@ def parse(cls, argv, saved=None):
         if field.name in values:
             check_bounds(field, values[field.name])
     return cls(**values)
+
+
+def is_positional(field, types_of):
+    return types_of[field.name] == tuple[str, ...] and "help" not in field.metadata
 
 
 def split_arguments(cls, types_of, argv):
@@ -82,6 +87,8 @@ def split_arguments(cls, types_of, argv):
                 text = rest.pop(0)
             else:
                 raise UsageError(f"--{name} needs a value: --{name}={kind_name(types_of[name])}")
+        if types_of[name] == tuple[str, ...]:
+            text = (*given.get(name, ()), text)
         given[name] = text
     return positional, given
 
@@ -135,7 +142,7 @@ def line_of(error, path):
 
 
 def require_known(name, types_of, where):
-    if name not in types_of or types_of[name] == tuple[str, ...]:
+    if name not in types_of:
         near = difflib.get_close_matches(name, types_of, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
         raise UsageError(f"{where}{name} is not a setting: {hint}")
@@ -154,7 +161,7 @@ def convert(name, value, kind, where, from_text=False):
 
 def from_string(text, kind):
     """A command-line string as `kind`, or None where it is not one."""
-    if kind is str:
+    if kind is str or kind == tuple[str, ...]:
         return from_value(text, kind)
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
@@ -180,6 +187,9 @@ def from_value(value, kind):
             return float(value) if math.isfinite(value) else None
         except OverflowError:
             return None
+    if kind == tuple[str, ...]:
+        values = (value,) if type(value) is str else value
+        return values if isinstance(values, tuple) and all(type(text) is str for text in values) else None
     if kind is str and type(value) is str and "\0" in value:
         return None  # no file name or command line can hold it
     return value if type(value) is kind else None
@@ -197,7 +207,8 @@ def kind_name(kind):
     """A type as the user writes it: int, float, True|False, auto|float32|..., text."""
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
-    return {bool: "True|False", str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))
+    names = {bool: "True|False", str: "text", tuple[str, ...]: "text"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def article(kind):
@@ -217,7 +228,7 @@ def help_text(cls):
         cls.__mro__
     ):  # a base class is a group, and its docstring's first line the group's title
         own = [fields[name] for name in inspect.get_annotations(group) if name in fields]
-        own = [field for field in own if types_of[field.name] != tuple[str, ...]]
+        own = [field for field in own if not is_positional(field, types_of)]
         if own:
             title = "settings" if group is cls else group.__doc__.strip().splitlines()[0]
             lines += ["", f"{title}:"]

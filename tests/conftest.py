@@ -13,6 +13,7 @@ import torch
 import prepare
 import train
 from kqv import errors
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4"]
@@ -24,10 +25,34 @@ TINY_RUN = [
     "--eval_interval=3",
 ]
 TINY_RUN += ["--eval_iters=2", "--warmup_iters=1", "--lr_decay_iters=6", "--learning_rate=1e-2"]
+SMALL = {"block_size": 8, "vocab_size": 19, "n_layer": 2, "n_head": 2, "n_embd": 16}  # a GPTConfig
 
 # A test that goes wrong and wants all memory gets an error, and the machine stays usable.
 resource.setrlimit(resource.RLIMIT_DATA, (10 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+
+
+def random_gpt(seed=0, std=0.3, **shape):
+    """A small GPT whose every number is random, LayerNorms and biases too, so that none hides a fault."""
+    torch.manual_seed(seed)
+    return randomise(GPT(GPTConfig(**{**SMALL, **shape})), std).eval()
+
+
+@torch.no_grad()
+def randomise(module, std):
+    for parameter in module.parameters():
+        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=std)
+    return module
+
+
+def random_ids(*shape, below=SMALL["vocab_size"], seed=0):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits_of(gpt, idx):
+    """The logits of every position, (B, T, V)."""
+    return gpt(idx, targets=idx)[0]
 
 
 def write_text(path, words=3000):

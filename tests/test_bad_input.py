@@ -100,9 +100,18 @@ TRAIN_SETTINGS = {
 TEXT_SETTINGS = {
     "--max_new_tokens=-1": ["max_new_tokens is -1", "at least 0"],
     "--num_samples=0": ["num_samples is 0", "at least 1"],
+    "--batch_size=0": ["batch_size is 0", "at least 1"],
+    "--top_k=-1": ["top_k is -1", "at least 0"],
+    "--top_p=-0.1": ["top_p is -0.1", "at least 0"],
+    "--min_p=-0.1": ["min_p is -0.1", "at least 0"],
+    "--repetition_penalty=0": ["repetition_penalty is 0", "at least"],
+    "--beams=-1": ["beams is -1", "at least 0"],
+    "--length_penalty=-1": ["length_penalty is -1", "at least 0"],
+    "--format=xml": ["--format=xml", "text|jsonl"],
+    "--stop": ["--stop needs a value", "--stop=text"],
     "--temperature=-1": ["temperature is -1", "at least 0"],
     "--temperature=warm": ["--temperature=warm", "number"],
-    "--top_q=5": ["--top_q", "did you mean top_k?"],
+    "--top_q=5": ["--top_q", "did you mean top_p?"],
 }
 
 
@@ -242,7 +251,8 @@ def test_a_prompt_that_the_tokenizer_does_not_know(refuse):
 
 
 def test_a_prompt_of_no_or_too_many_tokens(refuse):
-    refuse(sample.main, *TEXT, "--start=", status=1, says=["0 tokens", "--start"])
+    Path("empty.txt").touch()
+    refuse(sample.main, *TEXT, "--start=FILE:empty.txt", status=1, says=["0 tokens", "--start"])
     refuse(sample.main, *TEXT, f"--start={'keys ' * 5}", status=1, says=["25 tokens", "16", "shorten"])
 
 
@@ -424,7 +434,7 @@ def test_a_process_ends_in_one_line_and_its_status(tmp_path, name, arguments, st
 
 
 def test_control_c_ends_a_text_in_one_line(here):
-    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=1000000"]
+    command = [sys.executable, str(ROOT / "sample.py"), "--start=keys", "--max_new_tokens=1000000"]
     process = subprocess.Popen(
         command,
         env=process_environment(),
@@ -434,7 +444,7 @@ def test_control_c_ends_a_text_in_one_line(here):
             signal.SIGINT, signal.SIG_DFL
         ),  # ignored where tests run in the background
     )
-    process.stdout.read(10)  # it is writing
+    assert process.stdout.read(10).startswith(b"keys")  # it is writing
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, b"error: interrupted\n")

@@ -1,14 +1,16 @@
 """What holds on a CUDA device: precisions train, runs repeat and resume bit for bit, generation agrees."""
 
 import math
+from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
-from conftest import TINY_RUN
+from conftest import TINY_RUN, logits_of, random_gpt, random_ids
 
 import train
+from generate import Engine, Sampling, beam_search, generate, stream
 from kqv import checkpoint
-from model import GPT, GPTConfig
 
 DEVICE = "cuda"
 pytestmark = [
@@ -45,9 +47,93 @@ def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(cli, tiny_set, dtyp
         assert all(map(torch.equal, weights("a").values(), weights(other).values()))
 
 
-def test_cached_generation_is_that_of_the_cpu():
-    torch.manual_seed(0)
-    gpt = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)).eval()
-    idx = torch.randint(50, (3, 7))
-    expected = gpt.generate(idx, 60, temperature=0)
-    assert torch.equal(gpt.to(DEVICE).generate(idx.to(DEVICE), 60, temperature=0).cpu(), expected)
+# Generation
+
+
+GREEDY, DRAWN = Sampling(temperature=0), Sampling(1.3, 20, 0.95, 0.01, 1.2)
+
+
+def small_gpt(**shape):
+    return random_gpt(block_size=300, vocab_size=50, n_embd=32, **shape).to(DEVICE)
+
+
+def texts_of(*lengths):
+    return [random_ids(length, below=50, seed=row).tolist() for row, length in enumerate(lengths)]
+
+
+@pytest.fixture
+def float32_products():
+    """Matrix products of float32 in float32, not in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_cached_generation_is_that_of_the_cpu(float32_products, sampling):
+    gpt, texts = small_gpt().double(), texts_of(7, 300, 1)  # float64: no draw is near enough to a boundary
+    found = generate(Engine(gpt), texts, 400, sampling=sampling)
+    assert found == generate(Engine(gpt.cpu()), texts, 400, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_compiled_the_engine_writes_what_the_eager_one_writes(float32_products, sampling):
+    gpt = small_gpt()
+    eager, compiled = Engine(gpt), Engine(gpt, compiled=True)
+    # One engine for texts of all kinds, some of them twice: what the older ones left in it changes nothing.
+    for lengths in ([1], [40], [1], [7, 290, 300, 1], [3, 4, 5, 6], [9] * 3, [7, 290, 300, 1], [300]):
+        texts = texts_of(*lengths)
+        for count in (1, 400):  # 400: past block_size, 300
+            options = {"sampling": sampling, "seed": 3}
+            assert generate(compiled, texts, count, **options) == generate(eager, texts, count, **options)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logprobs_belong_to_their_token_though_the_device_is_ahead(float32_products, compiled):
+    gpt, texts, sampling = small_gpt(), texts_of(3, 298), replace(DRAWN, logprobs=True)
+    steps = list(stream(Engine(gpt, compiled), texts, 40, sampling))
+    continued = [list(text) for text in texts]
+    for drawn, plain in zip(steps, stream(Engine(gpt), texts, 40, DRAWN), strict=True):
+        assert drawn.ids == plain.ids
+        for row, text in enumerate(continued):
+            if len(text) <= 300:
+                logits = logits_of(gpt, torch.tensor([text], device=DEVICE))[0, -1]
+                logprobs = logits.log_softmax(dim=-1)
+                assert drawn.logprobs[row] == pytest.approx(logprobs[drawn.ids[row]].item(), abs=1e-3)
+                assert drawn.top_logprobs[row] == pytest.approx(logprobs.topk(5).values.tolist(), abs=1e-3)
+                assert drawn.top_logprobs[row] == sorted(drawn.top_logprobs[row], reverse=True)
+            text.append(drawn.ids[row])
+
+
+def test_a_stream_that_is_left_early_leaves_the_engine_usable():
+    gpt, texts = small_gpt(), texts_of(3, 20)
+    engine = Engine(gpt, compiled=True)
+    expected = list(stream(engine, texts, 30, DRAWN))
+    assert list(islice(stream(engine, texts, 30, DRAWN), 5)) == expected[:5]
+    assert list(stream(engine, texts, 30, DRAWN)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_compiled_half_precision_writes_with_the_likelihood_of_the_eager_one(dtype):
+    gpt, texts = small_gpt().to(getattr(torch, dtype)), texts_of(200)
+    sampling = Sampling(logprobs=True)
+    mean = []
+    for compiled in (False, True):
+        steps = list(stream(Engine(gpt, compiled), texts * 16, 200, sampling))
+        mean.append(sum(sum(drawn.logprobs) for drawn in steps) / (200 * 16))
+    assert mean[0] == pytest.approx(mean[1], abs=0.15)
+
+
+def test_compiled_beams_are_the_eager_ones(float32_products):
+    gpt, texts = small_gpt(), texts_of(3, 290)
+    found, expected = (
+        beam_search(
+            Engine(gpt, compiled), texts, 25, beams=4, length_penalty=0.6, ends=lambda ids: ids[-1] == 5
+        )
+        for compiled in (True, False)
+    )
+    for some, others in zip(found, expected, strict=True):
+        assert [one.ids for one in some] == [other.ids for other in others]
+        assert [one.score for one in some] == pytest.approx([other.score for other in others], abs=1e-3)

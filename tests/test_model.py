@@ -4,41 +4,17 @@ import math
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
+from conftest import SMALL, logits_of, random_gpt, random_ids, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from kqv import huggingface
-from model import GPT, CausalSelfAttention, GPTConfig, KVCache, draw
+from model import GPT, CausalSelfAttention, GPTConfig, KVCache
 
-SMALL = {"block_size": 8, "vocab_size": 19, "n_layer": 2, "n_head": 2, "n_embd": 16}
 GPT2_SIZES = {"124M": (12, 12), "350M": (24, 16), "774M": (36, 20), "1558M": (48, 25)}  # (n_layer, n_head)
-
-
-def random_gpt(seed=0, std=0.3, **shape):
-    """A small GPT whose every number is random, LayerNorms and biases too, so that none hides a fault."""
-    torch.manual_seed(seed)
-    return randomise(GPT(GPTConfig(**{**SMALL, **shape})), std).eval()
-
-
-@torch.no_grad()
-def randomise(module, std):
-    for parameter in module.parameters():
-        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=std)
-    return module
-
-
-def random_ids(*shape, below=SMALL["vocab_size"], seed=0):
-    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def logits_of(gpt, idx):
-    """The logits of every position, (B, T, V)."""
-    return gpt(idx, targets=idx)[0]
 
 
 # Attention and the whole model, against independent implementations
@@ -65,7 +41,7 @@ def attention_by_the_formula(attention, x):
 def test_attention_is_the_formula(bias, dropout):
     torch.manual_seed(0)
     config = GPTConfig(block_size=10, n_head=3, n_embd=24, bias=bias, dropout=dropout)
-    attention = randomise(CausalSelfAttention(config, layer=0), std=0.5).eval()  # eval: dropout is off
+    attention = randomise(CausalSelfAttention(config), std=0.5).eval()  # eval: dropout is off
     x = torch.randn(2, 10, 24)
     torch.testing.assert_close(attention(x), attention_by_the_formula(attention, x), atol=1e-5, rtol=1e-5)
 
@@ -127,150 +103,81 @@ def test_every_token_sees_every_token_before_it():
 
 
 @torch.no_grad()
-def uncached(gpt, idx, max_new_tokens, pick):
-    """Generation as one would write it first: read the whole window again for every token."""
-    block_size = gpt.config.block_size
-    quarter = max(1, block_size // 4)
-    first = 0  # the oldest token that is not forgotten
-    for _ in range(max_new_tokens):
-        if idx.size(1) - first > block_size:
-            first = idx.size(1) - max(1, block_size - quarter)
-        idx = torch.cat((idx, pick(logits_of(gpt, idx[:, first:])[:, -1])), dim=1)
-    return idx
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prompt_length", range(1, 9))
-def test_cached_generation_is_uncached_generation_token_for_token(prompt_length, bias):
-    gpt = random_gpt(bias=bias)
-    prompt = random_ids(3, prompt_length, seed=prompt_length)
-    greedy = uncached(gpt, prompt, 20, lambda logits: logits.argmax(dim=-1, keepdim=True))
-    assert torch.equal(gpt.generate(prompt, 20, temperature=0), greedy)  # 20 tokens: past block_size twice
-
-    generator = torch.Generator().manual_seed(5)
-    drawn = uncached(gpt, prompt, 20, lambda logits: draw(logits, 1.3, 7, generator))
-    generator = torch.Generator().manual_seed(5)
-    assert torch.equal(gpt.generate(prompt, 20, temperature=1.3, top_k=7, generator=generator), drawn)
-    assert not torch.equal(drawn, greedy)
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3, 5, 16])
-def test_the_window_slides_by_a_quarter_whatever_the_block_size(block_size):
-    gpt = random_gpt(block_size=block_size)
-    prompt = random_ids(2, block_size)
-    greedy = uncached(gpt, prompt, 3 * block_size + 2, lambda logits: logits.argmax(dim=-1, keepdim=True))
-    assert torch.equal(gpt.generate(prompt, 3 * block_size + 2, temperature=0), greedy)
+def read(gpt, cache, idx, wide=False):
+    """Read more tokens (B, T) of rows that may be at different places: the last ones' logits, (B, 1, V)."""
+    end = int(cache.length.max()) + idx.size(1)
+    span = gpt.config.block_size if wide else end if cache.length.any() else 0
+    logits, _ = gpt(idx, cache=cache, span=span)
+    cache.length += idx.size(1)
+    return logits
 
 
 @settings(deadline=None, max_examples=40)
-@given(chunks=st.lists(st.integers(1, 8), min_size=1, max_size=8), batch_size=st.integers(1, 3))
-def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size):
-    gpt, idx = random_gpt(), random_ids(batch_size, 8)
+@given(
+    chunks=st.lists(st.integers(1, 8), min_size=1, max_size=8),
+    batch_size=st.integers(1, 3),
+    wide=st.booleans(),
+)
+def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size, wide):
+    gpt, idx, seen = random_gpt(), random_ids(batch_size, 8), 0
     cache = KVCache(gpt.config, batch_size)
-    with torch.no_grad():
-        for chunk in chunks:
-            chunk = idx[:, cache.length : cache.length + chunk]
-            if chunk.size(1):
-                logits, _ = gpt(chunk, cache=cache)
-                cache.length += chunk.size(1)
-                expected, _ = gpt(idx[:, : cache.length])
-                torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    for chunk in chunks:
+        if seen + chunk <= 8:
+            logits = read(gpt, cache, idx[:, seen : seen + chunk], wide)
+            seen += chunk
+            torch.testing.assert_close(logits, logits_of(gpt, idx[:, :seen])[:, -1:], atol=1e-5, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), chunk=st.integers(1, 2), wide=st.booleans()
+)
+def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengths, chunk, wide):
+    gpt, idx = random_gpt(), random_ids(len(lengths), 8)
+    cache = KVCache(gpt.config, len(lengths))
+    if any(lengths):
+        read(
+            gpt, cache, idx[:, : max(lengths)]
+        )  # the shorter ones are padded on the right, here with any ids
+    cache.length.copy_(torch.tensor(lengths))
+    more = torch.stack([row[length : length + chunk] for row, length in zip(idx, lengths, strict=True)])
+    logits = read(gpt, cache, more, wide)
+    for row, length in enumerate(lengths):
+        alone = logits_of(gpt, idx[row : row + 1, : length + chunk])[:, -1:]
+        torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_what_older_texts_left_in_a_cache_is_never_looked_at():
+    gpt, idx = random_gpt(), random_ids(2, 5)
+    cache = KVCache(gpt.config, 2)
+    for layer in cache.layers:
+        layer.k.fill_(50.0)
+        layer.v.fill_(50.0)
+    read(gpt, cache, idx[:, :4])
+    logits = read(gpt, cache, idx[:, 4:], wide=True)
+    torch.testing.assert_close(logits, logits_of(gpt, idx)[:, -1:], atol=1e-5, rtol=1e-5)
 
 
 def test_a_cached_forward_gives_the_logits_and_loss_of_its_part():
     gpt, idx, targets = random_gpt(), random_ids(2, 8), random_ids(2, 8, seed=1)
     cache = KVCache(gpt.config, 2)
+    read(gpt, cache, idx[:, :3])
     with torch.no_grad():
-        gpt(idx[:, :3], cache=cache)
-        cache.length = 3
-        logits, loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache)
+        logits, loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache, span=8)
     torch.testing.assert_close(logits, logits_of(gpt, idx)[:, 3:], atol=1e-5, rtol=1e-5)
     expected = F.cross_entropy(logits_of(gpt, idx)[:, 3:].flatten(0, 1), targets[:, 3:].flatten())
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_cached_forward_costs_one_token_at_a_time():
-    gpt, seen = random_gpt(), []
-    gpt.transformer.wte.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].size(1)))
-    gpt.generate(random_ids(1, 3), 9, temperature=0)
-    assert seen == [3, 1, 1, 1, 1, 1, 6, 1, 1]  # the context is full after 8: its newest 6 are read again
-
-
-# Generation
-
-
-def test_ids_from_vocab_size_on_are_never_emitted():
-    gpt = random_gpt()
-    with torch.no_grad():
-        gpt.lm_head.weight[5:] *= 10  # the padding's ids would be the likeliest
-    prompt = random_ids(4, 1, below=5)
-    for options in ({"temperature": 0}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": 19}):
-        assert gpt.generate(prompt, 50, vocab_size=5, **options).max() == 4
-    assert gpt.generate(prompt, 50).max() > 5
-
-
-def test_top_k_1_and_vanishing_temperatures_are_greedy():
-    gpt, prompt = random_gpt(), random_ids(4, 2)
-    greedy = gpt.generate(prompt, 30, temperature=0)
-    assert greedy.unique().numel() > 3
-    assert torch.equal(gpt.generate(prompt, 30, top_k=1), greedy)
-    for temperature in (1e-5, 1e-30):
-        assert torch.equal(gpt.generate(prompt, 30, temperature=temperature), greedy)
-
-
-@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30])
-@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
-def test_draw_gives_ids_whatever_the_size_of_the_logits(temperature, top_k):
-    logits = torch.tensor([[-3e4, 3e4, 0.0, 1.0], [5.0, 1e4, -math.inf, -math.inf], [0.0, 1.0, 0.5, -1.0]])
-    ids = draw(logits, temperature, top_k, torch.Generator().manual_seed(0))
-    assert ids.shape == (3, 1) and ids.min() >= 0 and ids.max() <= 3
-    if temperature < 1 or top_k == 1:
-        assert ids.flatten().tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [0, 3, 100])
-def test_draws_follow_the_softmax_of_the_k_likeliest(temperature, top_k):
-    draws, logits = 20_000, np.array([0.3, -1.2, 2.0, 0.9, -0.4, 1.4])
-    expected = np.exp(logits / temperature)
-    if top_k == 3:
-        expected[logits < 0.9] = 0
-    expected *= draws / expected.sum()
-    rows = torch.tensor(logits, dtype=torch.float32).expand(draws, -1)  # every row is a draw of its own
-    ids = draw(rows, temperature, top_k, torch.Generator().manual_seed(0)).flatten()
-    counts = np.bincount(ids.numpy(), minlength=6)
-    likely = expected > 0
-    assert counts[~likely].sum() == 0
-    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
-    freedom = likely.sum() - 1
-    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)  # mean and standard deviation of a chi-square
-
-
-def test_the_seed_decides_the_text_and_rows_are_drawn_apart():
-    gpt, prompt = random_gpt(), random_ids(1, 2).expand(6, -1)
-    first, again, other = (
-        gpt.generate(prompt, 12, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    assert len({tuple(row) for row in first.tolist()}) == 6
-
-
-def test_stream_yields_what_generate_joins_and_leaves_gradients_on():
-    gpt, prompt = random_gpt(), random_ids(2, 3)
-    tokens, recorded = [], []
-    gpt.lm_head.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
-    for token in gpt.stream(prompt, 10, temperature=0):
-        assert token.shape == (2, 1) and torch.is_grad_enabled()
-        tokens.append(token)
-    assert recorded == [False] * 10  # generation itself keeps no graph
-    assert torch.equal(torch.cat([prompt, *tokens], dim=1), gpt.generate(prompt, 10, temperature=0))
-    assert torch.equal(gpt.generate(prompt, 0), prompt)
-
-
-@pytest.mark.parametrize("length", [0, 9])
-def test_a_prompt_of_no_tokens_or_too_many_is_refused(length):
-    with pytest.raises(ValueError, match=rf"\b{length}\b.*block_size=8"):
-        random_gpt().generate(random_ids(1, length), 1)
+def test_a_cache_has_a_slot_for_each_position_or_as_many_as_are_asked_for():
+    gpt, idx = random_gpt(), random_ids(3, 5)
+    assert KVCache(gpt.config, 3).layers[1].v.numel() == 3 * 8 * 16
+    cache = KVCache(gpt.config, 3, slots=5, dtype=torch.float32)
+    assert {kept.numel() for layer in cache.layers for kept in (layer.k, layer.v)} == {3 * 5 * 16}
+    read(gpt, cache, idx[:, :4])
+    logits = read(gpt, cache, idx[:, 4:])
+    assert cache.length.tolist() == [5, 5, 5]
+    torch.testing.assert_close(logits, logits_of(gpt, idx)[:, -1:], atol=1e-5, rtol=1e-5)
 
 
 # Initialisation, parameters, names
@@ -454,10 +361,9 @@ def test_more_tokens_than_block_size_are_refused():
     with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
         gpt(random_ids(1, 9))
     cache = KVCache(gpt.config, 1)
-    gpt(random_ids(1, 8), cache=cache)
-    cache.length = 8
+    read(gpt, cache, random_ids(1, 8))
     with pytest.raises(ValueError, match=r"\b9\b.*\b8\b"):
-        gpt(random_ids(1, 1), cache=cache)
+        read(gpt, cache, random_ids(1, 1))
 
 
 def test_crop_block_size_keeps_the_logits_of_short_inputs():
@@ -466,7 +372,6 @@ def test_crop_block_size_keeps_the_logits_of_short_inputs():
     gpt.crop_block_size(5)
     assert torch.equal(logits_of(gpt, idx), before)
     assert gpt.config.block_size == 5 and gpt.state_dict()["transformer.wpe.weight"].shape == (5, 16)
-    assert gpt.generate(idx, 7).shape == (2, 12)
     again = GPT.from_weights(gpt.config, gpt.state_dict())
     assert torch.equal(logits_of(again.eval(), idx), before)
     with pytest.raises(ValueError, match="6"):
@@ -507,11 +412,3 @@ def test_a_compiled_model_equals_the_eager_one(backend):
     expected = torch.autograd.grad(expected_loss, list(gpt.parameters()))
     for gradient, expectation in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, expectation, atol=1e-5, rtol=1e-4)
-
-
-def test_a_compiled_model_writes_what_the_eager_one_writes():
-    """The cache's length is a number that the compiled code must not take for a constant."""
-    gpt, prompt = random_gpt(n_layer=1), random_ids(2, 3)
-    expected = gpt.generate(prompt, 12, temperature=0)
-    gpt.compile(backend="eager")
-    assert torch.equal(gpt.generate(prompt, 12, temperature=0), expected)

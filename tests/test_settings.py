@@ -15,10 +15,11 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import prepare
 import sample
 import train
 from kqv.errors import UsageError
-from kqv.settings import parse
+from kqv.settings import parse, setting
 from train import TrainSettings
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
@@ -143,6 +144,71 @@ def test_saved_settings_are_checked_like_all_others(saved):
 def test_settings_can_not_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse(TrainSettings, []).seed = 1
+
+
+# A setting that may be given many times
+
+
+@pytest.mark.parametrize(
+    "argv, stop",
+    [
+        ([], ()),
+        (["--stop=a"], ("a",)),
+        (["--stop", "a"], ("a",)),
+        (["--stop=a", "--seed=2", "--stop", "b c", "--stop=a"], ("a", "b c", "a")),
+        (["--stop=a,b", "--stop="], ("a,b", "")),
+        (["--stop=--seed=3", "--stop", "-x", "--stop==\n"], ("--seed=3", "-x", "=\n")),
+    ],
+)
+def test_a_setting_may_be_given_many_times(argv, stop):
+    config = parse(sample.SampleSettings, argv)
+    assert config.stop == stop and config.seed == (2 if "--seed=2" in argv else 1337)
+
+
+def test_a_config_file_gives_one_of_them_and_the_command_line_replaces_it(tmp_path):
+    path = config_file(tmp_path, "stop = 'a b'")
+    assert parse(sample.SampleSettings, [path]).stop == ("a b",)
+    assert parse(sample.SampleSettings, ["--stop=c", path, "--stop=d"]).stop == ("c", "d")
+    assert parse(sample.SampleSettings, [], {"stop": ("a", "b")}).stop == ("a", "b")
+    assert parse(sample.SampleSettings, ["--stop=c"], {"stop": ("a", "b")}).stop == ("c",)
+
+
+def test_what_is_no_text_to_give_many_times_is_refused(refusal, tmp_path):
+    refused = partial(refusal, sample.main, status=2)
+    assert "stop = 3 is not text" in refused(config_file(tmp_path, "stop = 3"))
+    assert "stop is a list" in refused(config_file(tmp_path, "stop = ['a', 'b']"))
+    assert "--stop=text" in refused("--stop=a", "--stop")
+    assert "--stop=text" in refused("--stop", "--seed=3")
+    assert "did you mean stop?" in refused("--stops=a")
+    for saved in (["a"], ("a", 3), None, True):
+        with pytest.raises(UsageError, match="stop"):
+            parse(sample.SampleSettings, [], {"stop": saved})
+
+
+def test_help_shows_what_may_be_given_many_times(cli):
+    status, out, err = cli(sample.main, "--help")
+    assert (status, err) == (0, "")
+    (line,) = (line for line in out.splitlines() if line.startswith("  --stop="))
+    assert line.startswith("  --stop=text ") and "many times" in line and line.endswith("[()]")
+
+
+def test_arguments_without_a_name_are_no_setting(cli, refusal):
+    assert parse(prepare.PrepareSettings, ["a", "--name=x", "b*"]).sources == ("a", "b*")
+    line = refusal(prepare.main, "a", "--sources=b", status=2)
+    assert "--sources is not a setting" in line
+    assert parse(prepare.PrepareSettings, ["a"], {"sources": ["b"], "name": "x"}).sources == ("a",)
+    assert "--sources" not in cli(prepare.main, "--help")[1]
+
+
+def test_a_setting_may_be_given_many_times_beside_arguments_without_a_name():
+    @dataclasses.dataclass(frozen=True)
+    class Both:
+        """usage"""
+
+        stop: tuple[str, ...] = setting((), "given many times")
+        files: tuple[str, ...] = ()
+
+    assert parse(Both, ["x", "--stop=a", "y", "--stop", "b"]) == Both(stop=("a", "b"), files=("x", "y"))
 
 
 # What is refused, and in which words

@@ -1,7 +1,9 @@
 """
-Tokenizers: any text comes back, no text is read as a special token, no definition on disk runs code.
+Tokenizers: any text comes back, no text is read as a special token, a stream of ids ends where its text does,
+no definition on disk runs code.
 """
 
+import codecs
 import collections
 import hashlib
 import json
@@ -17,7 +19,15 @@ from hypothesis import strategies as st
 
 from kqv import dataset, sources
 from kqv.errors import UserError
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer, from_json, from_nanogpt
+from kqv.tokenizer import (
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    TextStream,
+    Tokenizer,
+    from_json,
+    from_nanogpt,
+)
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
@@ -109,6 +119,98 @@ def test_characters_name_the_one_they_do_not_know_and_where_it_is(text, position
 def test_text_that_is_no_unicode_is_refused(tokenizer, text):
     with pytest.raises(UserError, match="position 2"):
         tokenizer.encode(text)
+
+
+# A stream of ids
+
+
+class Pieces(Tokenizer):
+    """Token i stands for the i-th of some pieces of bytes; -1 ends a text."""
+
+    separator = -1
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def decode_bytes(self, ids):
+        return b"".join(self.pieces[i] for i in ids)
+
+
+@st.composite
+def cut(draw, contents):
+    """Bytes, cut into pieces anywhere; some may be empty."""
+    content = draw(contents)
+    ends = [0, *sorted(draw(st.lists(st.integers(0, len(content)), max_size=12))), len(content)]
+    return [content[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+
+
+FEW = st.text(st.sampled_from("aab€é\ufffd"))  # so that strings are found in each other; the last is replaced
+STOPS = st.lists(st.text(st.sampled_from("aab€é\ufffd"), min_size=1, max_size=4), max_size=4)
+BROKEN = st.lists(st.sampled_from([b"a", b"b", b"\xe2", b"\x82", b"\xac", b"\xc3", b"\xff"])).map(b"".join)
+CONTENTS = FEW.map(str.encode) | BROKEN
+
+
+def until_stop(text, stops):
+    """The text up to the first stop to be complete, of several the longest; and whether there is one."""
+    for end in range(len(text) + 1):
+        complete = [len(stop) for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(complete)], True
+    return text, False
+
+
+@settings(UNHURRIED, max_examples=300)
+@given(cut(CONTENTS), STOPS)
+def test_a_stream_ends_before_the_first_stop_wherever_its_tokens_are_cut(pieces, stops):
+    stream = TextStream(Pieces(pieces), stops)
+    shown = "".join(map(stream.feed, range(len(pieces)))) + stream.finish()
+    text, stopped = until_stop(b"".join(pieces).decode(errors="replace"), stops)
+    assert (shown, stream.ended) == (text, "stop" if stopped else None)
+    assert stream.finish() == "" and not (stopped and stream.feed(0))
+
+
+@settings(UNHURRIED, max_examples=300)
+@given(cut(CONTENTS), STOPS)
+def test_a_stream_shows_all_that_no_stop_can_take_back_and_nothing_else(pieces, stops):
+    stream, shown = TextStream(Pieces(pieces), stops), ""
+    for number in range(len(pieces)):
+        shown += stream.feed(number)
+        if stream.ended:
+            break
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(b"".join(pieces[: number + 1]))  # the characters that are whole
+        begun = [stop[:length] for stop in stops for length in range(1, len(stop))]
+        longest = max((len(start) for start in begun if text.endswith(start)), default=0)
+        assert shown == text[: len(text) - longest]
+
+
+@UNHURRIED
+@given(cut(CONTENTS), STOPS, CONTENTS)
+def test_nothing_comes_after_the_end_of_text(pieces, stops, after):
+    stream = TextStream(Pieces([*pieces, after]), stops)
+    shown = "".join(map(stream.feed, [*range(len(pieces)), -1, len(pieces)])) + stream.finish()
+    text, stopped = until_stop(b"".join(pieces).decode(errors="replace"), stops)
+    assert (shown, stream.ended) == (text, "stop" if stopped else "end_of_text")
+
+
+@UNHURRIED
+@given(text=TEXT)
+def test_a_stream_of_any_text_is_the_text(tokenizer, text):
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.feed, tokenizer.encode(text).tolist())) == text
+    assert stream.feed(tokenizer.separator) == "" and stream.ended == "end_of_text"
+
+
+def test_a_tokenizer_without_an_end_of_text_ends_none():
+    stream = TextStream(CharTokenizer("ab"), ["ba"])
+    assert [stream.feed(token) for token in [0, 1, 1]] == ["a", "", "b"] and stream.ended is None
+    assert stream.finish() == "b"
+
+
+def test_a_stream_shows_a_character_when_it_is_whole():
+    stream = TextStream(ByteTokenizer())
+    assert [stream.feed(token) for token in "a€😀".encode()] == ["a", "", "", "€", "", "", "", "😀"]
+    assert stream.feed(0xE2) == "" and stream.finish() == "\ufffd"
 
 
 # GPT-2's byte-pair encoding
