@@ -59,7 +59,7 @@ def draw(logits, uniform, sampling):
         logits, ids = logits.topk(k)  # (B, V) -> (B, k), the likeliest first
         p = F.softmax(logits, dim=-1)
         before = p.cumsum(dim=-1) - p  # what the likelier ones have together; 0 for the first, which stays
-        p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= sampling.min_p * p[:, :1]))
+        p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= min(sampling.min_p, 1) * p[:, :1]))
         ids, order = ids.sort(dim=-1)
         p = p.gather(1, order)
     else:
@@ -157,11 +157,11 @@ class Engine:
 
     Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step, for which
     shapes must repeat. So the cache always has block_size slots, and lengths are rounded up to powers of two.
-    Compiled on a CPU, only decoding differs.
+    Compiled on a CPU, only the decoding of a single row differs.
     """
 
     def __init__(self, gpt, compiled=False):
-        self.gpt = self.decoder = gpt
+        self.gpt = gpt
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
         self.prefill, self.decode = gpt.forward, decode
         self.graphs = compiled and self.device.type == "cuda"
@@ -173,7 +173,7 @@ class Engine:
                 for function in (self.prefill, self.decode)
             )
         elif self.by_formula:
-            self.decoder = twin_for_one_token(gpt)
+            self.twin = twin_for_one_token(gpt)
         self.caches = {}
 
     def rounded(self, length):
@@ -183,6 +183,8 @@ class Engine:
         return min(max(256, 1 << (length - 1).bit_length()), self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
+        if self.by_formula and batch_size == 1:
+            slots = None  # block_size: the compiler takes the shape of a cache for a constant
         if not self.graphs:
             return KVCache(self.gpt.config, batch_size, slots, self.device, self.dtype)
         if batch_size not in self.caches:  # kept for the next texts, since a graph knows addresses
@@ -192,14 +194,17 @@ class Engine:
     def fill(self, cache, texts):
         """Prefill: make the cache hold the B lists `texts`, from their first tokens on."""
         lengths = torch.tensor(list(map(len, texts)))
-        if len(texts) > 1 and texts.count(texts[0]) == len(texts):  # one prompt for all: it is read once
-            one = self.new_cache(1, max(1, len(texts[0])))
-            self.fill(one, texts[:1])
-            for layer, read in zip(cache.layers, one.layers, strict=True):
-                layer.k[:, : len(texts[0])] = read.k[:, : len(texts[0])]
-                layer.v[:, : len(texts[0])] = read.v[:, : len(texts[0])]
-        elif lengths.any():
-            length = self.rounded(int(lengths.max()))
+        longest = int(lengths.max())
+        unique = list(dict.fromkeys(map(tuple, texts)))
+        if longest and len(unique) < len(texts):  # many continuations of a prompt: it is read once
+            once = self.new_cache(len(unique), longest)
+            self.fill(once, unique)
+            rows = torch.tensor([unique.index(tuple(text)) for text in texts], device=self.device)
+            for layer, read in zip(cache.layers, once.layers, strict=True):
+                layer.k[:, :longest] = read.k[rows, :longest]
+                layer.v[:, :longest] = read.v[rows, :longest]
+        elif longest:
+            length = self.rounded(longest)
             idx = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])  # (B, T)
             cache.length.zero_()
             self.run(self.prefill, idx.to(self.device), cache=cache)
@@ -207,9 +212,11 @@ class Engine:
 
     def step(self, cache, tokens, span, choose, *inputs):
         """One decoding step, (B, 1) tokens -> tuple of `choose`'s tensors."""
-        # In plain operations, attention is fused with what is around it.
-        with sdpa_kernel(SDPBackend.MATH) if self.by_formula else nullcontext():
-            chosen = self.run(self.decode, self.decoder, cache, tokens, self.rounded(span), choose, *inputs)
+        twin = self.by_formula and len(tokens) == 1
+        # In plain operations, the twin's attention is fused with what is around it.
+        with sdpa_kernel(SDPBackend.MATH) if twin else nullcontext():
+            gpt = self.twin if twin else self.gpt
+            chosen = self.run(self.decode, gpt, cache, tokens, self.rounded(span), choose, *inputs)
         if self.graphs:
             chosen = tuple(part.clone() for part in chosen)  # the next replay overwrites what it returned
         return chosen
@@ -251,7 +258,7 @@ class Reader:
 
     def refill(self):
         """Read all windows, all but their newest token; returns that, (B, 1). `texts` must be up to date."""
-        keep = max(1, self.block_size - max(1, self.block_size // 4))
+        keep = self.block_size - max(1, self.block_size // 4)
         for row, text in enumerate(self.texts):
             if len(text) - self.first[row] > self.block_size:
                 self.first[row] = len(text) - keep

@@ -156,7 +156,7 @@ class LayerCache(nn.Module):
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype))
 
     def write(self, k, v, places):
-        """Put keys and values (B, T, C) at their places (B * T,) among all B * slots."""
+        """Put keys and values (B, T, C) at their places (B * T,) among all B * slots, each within its row."""
         self.k.flatten(0, 1).index_copy_(0, places, k.flatten(0, 1))  # (B * slots, C)
         self.v.flatten(0, 1).index_copy_(0, places, v.flatten(0, 1))
 

@@ -77,7 +77,9 @@ class BeamSettings:
     """Beam search instead of drawing"""
 
     beams: int = setting(0, "how many continuations to follow at once; 0: draw", at_least=0, below=2**31)
-    length_penalty: float = setting(0.0, "divide log-probabilities by length to this power", at_least=0.0)
+    length_penalty: float = setting(
+        0.0, "divide log-probabilities by length to this power", at_least=0.0, below=100.0
+    )
 
 
 @dataclass(frozen=True)

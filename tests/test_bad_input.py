@@ -434,7 +434,8 @@ def test_a_process_ends_in_one_line_and_its_status(tmp_path, name, arguments, st
 
 
 def test_control_c_ends_a_text_in_one_line(here):
-    command = [sys.executable, str(ROOT / "sample.py"), "--start=keys", "--max_new_tokens=1000000"]
+    arguments = ["--start=keys", "--device=cpu", "--max_new_tokens=1000000"]
+    command = [sys.executable, str(ROOT / "sample.py"), *arguments]
     process = subprocess.Popen(
         command,
         env=process_environment(),

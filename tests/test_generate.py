@@ -288,7 +288,7 @@ def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
 @pytest.mark.parametrize("uniform", [0.0, 0.5, LARGEST.item()])
 def test_draw_gives_possible_ids_whatever_the_size_of_logits_and_temperature(temperature, options, uniform):
     logits = torch.tensor(
-        [[-3e4, 3e4, 0.0, 1.0], [-math.inf, 1e4, 5.0, -math.inf], [-math.inf, 1.0, 0.5, -1.0]]
+        [[-3e9, 3e9, 0.0, 1.0], [-math.inf, 1e4, 5.0, -math.inf], [-math.inf, 1.0, 0.5, -1.0]]
     )
     ids = draw(logits, torch.full((3, 1), uniform), Sampling(temperature=temperature, **options)).flatten()
     assert ((0 <= ids) & (ids < 4)).all() and ids[1] in (1, 2) and ids[2] > 0
@@ -326,6 +326,16 @@ def test_min_p_1_keeps_all_of_the_likeliest_and_top_p_0_one():
     ids = draw(logits, numbers, Sampling(min_p=1.0)).flatten()
     assert torch.bincount(ids).tolist()[1:] == pytest.approx([100, 0, 100, 100], abs=3)
     assert len(set(draw(logits, numbers, Sampling(top_p=0.0)).flatten().tolist()) & {1, 3, 4}) == 1
+
+
+def test_at_a_boundary_the_fewest_tokens_are_kept_and_the_next_one_is_drawn():
+    def counts(logits, sampling):
+        ids = draw(torch.tensor([logits]).expand(8, -1), torch.arange(8)[:, None] / 8, sampling)
+        return torch.bincount(ids.flatten(), minlength=len(logits)).tolist()
+
+    assert counts([0.0, 0.0, 0.0, 0.0], Sampling()) == [2, 2, 2, 2]  # the numbers 0 and 1/8, 2/8 and 3/8, ...
+    assert sorted(counts([0.0, 0.0, 0.0, 0.0], Sampling(top_p=0.5))) == [0, 0, 4, 4]
+    assert counts([-math.inf, 0.0, -math.inf, 0.0], Sampling(top_p=0.75)) == [0, 4, 0, 4]
 
 
 # Penalties, vocabulary, log-probabilities
@@ -378,8 +388,9 @@ def test_ids_from_vocab_size_on_are_never_emitted():
     for sampling in (*MODES.values(), Sampling(temperature=2.0, logprobs=True), Sampling(top_k=19)):
         for drawn in stream(Engine(gpt), texts, 30, sampling, vocab_size=5):
             assert max(drawn.ids) < 5 and max(map(max, drawn.top_ids or [[0]])) < 5
-    for found in beam_search(Engine(gpt), texts, 12, beams=6, vocab_size=5):
-        assert len(found) == 6 and max(max(hypothesis.ids) for hypothesis in found) < 5
+    for text, found in zip(texts, beam_search(Engine(gpt), texts, 12, beams=6, vocab_size=5), strict=True):
+        assert_found(found, plain_beams(gpt, text, 12, beams=6, vocab_size=5))
+    assert beam_search(Engine(gpt), [[0]], 3, beams=2, vocab_size=1) == [[([0, 0, 0], 0.0, 0.0)]]
     assert max(map(max, generate(Engine(gpt), texts, 30))) > 5
 
 
@@ -473,20 +484,23 @@ def test_the_product_spelled_out_is_that_of_a_linear(monkeypatch, shape, bias, d
 def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
     gpt = random_gpt()
     engine = Engine(gpt, compiled=True)
-    assert engine.gpt is gpt and engine.decoder is not gpt
-    pairs = zip(gpt.named_parameters(), engine.decoder.named_parameters(), strict=True)
+    assert engine.gpt is gpt and engine.twin is not gpt
+    pairs = zip(gpt.named_parameters(), engine.twin.named_parameters(), strict=True)
     assert all(name == other and ours is theirs for (name, ours), (other, theirs) in pairs)
-    assert engine.decoder.lm_head.weight is gpt.transformer.wte.weight
-    linears = [module for module in engine.decoder.modules() if isinstance(module, nn.Linear)]
+    assert engine.twin.lm_head.weight is gpt.transformer.wte.weight
+    linears = [module for module in engine.twin.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 4 * 2 + 1 and all(type(module) is MatVec for module in linears)
     assert not any(isinstance(module, MatVec) for module in gpt.modules())
 
 
 def test_shapes_repeat_where_each_costs_a_graph():
+    """As on a GPU, but for the compiler."""
     shape, spans = {"n_layer": 1, "block_size": 600}, []
     gpt, eager = exact_gpt(**shape), Engine(exact_gpt(**shape))
     engine = Engine(gpt)
-    engine.graphs = True  # as on a GPU, but for the compiler
+    engine.graphs = True
+    rounded = [engine.rounded(length) for length in (1, 256, 257, 512, 513, 600)]
+    assert rounded == [256, 256, 512, 512, 600, 600]
     shapes = positions_read(gpt)
     gpt.register_forward_pre_hook(lambda module, args, kw: spans.append(kw["span"]), with_kwargs=True)
     for lengths in ([250], [1], [258, 3], [3] * 3, [600, 520], [3, 4], [7]):  # the caches hold older texts
@@ -559,13 +573,15 @@ def test_compiled_on_a_cpu_the_logits_are_the_eager_ones(compiler, dtype, tolera
 # Beam search
 
 
-def plain_beams(gpt, text, max_new_tokens, beams, length_penalty=0.0, ends=lambda ids: False):
+def plain_beams(
+    gpt, text, max_new_tokens, beams, length_penalty=0.0, ends=lambda ids: False, vocab_size=None
+):
     """Beam search that keeps nothing and never stops early: [(score, logprob, ids)], the highest first."""
     alive, finished = [(0.0, [])], []
     for _ in range(max_new_tokens):
         extended = []
         for logprob, ids in alive:
-            after = log_softmax(next_logits(gpt, text + ids, len(text)))
+            after = log_softmax(next_logits(gpt, text + ids, len(text), vocab_size))
             extended += [(logprob + after[token], [*ids, token]) for token in range(len(after))]
         alive = []
         for logprob, ids in sorted(extended, reverse=True):

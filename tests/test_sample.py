@@ -648,9 +648,17 @@ def test_prompts_that_can_not_be_continued(refusal, trained, tmp_path, content, 
     assert all(part in line for part in says), line
 
 
-def test_a_prompt_of_40_characters_is_shown_whole(refusal, trained):
-    text = "keys" * 10
-    assert f"{text!r} has 40 tokens" in refusal(sample.main, f"--out_dir={trained}", f"--start={text}")
+def test_a_prompt_may_fill_the_context(write, refusal, trained):
+    text = "keys" * 4  # block_size is 16
+    assert write(f"--start={text}", "--max_new_tokens=1").startswith(text)
+    line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", f"--start={text}s")
+    assert "17 tokens" in line and "16" in line
+
+
+def test_a_long_prompt_is_shown_in_part(refusal, trained):
+    for text, shown in [("keys" * 10, repr("keys" * 10)), ("keys" * 10 + "k", f"{'keys' * 10 + '...'!r}")]:
+        line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", f"--start={text}")
+        assert f"the prompt {shown} has {len(text)} tokens" in line
 
 
 def test_prompts_that_are_not_there_or_not_alone(refusal, trained):
@@ -806,12 +814,15 @@ class Terminal:
     def type(self, keys):
         os.write(self.screen, keys if isinstance(keys, bytes) else keys.encode())
 
-    def until(self, awaited):
-        """What appears up to and with `awaited`."""
+    def until(self, awaited, again=b""):
+        """What appears up to and with `awaited`; the keys `again` are typed for every second of silence."""
         deadline = time.monotonic() + 60
         while awaited.encode() not in self.unread:
-            ready, _, _ = select.select([self.screen], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{awaited!r} does not appear after {self.unread!r}"
+            assert time.monotonic() < deadline, f"{awaited!r} does not appear after {self.unread!r}"
+            ready, _, _ = select.select([self.screen], [], [], 1)
+            if not ready:
+                self.type(again)
+                continue
             try:
                 self.unread += os.read(self.screen, 4096)
             except OSError:  # the process has closed the terminal
@@ -864,12 +875,12 @@ def test_control_c_stops_a_text_and_asks_again(terminal):
     screen.until("> ")
     for start in ("keys", "and"):
         screen.type(f"{start}\n")
-        screen.until(f"{start}\n".replace("\n", "\r\n") + start)
+        screen.until(f"{start}\r\n{start}")
         screen.until("s")  # it is writing
         screen.type("\x03")
         screen.until("\n> ")
     screen.type("\x03")  # with nothing to stop, it asks again
-    screen.until("\n> ")
+    screen.until("\n> ", again=b"\x03")  # readline overlooks one just before it reads
     screen.type("\x04")
     assert screen.process.wait(60) == 0
 

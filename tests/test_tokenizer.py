@@ -14,7 +14,7 @@ import time
 
 import pytest
 import tiktoken
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kqv import dataset, sources
@@ -161,6 +161,9 @@ def until_stop(text, stops):
 
 @settings(UNHURRIED, max_examples=300)
 @given(cut(CONTENTS), STOPS)
+@example([b"babe"], ["babe", "ab"])  # the second begins later and is complete sooner
+@example([b"ba", b"be"], ["abe", "babe"])  # both are complete at once
+@example([b"b", b"\xe2", b"be"], ["\ufffdb"])
 def test_a_stream_ends_before_the_first_stop_wherever_its_tokens_are_cut(pieces, stops):
     stream = TextStream(Pieces(pieces), stops)
     shown = "".join(map(stream.feed, range(len(pieces)))) + stream.finish()
@@ -186,6 +189,7 @@ def test_a_stream_shows_all_that_no_stop_can_take_back_and_nothing_else(pieces, 
 
 @UNHURRIED
 @given(cut(CONTENTS), STOPS, CONTENTS)
+@example([b"a\xe2"], ["\ufffd"], b"a")  # a stop that only the end completes
 def test_nothing_comes_after_the_end_of_text(pieces, stops, after):
     stream = TextStream(Pieces([*pieces, after]), stops)
     shown = "".join(map(stream.feed, [*range(len(pieces)), -1, len(pieces)])) + stream.finish()
