@@ -48,7 +48,7 @@ class TextSettings:
         "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or a newline"
     )
     prompts: str = setting("", "a file of texts to continue, one a line")
-    num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=2**31)
+    num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=10**6)
     max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0)
     stop: tuple[str, ...] = setting((), "a text ends before this string; may be given many times")
     seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
@@ -204,9 +204,9 @@ class Writer:
             finished.update(self.found(batch, prompts) if config.beams else self.drawn(batch, prompts))
             while key in finished:
                 record, (number, copy) = finished.pop(key), key
-                if config.format == "jsonl":
+                if record and config.format == "jsonl":
                     print(json.dumps({"prompt": texts[number], "sample": copy, **record}), flush=True)
-                else:
+                elif record:
                     print(texts[number] + record["text"], flush=True)
                     if len(order) > 1:
                         print(SEPARATOR, flush=True)
@@ -235,7 +235,8 @@ class Writer:
             self.ends,
             self.tokenizer.vocab_size,
         )
-        records = {}
+        # Of a small vocabulary, or of no tokens, there may be fewer texts than are asked for: None.
+        records = {(number, copy): None for number, _ in batch for copy in range(self.config.num_samples)}
         for (number, _), some in zip(batch, hypotheses, strict=True):
             for copy, hypothesis in enumerate(some[: self.config.num_samples]):
                 text = TextStream(self.tokenizer, self.config.stop)
@@ -282,9 +283,14 @@ class Writer:
             try:
                 text = input("> ") or "\n"
                 prompt = encode(text, self.tokenizer, block_size)
+                if self.config.beams:
+                    self.print_samples([text], [prompt], batched([prompt], self.config))
+                    continue
                 for copy in range(self.config.num_samples):
                     self.print_stream(text, prompt, row=turn * self.config.num_samples + copy)
-            except UserError as error:
+                    if self.config.num_samples > 1:
+                        print(SEPARATOR)
+            except (UserError, UnicodeDecodeError) as error:
                 warn(str(error))
             except KeyboardInterrupt:
                 print()
@@ -297,12 +303,10 @@ def read_texts(config):
     """The texts to continue."""
     if not config.prompts:
         return [read_prompt(config.start or "\n")]
-    lines = read_file(config.prompts, f"--prompts={config.prompts}").splitlines()
-    empty = next((number for number, line in enumerate(lines, start=1) if not line), None)
-    if empty or not lines:
-        raise UserError(
-            f"{config.prompts} has no text in line {empty or 1}: give one to continue in each line"
-        )
+    content = read_file(config.prompts, f"--prompts={config.prompts}")
+    lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if "" in lines:
+        raise UserError(f"{config.prompts} has no text in line {lines.index('') + 1}: give one in each line")
     return lines
 
 
