@@ -131,7 +131,7 @@ class MatVec(nn.Linear):
 
 def twin_for_one_token(gpt):
     """
-    A GPT on the same weights, compiled for decoding one row on a CPU. All blocks share one compilation.
+    A GPT on the same weights, compiled for decoding on a CPU. All blocks share one compilation.
     """
     twin = copy.deepcopy(gpt, {id(parameter): parameter for parameter in gpt.parameters()})
     for module in twin.modules():
@@ -157,23 +157,24 @@ class Engine:
 
     Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step, for which
     shapes must repeat. So the cache always has block_size slots, and lengths are rounded up to powers of two.
-    Compiled on a CPU, only the decoding of a single row differs.
+    Compiled on a CPU, only decoding differs.
     """
 
     def __init__(self, gpt, compiled=False):
-        self.gpt = gpt
+        self.gpt = self.decoder = gpt
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
         self.prefill, self.decode = gpt.forward, decode
         self.graphs = compiled and self.device.type == "cuda"
         self.by_formula = compiled and self.device.type == "cpu"
-        if self.graphs:
+        if compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
+        if self.graphs:
             self.prefill, self.decode = (
                 torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
                 for function in (self.prefill, self.decode)
             )
         elif self.by_formula:
-            self.twin = twin_for_one_token(gpt)
+            self.decoder = twin_for_one_token(gpt)
         self.caches = {}
 
     def rounded(self, length):
@@ -183,7 +184,7 @@ class Engine:
         return min(max(256, 1 << (length - 1).bit_length()), self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
-        if self.by_formula and batch_size == 1:
+        if self.by_formula:
             slots = None  # block_size: the compiler takes the shape of a cache for a constant
         if not self.graphs:
             return KVCache(self.gpt.config, batch_size, slots, self.device, self.dtype)
@@ -212,11 +213,9 @@ class Engine:
 
     def step(self, cache, tokens, span, choose, *inputs):
         """One decoding step, (B, 1) tokens -> tuple of `choose`'s tensors."""
-        twin = self.by_formula and len(tokens) == 1
-        # In plain operations, the twin's attention is fused with what is around it.
-        with sdpa_kernel(SDPBackend.MATH) if twin else nullcontext():
-            gpt = self.twin if twin else self.gpt
-            chosen = self.run(self.decode, gpt, cache, tokens, self.rounded(span), choose, *inputs)
+        # In plain operations, attention is fused with what is around it.
+        with sdpa_kernel(SDPBackend.MATH) if self.by_formula else nullcontext():
+            chosen = self.run(self.decode, self.decoder, cache, tokens, self.rounded(span), choose, *inputs)
         if self.graphs:
             chosen = tuple(part.clone() for part in chosen)  # the next replay overwrites what it returned
         return chosen

@@ -326,9 +326,7 @@ def compiling_pays(batches, device, gpt, config):
     """Whether so much is to be written that compiling saves more time than it takes."""
     if len(batches) * config.max_new_tokens < COMPILE_FROM:
         return False
-    one_row = config.beams <= 1 and all(len(batch) == 1 for batch in batches)
-    on_cpu = device.type == "cpu" and one_row and is_large(gpt) and has_compiler()
-    return device.type == "cuda" or on_cpu
+    return device.type == "cuda" or (device.type == "cpu" and is_large(gpt) and has_compiler())
 
 
 def is_large(gpt):

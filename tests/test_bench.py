@@ -52,6 +52,11 @@ def refused(refusal):
     return lambda *argv: refusal(bench.main, *argv, status=2)
 
 
+def fraction(read, decoding):
+    """Of the memory's speed, what reading so many bytes in a step takes."""
+    return read / (decoding["memory GB/s"] * 1e9) / (decoding["ms a step"] / 1e3)
+
+
 def test_each_thing_measured_has_a_line(measure):
     lines = measure().splitlines()
     assert [line.partition(":")[0] for line in lines] == ["machine", "prefill", "batch 1", "batch 3", "cache"]
@@ -76,10 +81,9 @@ def test_figures_are_positive_and_add_up(figures):
     for rows in (1, 3):
         decoding = found[f"batch {rows}"]
         assert decoding["tokens/s"] * decoding["ms a step"] == pytest.approx(1000 * rows)
-        assert decoding["of ceiling"] == pytest.approx(decoding["tokens/s"] / decoding["ceiling tokens/s"])
-        # a step reads all weights, and each row's keys and values: 12 tokens of them, halfway
-        read = 4 * machine["parameters"] + rows * 2 * 12 * 32 * 4
-        assert decoding["ceiling tokens/s"] == pytest.approx(decoding["memory GB/s"] * 1e9 / read * rows)
+        # a step reads all weights, and each row's keys and values: 8 tokens and half of the 7 after the first
+        read = 4 * machine["parameters"] + rows * 2 * 11.5 * 32 * 4
+        assert decoding["of ceiling"] == pytest.approx(fraction(read, decoding))
     cache = found["cache"]
     assert cache["tokens/s"] / cache["uncached tokens/s"] == pytest.approx(cache["times faster"])
 
@@ -144,9 +148,18 @@ def test_precision_and_sizes_are_those_asked_for(figures):
     found = figures("--dtype=bfloat16", "--batch_sizes=2", "--n_layer=2")
     assert found["machine"]["dtype"] == "bfloat16" and "batch 2" in found and "batch 1" not in found
     assert found["machine"]["parameters"] == 100 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32
-    read = 2 * found["machine"]["parameters"] + 2 * 2 * 2 * 12 * 32 * 2
-    decoding = found["batch 2"]
-    assert decoding["ceiling tokens/s"] == pytest.approx(decoding["memory GB/s"] * 1e9 / read * 2)
+    read = 2 * found["machine"]["parameters"] + 2 * 2 * 2 * 11.5 * 32 * 2
+    assert found["batch 2"]["of ceiling"] == pytest.approx(fraction(read, found["batch 2"]))
+
+
+def test_the_memory_is_looked_at_after_every_16_steps(figures, monkeypatch):
+    looks, bandwidth = [], bench.Machine.bandwidth
+    monkeypatch.setattr(
+        bench.Machine, "bandwidth", lambda self, once=False: looks.append(once) or bandwidth(self, once)
+    )
+    found = figures("--max_new_tokens=38", "--batch_sizes=1")  # the first token, 16, 16 and 5
+    assert looks == [False, True, True, True]
+    assert found["batch 1"]["tokens/s"] * found["batch 1"]["ms a step"] == pytest.approx(1000)
 
 
 @pytest.mark.parametrize(

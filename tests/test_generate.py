@@ -484,11 +484,11 @@ def test_the_product_spelled_out_is_that_of_a_linear(monkeypatch, shape, bias, d
 def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
     gpt = random_gpt()
     engine = Engine(gpt, compiled=True)
-    assert engine.gpt is gpt and engine.twin is not gpt
-    pairs = zip(gpt.named_parameters(), engine.twin.named_parameters(), strict=True)
+    assert engine.gpt is gpt and engine.decoder is not gpt
+    pairs = zip(gpt.named_parameters(), engine.decoder.named_parameters(), strict=True)
     assert all(name == other and ours is theirs for (name, ours), (other, theirs) in pairs)
-    assert engine.twin.lm_head.weight is gpt.transformer.wte.weight
-    linears = [module for module in engine.twin.modules() if isinstance(module, nn.Linear)]
+    assert engine.decoder.lm_head.weight is gpt.transformer.wte.weight
+    linears = [module for module in engine.decoder.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 4 * 2 + 1 and all(type(module) is MatVec for module in linears)
     assert not any(isinstance(module, MatVec) for module in gpt.modules())
 
