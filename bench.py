@@ -52,10 +52,9 @@ class BenchSampleSettings(DeviceSettings, WorkSettings, ShapeSettings):
 
 
 def main(argv):
-    if not argv or argv[0] != "sample":
-        raise UsageError(
-            f"{argv[0] if argv else 'nothing'} can't be measured: python bench.py sample (see its --help)"
-        )
+    if argv[:1] != ["sample"]:
+        wrong = f"{argv[0]} is nothing to measure" if argv else "name what to measure"
+        raise UsageError(f"{wrong}: python bench.py sample (--help lists its settings)")
     config = parse(BenchSampleSettings, argv[1:])
     try:
         batch_sizes = [int(size) for size in config.batch_sizes.split(",")]

@@ -165,8 +165,8 @@ def test_the_memory_is_looked_at_after_every_16_steps(figures, monkeypatch):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], ["nothing", "bench.py sample"]),
-        (["train"], ["train", "bench.py sample"]),
+        ([], ["name what to measure", "bench.py sample"]),
+        (["smaple"], ["smaple", "bench.py sample"]),
         (["--help"], ["bench.py sample", "--help"]),
         (["sample", "--batch_sizes=0"], ["batch_sizes=0", "at least 1"]),
         (["sample", "--batch_sizes=1,-2"], ["batch_sizes=1,-2", "at least 1"]),
