@@ -130,9 +130,7 @@ class MatVec(nn.Linear):
 
 
 def twin_for_one_token(gpt):
-    """
-    A GPT on the same weights, compiled for decoding on a CPU. All blocks share one compilation.
-    """
+    """A GPT on the same weights, compiled for decoding on a CPU. All blocks share one compilation."""
     twin = copy.deepcopy(gpt, {id(parameter): parameter for parameter in gpt.parameters()})
     for module in twin.modules():
         if type(module) is nn.Linear:

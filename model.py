@@ -259,9 +259,8 @@ class GPT(nn.Module):
         # a token may look at every slot up to its own position; the heads all alike.
         mask = None
         if span:
-            mask = (
-                torch.arange(span, device=idx.device) <= positions[:, None, :, None]
-            )  # (B, 1, T, S) of bool
+            slots = torch.arange(span, device=idx.device)  # (S,)
+            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S) of bool
         # Attention alone knows no order: what a token is and where it stands are added into one vector.
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
         x = self.transformer.drop(x)

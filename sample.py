@@ -163,15 +163,17 @@ class Writer:
             config.logprobs,
         )
 
-    def events(self, prompts, rows):
+    def events(self, batch, prompts):
         """
-        Continue `prompts`, lists of ids, together: an iterator of (number of the prompt, the TextStream that
-        it has become, its new text, what was drawn or None where there is nothing more to draw).
+        Continue the batch's prompts together: an iterator of (index in the batch, the TextStream that it has
+        become, its new text, what was drawn or None where there is nothing more to draw).
         """
-        streams = [TextStream(self.tokenizer, self.config.stop) for _ in prompts]
+        texts = [prompts[number] for number, _ in batch]
+        rows = [number * self.config.num_samples + copy for number, copy in batch]
+        streams = [TextStream(self.tokenizer, self.config.stop) for _ in batch]
         for drawn in stream(
             self.engine,
-            prompts,
+            texts,
             self.config.max_new_tokens,
             self.sampling,
             self.config.seed,
@@ -187,10 +189,10 @@ class Writer:
             if not text.ended:
                 yield number, text, text.finish(), None
 
-    def print_stream(self, text, prompt, row=0):
+    def print_stream(self, text, prompt, key=(0, 0)):
         """Print each token as it is made; a character that spans several tokens appears when it is whole."""
         print(text, end="", flush=True)
-        for _, _, new, _ in self.events([prompt], [row]):
+        for _, _, new, _ in self.events([key], {key[0]: prompt}):
             print(new, end="", flush=True)
         print()
 
@@ -215,8 +217,7 @@ class Writer:
     def drawn(self, batch, prompts):
         """Draw a batch's continuations: {(number of the prompt, of the sample): what there is to say}."""
         records = {key: {"text": "", "tokens": 0, "end": "length"} for key in batch}
-        rows = [number * self.config.num_samples + copy for number, copy in batch]
-        for row, text, new, drawn in self.events([prompts[number] for number, _ in batch], rows):
+        for row, text, new, drawn in self.events(batch, prompts):
             record = records[batch[row]]
             record["text"] += new
             record["tokens"] += drawn is not None
@@ -259,8 +260,7 @@ class Writer:
     def print_logprobs(self, prompts, batches):
         """Print a JSON object for each token: what the model thought of it, and of the likeliest ones."""
         for batch in batches:
-            rows = [number * self.config.num_samples + copy for number, copy in batch]
-            for row, _, _, drawn in self.events([prompts[number] for number, _ in batch], rows):
+            for row, _, _, drawn in self.events(batch, prompts):
                 if drawn is None:
                     continue
                 number, copy = batch[row]
@@ -287,7 +287,7 @@ class Writer:
                     self.print_samples([text], [prompt], batched([prompt], self.config))
                     continue
                 for copy in range(self.config.num_samples):
-                    self.print_stream(text, prompt, row=turn * self.config.num_samples + copy)
+                    self.print_stream(text, prompt, key=(turn, copy))
                     if self.config.num_samples > 1:
                         print(SEPARATOR)
             except (UserError, UnicodeDecodeError) as error:
