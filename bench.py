@@ -1,17 +1,37 @@
 """How fast the project is here, as numbers and as fractions of what the machine could do."""
 
 import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
+import train
 from generate import Engine, Reader, Sampling, stream
-from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, is_out_of_memory
+from kqv import dataset
+from kqv.device import (
+    DeviceSettings,
+    find_compile,
+    find_device,
+    find_dtype,
+    out_of_memory_as,
+    peak_flops,
+)
+from kqv.distributed import World
 from kqv.errors import UsageError, UserError, run
 from kqv.settings import parse, setting
+from kqv.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
 
@@ -27,7 +47,7 @@ class ShapeSettings:
 
 
 @dataclass(frozen=True)
-class WorkSettings:
+class WritingSettings:
     """Work"""
 
     batch_sizes: str = setting("1,64", "texts written at once, with commas between")
@@ -35,13 +55,35 @@ class WorkSettings:
     max_new_tokens: int = setting(128, "tokens written", at_least=8)
     prefill_length: int = setting(1000, "tokens of the prefill that is measured by itself", at_least=2)
     uncached: bool = setting(True, "also write without a cache, reading the whole context for each token")
-    rounds: int = setting(5, "measurements of each; the median counts", at_least=1)
-    format: Literal["text", "jsonl"] = setting("text", "jsonl: a JSON object a line")
     profile: bool = setting(False, "also print where the time of a decoding step goes")
 
 
 @dataclass(frozen=True)
-class BenchSampleSettings(DeviceSettings, WorkSettings, ShapeSettings):
+class TrainingSettings:
+    """Work"""
+
+    presets: str = setting(
+        "auto",
+        "models, with commas between: tiny, baby, 124M, 350M, 774M, 1.5B; auto: what the device is for",
+    )
+    batch_sizes: str = setting("auto", "micro-batches, with commas between; auto: the preset's own")
+    steps: int = setting(10, "training steps in a measurement", at_least=1)
+    activation_checkpointing: bool = setting(False, "as in train.py")
+    compare: bool = setting(False, "also measure a plain PyTorch step, in turns with train.py's")
+    start_up: bool = setting(True, "also time train.py from its command to the end of its first step")
+    profile: bool = setting(False, "also print the kernels that take most, and write a trace for a viewer")
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Report"""
+
+    rounds: int = setting(5, "measurements of each; the median counts", at_least=1)
+    format: Literal["text", "jsonl"] = setting("text", "jsonl: a JSON object a line")
+
+
+@dataclass(frozen=True)
+class BenchSampleSettings(DeviceSettings, ReportSettings, WritingSettings, ShapeSettings):
     """
     usage: python bench.py sample [config.py ...] [--name=value ...]
 
@@ -51,31 +93,300 @@ class BenchSampleSettings(DeviceSettings, WorkSettings, ShapeSettings):
     """
 
 
+@dataclass(frozen=True)
+class BenchTrainSettings(DeviceSettings, ReportSettings, TrainingSettings):
+    """
+    usage: python bench.py train [config.py ...] [--name=value ...]
+
+    Measure training, with train.py's own step on random tokens: tokens per second, and as fractions of the
+    speed of a large matrix product, measured in the same run, and of the GPU's peak where it is known.
+    """
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A shape of model that people train."""
+
+    shape: GPTConfig
+    batch_sizes: tuple[int, ...]
+
+
+PRESETS = {
+    "tiny": Preset(GPTConfig(64, 65, 4, 4, 128, bias=False), (12,)),  # nanoGPT's recipe for a CPU
+    "baby": Preset(GPTConfig(256, 65, 6, 6, 384, bias=False), (64,)),  # its recipe for tiny Shakespeare
+    "124M": Preset(GPTConfig(1024, 50304, 12, 12, 768, bias=False), (16, 32, 64)),
+    "350M": Preset(GPTConfig(1024, 50304, 24, 16, 1024, bias=False), (8, 16, 32)),
+    "774M": Preset(GPTConfig(1024, 50304, 36, 20, 1280, bias=False), (4, 8, 16)),
+    "1.5B": Preset(GPTConfig(1024, 50304, 48, 25, 1600, bias=False), (2, 4, 8)),
+}
+
+
 def main(argv):
-    if argv[:1] != ["sample"]:
+    if argv[:1] not in (["sample"], ["train"]):
         wrong = f"{argv[0]} is nothing to measure" if argv else "name what to measure"
-        raise UsageError(f"{wrong}: python bench.py sample (--help lists its settings)")
+        raise UsageError(
+            f"{wrong}: python bench.py train, or python bench.py sample (--help lists the settings)"
+        )
+    if argv[0] == "train":
+        config = parse(BenchTrainSettings, argv[1:])
+        device = find_device(config.device)
+        return bench_train(config, chosen_presets(config, device), device)
     config = parse(BenchSampleSettings, argv[1:])
+    batch_sizes = whole_numbers(config.batch_sizes)
     try:
-        batch_sizes = [int(size) for size in config.batch_sizes.split(",")]
         shape = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     except ValueError as error:
-        raise UsageError(f"{error} (batch_sizes={config.batch_sizes})") from None
-    if min(batch_sizes) < 1:
-        raise UsageError(f"batch_sizes={config.batch_sizes}, but each must be at least 1")
+        raise UsageError(str(error)) from None
     if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > config.block_size:
         raise UsageError(
             f"prompt_length={config.prompt_length} + max_new_tokens={config.max_new_tokens} and "
             f"prefill_length={config.prefill_length} must be within block_size={config.block_size}"
         )
     device = find_device(config.device)
+    advice = f"out of memory: try smaller --batch_sizes than {config.batch_sizes}"
+    with torch.no_grad(), out_of_memory_as(advice):
+        bench_sample(config, shape, batch_sizes, device)
+
+
+def whole_numbers(batch_sizes):
+    """ "1,64" -> [1, 64]. Raises UsageError."""
     try:
-        with torch.no_grad():
-            bench_sample(config, shape, batch_sizes, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(f"out of memory: try smaller --batch_sizes than {config.batch_sizes}") from None
+        sizes = [int(size) for size in batch_sizes.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{error} (batch_sizes={batch_sizes})") from None
+    if min(sizes) < 1:
+        raise UsageError(f"batch_sizes={batch_sizes}, but each must be at least 1")
+    return sizes
+
+
+def chosen_presets(config, device):
+    """{name: Preset} of the models to measure, each with the batch sizes asked for. Raises UsageError."""
+    names = config.presets
+    if names == "auto":
+        names = "tiny" if device.type == "cpu" else "baby,124M"
+    chosen = {}
+    for name in names.split(","):
+        if name not in PRESETS:
+            raise UsageError(f"presets={config.presets}: {name!r} is none of {', '.join(PRESETS)}")
+        chosen[name] = PRESETS[name]
+        if config.batch_sizes != "auto":
+            chosen[name] = replace(PRESETS[name], batch_sizes=tuple(whole_numbers(config.batch_sizes)))
+    return chosen
+
+
+# Training
+
+
+def bench_train(config, presets, device):
+    """Print a line for each thing measured."""
+    dtype = find_dtype(config.dtype, device)
+    machine = Machine(device, dtype, config.rounds)
+    say_machine(config, machine, find_compile(config.compile, device))
+    for name, preset in presets.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_set(Path(folder), preset.shape)
+            for batch_size in preset.batch_sizes:
+                what = f"{name}, batch {batch_size}"
+                try:
+                    with out_of_memory_as("out of memory"):
+                        figures = measure_training(config, preset.shape, batch_size, folder, machine, what)
+                except UserError as error:
+                    figures = {"failed": str(error)}
+                say(config, what, figures)
+            if config.start_up:
+                smallest = min(preset.batch_sizes)
+                say(config, f"{name}, start-up", measure_start_up(config, preset.shape, smallest, folder))
+
+
+def write_random_set(folder, shape):
+    """A prepared set of random tokens, with a vocabulary that train.py pads to the shape's."""
+    skipped = 0xE000  # past the code points that are no characters
+    tokenizer = CharTokenizer("".join(map(chr, range(skipped, skipped + shape.vocab_size))))
+    random = np.random.default_rng(0)
+    splits = {
+        split: random.integers(shape.vocab_size, size=2**20 + shape.block_size) for split in dataset.SPLITS
+    }
+    dataset.write(folder, splits, tokenizer, {})
+
+
+def training_settings(config, shape, batch_size, folder):
+    """train.py's settings for a shape."""
+    own = {name: getattr(shape, name) for name in (*train.ARCHITECTURE, "dropout")}
+    return train.TrainSettings(
+        **own,
+        dataset=str(folder),
+        batch_size=batch_size,
+        gradient_accumulation_steps=1,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+
+
+def measure_training(config, shape, batch_size, folder, machine, what):
+    """train.py's step and, where asked for, a plain one, measured in turns."""
+    settings = training_settings(config, shape, batch_size, folder)
+    compiled = find_compile(config.compile, machine.device)
+    ours = own_step(settings, shape, machine, compiled)
+    reset_peak_memory(machine.device)
+    first = machine.seconds(ours)
+    machine.seconds(lambda: [ours() for _ in range(2)])  # what is made once is made
+    peak = peak_memory(machine.device)
+    steps = {"ours": ours}
+    if config.compare:
+        steps["plain"] = plain_step(settings, shape, machine, compiled and machine.device.type != "cpu")
+        machine.seconds(steps["plain"])
+    seconds = {name: [] for name in steps}
+    for _ in range(config.rounds):
+        for name, step in steps.items():
+            taken = machine.seconds(lambda: [step() for _ in range(config.steps)])  # noqa: B023
+            seconds[name].append(taken / config.steps)
+    step = statistics.median(seconds["ours"])
+    tokens_per_second = batch_size * shape.block_size / step
+    with torch.device("meta"):
+        flops = GPT(shape).flops_per_token() * tokens_per_second
+    figures = {
+        "ms a step": step * 1e3,
+        "tokens/s": tokens_per_second,
+        "of matmul ceiling": flops / machine.matmul(),
+        "peak memory GB": peak / 1e9,
+        "first step s": first,
+    }
+    if machine.device.type == "cuda":
+        peak_of_gpu = peak_flops(torch.cuda.get_device_name(machine.device), machine.dtype)
+        figures |= {"MFU": flops / peak_of_gpu} if peak_of_gpu else {}
+    if config.compare:
+        plain = statistics.median(seconds["plain"])
+        figures |= {"plain ms a step": plain * 1e3, "times faster": plain / step}
+    if config.profile:
+        print_training_profile(ours, machine, f"trace {what}.json".replace(", ", "_").replace(" ", "_"))
+    return figures
+
+
+def own_step(settings, shape, machine, compiled):
+    """train.py's step, as a function of nothing that gives the loss."""
+    world = World(machine.device)
+    data = dataset.Dataset(settings.dataset)
+    torch.manual_seed(settings.seed)
+    gpt = GPT(shape).to(machine.device)
+    state = train.start_state(settings, gpt, None, machine.dtype)
+    if settings.activation_checkpointing:
+        train.checkpoint_activations(gpt)
+    model = torch.compile(gpt) if compiled else gpt
+    autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
+
+    def step():
+        train.set_precision(settings, machine.device)
+        batches = train.micro_batches(data, settings, world, state.step)
+        loss, _ = train.train_step(model, state, batches, 1e-4, settings, world, autocast)
+        state.step += 1
+        return loss
+
+    return step
+
+
+class PlainGPT(GPT):
+    """The yardstick's model: the loss from all logits at once, in float32."""
+
+    def forward(self, idx, targets):
+        logits = self.lm_head(self.hidden(idx)).float()  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def plain_step(settings, shape, machine, compiled):
+    """
+    The step as most would write it, and the yardstick of --compare: autocast on a GPU, float32 on a CPU,
+    whatever attention torch picks, a batch stacked from random windows.
+    """
+    device, dtype = machine.device, machine.dtype
+    torch.manual_seed(settings.seed)
+    gpt = PlainGPT(shape).to(device)
+    model = torch.compile(gpt) if compiled else gpt
+    optimizer = torch.optim.AdamW(
+        gpt.parameter_groups(settings.weight_decay), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda"
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    tokens = dataset.Dataset(settings.dataset).splits["train"]
+    length = shape.block_size
+    half = device.type != "cpu" and dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=half)
+
+    def batch():
+        starts = torch.randint(len(tokens) - length, (settings.batch_size,)).tolist()
+        x, y = (
+            torch.stack(
+                [torch.from_numpy(tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
+            )
+            for shift in (0, 1)
+        )
+        return train.to_device(x, device), train.to_device(y, device)
+
+    def step():
+        torch.backends.cuda.enable_flash_sdp(True)
+        with autocast:
+            loss = model(*batch())
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def reset_peak_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")  # the process's peak begins anew (man 5 proc)
+
+
+def peak_memory(device):
+    """The most bytes held since the peak was reset: by tensors on a CUDA device, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_start_up(config, shape, batch_size, folder):
+    """
+    Seconds from the command to the end of train.py's first step, one batch of evaluation on each split before
+    it included: with the compiler's cache empty, and again with what that left there.
+    """
+    command = [sys.executable, str(Path(train.__file__).resolve()), f"--dataset={folder}", "--max_iters=1"]
+    command += [f"--{name}={getattr(shape, name)}" for name in train.ARCHITECTURE]
+    command += [f"--batch_size={batch_size}", "--gradient_accumulation_steps=1", "--eval_iters=1"]
+    command += [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
+    command += [f"--activation_checkpointing={config.activation_checkpointing}", f"--out_dir={folder}/out"]
+    figures = {}
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
+        for name in ("cold s", "warm s"):
+            start = time.perf_counter()
+            with subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as process:
+                for line in process.stdout:
+                    if line.startswith("step 0: loss"):
+                        figures[name] = time.perf_counter() - start
+                error = process.stderr.read()
+            if process.returncode:
+                return {"failed": error.strip().splitlines()[-1]}
+    return figures
+
+
+def print_training_profile(step, machine, trace):
+    """The kernels of three steps by the time they take, and a trace of all that Perfetto or Chrome shows."""
+    with profiled(machine.device) as found:
+        for _ in range(3):
+            step()
+        machine.synchronize()
+    found.export_chrome_trace(trace)
+    print_table(found, machine.device)
+    print(f"trace: {trace}")
+
+
+# Generation
 
 
 def bench_sample(config, shape, batch_sizes, device):
@@ -86,22 +397,7 @@ def bench_sample(config, shape, batch_sizes, device):
         gpt = GPT(shape).to(dtype).eval()
     compiled = find_compile(config.compile, device)
     machine = Machine(device, dtype, config.rounds)
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    say(
-        config,
-        "machine",
-        {
-            "device": f"{device} ({name})",
-            "torch": torch.__version__,
-            "parameters": gpt.num_parameters(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "compiled": compiled,
-            "memory GB/s": machine.bandwidth() / 1e9,
-            "matmul TFLOP/s": machine.matmul() / 1e12,
-        },
-    )
+    say_machine(config, machine, compiled, parameters=gpt.num_parameters())
     engine = Engine(gpt, compiled)
     say(config, "prefill", measure_prefill(engine, config, machine))
     for batch_size in batch_sizes:
@@ -110,43 +406,6 @@ def bench_sample(config, shape, batch_sizes, device):
         say(config, "cache", measure_uncached(gpt, engine, config, machine))
     if config.profile:
         print_profile(engine, batch_sizes[0], config)
-
-
-class Machine:
-    """What the device could do at best."""
-
-    def __init__(self, device, dtype, rounds):
-        self.device, self.dtype, self.rounds = device, dtype, rounds
-        large = device.type != "cpu"
-        self.much = torch.ones(2**28 if large else 2**26, device=device)  # 1 GB or 256 MB: past every cache
-        self.side = 8192 if large else 2048
-
-    def seconds(self, work):
-        """How long `work()` takes, to the end of what it gives the device to do."""
-        self.synchronize()
-        start = time.perf_counter()
-        work()
-        self.synchronize()
-        return time.perf_counter() - start
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-
-    def median(self, work):
-        work()  # the first time pays for what is made once
-        return statistics.median(self.seconds(work) for _ in range(self.rounds))
-
-    def bandwidth(self, once=False):
-        """Bytes read a second."""
-        return self.much.nbytes / (self.seconds if once else self.median)(self.much.sum)
-
-    def matmul(self):
-        """Floating-point operations a second in a large matrix product."""
-        a, b = (torch.randn(self.side, self.side, device=self.device).to(self.dtype) for _ in range(2))
-        return 2 * self.side**3 / self.median(lambda: a @ b)
 
 
 def random_texts(count, length, vocab_size):
@@ -231,17 +490,78 @@ def measure_uncached(gpt, engine, config, machine):
 
 def print_profile(engine, batch_size, config):
     """What a decoding step spends its time on, by kernel."""
-    from torch.profiler import ProfilerActivity, profile
-
     texts = random_texts(batch_size, config.prompt_length, engine.gpt.config.vocab_size)
     tokens = stream(engine, texts, config.max_new_tokens, Sampling(temperature=0.8, top_k=200))
     next(tokens)
-    on_gpu = engine.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as profiled:
+    with profiled(engine.device) as found:
         list(tokens)
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    print(profiled.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+    print_table(found, engine.device)
+
+
+# Measuring
+
+
+class Machine:
+    """What the device could do at best."""
+
+    def __init__(self, device, dtype, rounds):
+        self.device, self.dtype, self.rounds = device, dtype, rounds
+        large = device.type != "cpu"
+        self.much = torch.ones(2**28 if large else 2**26, device=device)  # 1 GB or 256 MB: past every cache
+        self.side = 8192 if large else 2048
+
+    def seconds(self, work):
+        """How long `work()` takes, to the end of what it gives the device to do."""
+        self.synchronize()
+        start = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - start
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def median(self, work):
+        work()  # the first time pays for what is made once
+        return statistics.median(self.seconds(work) for _ in range(self.rounds))
+
+    def bandwidth(self, once=False):
+        """Bytes read a second."""
+        return self.much.nbytes / (self.seconds if once else self.median)(self.much.sum)
+
+    def matmul(self):
+        """Floating-point operations a second in a large matrix product."""
+        a, b = (torch.randn(self.side, self.side, device=self.device).to(self.dtype) for _ in range(2))
+        return 2 * self.side**3 / self.median(lambda: a @ b)
+
+
+def profiled(device):
+    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    return profile(activities=[ProfilerActivity.CPU, *on_gpu])
+
+
+def print_table(found, device):
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+
+
+def say_machine(config, machine, compiled, **more):
+    """What is measured on, and what it could do at best."""
+    on_gpu = machine.device.type == "cuda"
+    name = torch.cuda.get_device_name(machine.device) if on_gpu else f"{torch.get_num_threads()} threads"
+    figures = {
+        "device": f"{machine.device} ({name})",
+        "torch": torch.__version__,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "compiled": compiled,
+        **more,
+        "memory GB/s": machine.bandwidth() / 1e9,
+        "matmul TFLOP/s": machine.matmul() / 1e12,
+    }
+    say(config, "machine", figures)
 
 
 def say(config, what, figures):

@@ -144,7 +144,7 @@ def twin_for_one_token(gpt):
 
 def decode(gpt, cache, tokens, span, choose, *inputs):
     """Read the newest token of each row, (B, 1), and choose the next from the logits: `choose`'s tensors."""
-    logits, _ = gpt(tokens, cache=cache, span=span)
+    logits = gpt(tokens, cache=cache, span=span)
     cache.length.add_(1)
     return choose(logits[:, 0].float(), *inputs)
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from loss import next_token_loss
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -236,16 +238,25 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None, cache=None, span=0):
         """
-        idx (B, T) token ids -> (logits, loss).
+        idx (B, T) token ids -> the logits of what comes after the last token (B, 1, V).
 
-        With targets (B, T), the ids that should have come next (-1: don't care): logits (B, T, V) and the
-        mean cross-entropy in nats. Without: logits (B, 1, V) of the last position only, and None.
+        With targets (B, T), the ids that should have come next (-1: don't care): the loss instead, how much
+        they surprise the model: their mean cross-entropy in nats. `cache` and `span` as in `hidden`.
+        """
+        x = self.hidden(idx, cache, span)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, -1:])  # (B, 1, V)
+        return next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def hidden(self, idx, cache=None, span=0):
+        """
+        idx (B, T) token ids -> what the blocks make of them (B, T, C); lm_head turns that into logits.
 
         With a KVCache, row b of idx continues the cache.length[b] tokens that the cache has seen of it, and
         looks at its first `span` slots: enough to reach the newest token, or 0 where the cache is empty.
         Raises ValueError where idx or span is longer than block_size.
         """
-        B, T = idx.shape
+        T = idx.size(1)
         if max(T, span) > self.config.block_size:
             raise ValueError(
                 f"{max(T, span)} tokens, but block_size is {self.config.block_size}: shorten the input"
@@ -266,12 +277,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, mask, cache.layers[layer] if cache is not None else None, places)  # (B, T, C)
-        x = self.transformer.ln_f(x)
-        if targets is None:
-            return self.lm_head(x[:, -1:]), None  # (B, 1, V): what comes after the last token
-        logits = self.lm_head(x)  # (B, T, C) -> (B, T, V)
-        loss = F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
-        return logits, loss
+        return self.transformer.ln_f(x)  # (B, T, C)
 
     def num_parameters(self, without_positions=True):
         """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""

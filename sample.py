@@ -13,12 +13,11 @@ from generate import Engine, Sampling, beam_search, stream
 from kqv import checkpoint
 from kqv.device import (
     DeviceSettings,
-    cpu_has_bfloat16,
     find_compile,
     find_device,
     find_dtype,
     has_compiler,
-    is_out_of_memory,
+    out_of_memory_as,
 )
 from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting
@@ -103,15 +102,11 @@ def main(argv):
         raise UsageError("--start and --prompts both name texts to continue: give one of them")
     if "" in config.stop:
         raise UsageError("--stop is empty, and an empty string is everywhere: leave it out, or name one")
-    try:
+    with out_of_memory_as(
+        f"out of memory with num_samples={config.num_samples}, batch_size={config.batch_size}: "
+        "try fewer texts at once (--batch_size), or a smaller --max_new_tokens"
+    ):
         write(config)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory with num_samples={config.num_samples}, batch_size={config.batch_size}: "
-            "try fewer texts at once (--batch_size), or a smaller --max_new_tokens"
-        ) from None
 
 
 def write(config):
@@ -336,10 +331,10 @@ def is_large(gpt):
 
 def generation_dtype(name, device, gpt):
     """
-    The precision of the weights. "auto" on a CPU: bfloat16 for a large model where the CPU computes in it.
+    The precision of the weights. "auto" on a CPU: float32 for a small model, whose tokens wait for no memory.
     """
-    if name == "auto" and device.type == "cpu" and is_large(gpt) and cpu_has_bfloat16():
-        return torch.bfloat16
+    if name == "auto" and device.type == "cpu" and not is_large(gpt):
+        return torch.float32
     return find_dtype(name, device)
 
 

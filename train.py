@@ -6,17 +6,25 @@ import os
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
-from kqv.device import DeviceSettings, find_compile, find_dtype, is_out_of_memory, peak_flops
+from kqv.device import (
+    DeviceSettings,
+    find_compile,
+    find_dtype,
+    out_of_memory_as,
+    peak_flops,
+)
 from kqv.distributed import join_world
 from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting
@@ -61,6 +69,9 @@ class ModelSettings:
     n_embd: int = setting(768, "channels of the residual stream", at_least=1)
     dropout: float = setting(0.0, "share of activations dropped in training", at_least=0.0, below=1.0)
     bias: bool = setting(False, "biases in linear layers and LayerNorms")
+    activation_checkpointing: bool = setting(
+        False, "compute each block again in the backward pass: much less memory, about a third more time"
+    )
 
 
 @dataclass(frozen=True)
@@ -168,12 +179,8 @@ def main(argv):
             )
         source = checkpoint.load_start(config.init_from)
     with StopSignals() as stop, join_world(config.device, config.backend) as world:
-        try:
+        with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             train(config, source, world, stop)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(f"out of memory on {world.device}: {smaller_batch(config)}") from None
     if stop.received == signal.SIGINT:
         sys.exit(130)
 
@@ -185,16 +192,18 @@ def train(config, source, world, stop):
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
             f"must be divisible by their number, {world.size}"
         )
-    set_precision(config, world.device)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
-    autocast = torch.autocast(world.device.type, dtype) if dtype != torch.float32 else nullcontext()
+    autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     data = Dataset(config.dataset)
     if source is None:  # before a model of that size is built
         data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)
     data.require_length(config.block_size)
+    set_precision(config, world.device)
     state = start_state(config, gpt.to(world.device), source, dtype)
+    if config.activation_checkpointing:
+        checkpoint_activations(gpt)
     model = torch.compile(gpt) if compiled else gpt
     wrapped = world.wrap(model)
 
@@ -321,6 +330,14 @@ def require_memory(shape):
         )
 
 
+def checkpoint_activations(gpt):
+    """
+    Keep only what goes into each block, and compute the block again for its backward pass (Chen et al. 2016).
+    """
+    for block in gpt.transformer.h:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
+
+
 def padded(vocab_size):
     """A large vocabulary rounded up to a multiple of 64, which tensor cores like; a small one as it is."""
     return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
@@ -383,7 +400,7 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, micro_step == share):
             with autocast:
-                _, loss = model(x, y)
+                loss = model(x, y)
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
@@ -413,7 +430,7 @@ def evaluate(model, data, config, world, autocast):
         for index in range(world.rank, count, world.size):
             x, y = data.evaluation_batch(split, config.batch_size, config.block_size, index, count)
             with autocast:
-                total += model(to_device(x, world.device), to_device(y, world.device))[1]
+                total += model(to_device(x, world.device), to_device(y, world.device))
         losses[split] = world.sum(total).item() / count
     model.train()
     return losses
@@ -587,10 +604,15 @@ def start_wandb(config):
 
 def set_precision(config, device):
     """
-    How float32 products are computed, and with --deterministic that every operation repeats bit for bit.
+    How float32 products and attention are computed, and with --deterministic that every operation repeats bit
+    for bit.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # in TF32
+    if device.type == "cpu":
+        # Over few tokens the CPU's fused attention is slower than plain products, in bfloat16 by far. The
+        # switch is CUDA's by name only.
+        torch.backends.cuda.enable_flash_sdp(config.block_size > 128)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
         torch.use_deterministic_algorithms(True)
@@ -600,11 +622,12 @@ def smaller_batch(config):
     """
     What to try when memory is short: the next smaller micro-batch with the accumulation that keeps the total.
     """
+    again = "" if config.activation_checkpointing else "--activation_checkpointing=True or "
     if config.batch_size == 1:
-        return "batch_size is 1 already, so try a smaller --block_size, --n_layer or --n_embd"
+        return f"batch_size is 1 already, so try {again}a smaller --block_size, --n_layer or --n_embd"
     smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.batch_size % size == 0)
     steps = config.gradient_accumulation_steps * config.batch_size // smaller
-    return f"try --batch_size={smaller} --gradient_accumulation_steps={steps}"
+    return f"try {again}--batch_size={smaller} --gradient_accumulation_steps={steps}"
 
 
 if __name__ == "__main__":

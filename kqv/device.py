@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,13 +66,14 @@ def find_device(name):
 
 def find_dtype(name, device):
     """
-    "auto" -> bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere; a name -> that dtype.
+    "auto" -> bfloat16 on GPUs and CPUs that compute in it, float16 on older GPUs, float32 elsewhere; a name
+    -> that dtype.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
 
 
 def peak_flops(device_name, dtype):
@@ -84,8 +86,16 @@ def peak_flops(device_name, dtype):
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if re.fullmatch(name, device_name)), None)
 
 
-def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+@contextmanager
+def out_of_memory_as(message):
+    """Turn the errors that want of memory causes, on any device, into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(message) from None
 
 
 def find_compile(choice, device):

@@ -7,16 +7,18 @@ import pytest
 import torch
 
 import bench
-from model import GPT
+import train
+from kqv.dataset import Dataset
+from model import GPT, GPTConfig
 
 TINY = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=100", "--rounds=1"]
 TINY += ["--prompt_length=8", "--max_new_tokens=8", "--prefill_length=16", "--batch_sizes=1,3"]
-TINY += ["--device=cpu", "--compile=False"]
+TINY += ["--device=cpu", "--compile=False", "--dtype=float32"]
 
 
 @pytest.fixture
-def measure(cli, monkeypatch):
-    """Call bench.py sample on a tiny model: measure("--uncached=False") -> what it prints."""
+def small_machine(monkeypatch):
+    """A Machine whose ceilings are measured on little, which takes no time."""
 
     class Smaller(bench.Machine):
         def __init__(self, *arguments):
@@ -27,6 +29,11 @@ def measure(cli, monkeypatch):
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda size, **options: ones(()).expand(size))  # no memory for 256 MB
     monkeypatch.setattr(bench, "Machine", Smaller)
+
+
+@pytest.fixture
+def measure(cli, small_machine):
+    """Call bench.py sample on a tiny model: measure("--uncached=False") -> what it prints."""
 
     def succeed(*argv):
         status, out, err = cli(bench.main, "sample", *TINY, *argv)
@@ -165,7 +172,7 @@ def test_the_memory_is_looked_at_after_every_16_steps(figures, monkeypatch):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], ["name what to measure", "bench.py sample"]),
+        ([], ["name what to measure", "bench.py sample", "bench.py train"]),
         (["smaple"], ["smaple", "bench.py sample"]),
         (["--help"], ["bench.py sample", "--help"]),
         (["sample", "--batch_sizes=0"], ["batch_sizes=0", "at least 1"]),
@@ -198,3 +205,131 @@ def test_too_little_memory_is_said_in_a_line(refusal, monkeypatch):
     monkeypatch.setattr(bench, "bench_sample", bench_sample)
     line = refusal(bench.main, "sample", *TINY)
     assert "out of memory" in line and "--batch_sizes than 1,3" in line
+
+
+# Training
+
+
+@pytest.fixture
+def trained(cli, small_machine, monkeypatch):
+    """Call bench.py train on a tiny model: trained("--compare") -> {what: its figures}."""
+    shape = GPTConfig(block_size=16, vocab_size=30, n_layer=1, n_head=2, n_embd=32, bias=False)
+    monkeypatch.setitem(bench.PRESETS, "tiny", bench.Preset(shape, (2, 3)))
+
+    def figures(*argv):
+        options = ["--device=cpu", "--compile=False", "--rounds=1", "--steps=2", "--format=jsonl"]
+        status, out, err = cli(bench.main, "train", *options, "--start_up=False", *argv)
+        assert (status, err) == (0, "")
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+        return {line.pop("what"): line for line in lines}
+
+    return figures
+
+
+def test_training_has_a_line_for_each_batch_size_and_its_figures_add_up(trained, monkeypatch):
+    monkeypatch.setattr(bench.Machine, "matmul", lambda self: 1e9)
+    found = trained("--compare")
+    assert list(found) == ["machine", "tiny, batch 2", "tiny, batch 3"]
+    for batch_size in (2, 3):
+        figures = found[f"tiny, batch {batch_size}"]
+        assert all(number > 0 for number in figures.values())
+        assert figures["tokens/s"] * figures["ms a step"] == pytest.approx(1000 * batch_size * 16)
+        # 6 operations for each of 30 ids' vectors, 12 C^2 in the block and three LayerNorms; and attention
+        a_token = 6 * (30 * 32 + 12 * 32**2 + 3 * 32) + 12 * 32 * 16
+        assert figures["of matmul ceiling"] == pytest.approx(figures["tokens/s"] * a_token / 1e9)
+        assert figures["times faster"] == pytest.approx(figures["plain ms a step"] / figures["ms a step"])
+        assert 0.01 < figures["peak memory GB"] < 10  # a Python process with torch
+
+
+def test_batch_sizes_are_those_asked_for_and_the_comparison_is_too(trained):
+    found = trained("--batch_sizes=1", "--presets=tiny", "--dtype=bfloat16")
+    assert list(found) == ["machine", "tiny, batch 1"] and found["machine"]["dtype"] == "bfloat16"
+    assert "plain ms a step" not in found["tiny, batch 1"]
+
+
+def test_rounds_are_measured_in_turns_without_the_first_steps(trained, monkeypatch):
+    """With a clock that ticks once whenever it is read, a measurement takes one tick."""
+    ticks = iter(range(10**6))
+    calls = []
+    for name in ("own_step", "plain_step"):
+        make = getattr(bench, name)
+
+        def counted(*arguments, make=make, name=name):
+            step = make(*arguments)
+            return lambda: (calls.append(name), step())
+
+        monkeypatch.setattr(bench, name, counted)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(next(ticks)))
+    figures = trained("--compare", "--rounds=2", "--batch_sizes=2")["tiny, batch 2"]
+    assert figures["ms a step"] == figures["plain ms a step"] == 1000 / 2
+    assert calls == ["own_step"] * 3 + ["plain_step"] + (["own_step"] * 2 + ["plain_step"] * 2) * 2
+
+
+def step_of(make, folder, shape, settings):
+    machine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    options = SimpleNamespace(activation_checkpointing=False)
+    config = bench.training_settings(options, shape, 2, folder)
+    return make(train.replace(config, **settings), shape, machine, False)
+
+
+@pytest.mark.parametrize("make", [bench.own_step, bench.plain_step])
+def test_both_steps_train(make, tmp_path, monkeypatch):
+    """On tokens of which there are only a few, though the model knows more."""
+    shape = GPTConfig(block_size=16, vocab_size=30, n_layer=1, n_head=2, n_embd=32, bias=False)
+    bench.write_random_set(tmp_path, shape)
+    assert Dataset(tmp_path).splits["train"].max() == 29
+    monkeypatch.setattr(Dataset, "map_file", lambda *arguments: torch.arange(1000).numpy() % 3)
+    step = step_of(make, tmp_path, shape, {})
+    losses = [step().item() for _ in range(300)]
+    assert losses[0] == pytest.approx(3.4, abs=0.1) and losses[-1] < 0.8 * losses[0]
+
+
+def test_where_memory_is_short_the_other_batch_sizes_are_measured_all_the_same(trained, monkeypatch):
+    make = bench.own_step
+
+    def greedy(settings, *arguments):
+        if settings.batch_size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(settings, *arguments)
+
+    monkeypatch.setattr(bench, "own_step", greedy)
+    found = trained()
+    assert found["tiny, batch 2"] == {"failed": "out of memory"} and "tokens/s" in found["tiny, batch 3"]
+
+
+def test_start_up_is_that_of_a_real_train_py(trained):
+    found = trained("--start_up=True", "--batch_sizes=2", "--activation_checkpointing=True")
+    assert list(found)[-1] == "tiny, start-up"
+    figures = found["tiny, start-up"]
+    assert 0.5 < figures["warm s"] < 100 and 0.5 < figures["cold s"] < 100
+
+
+def test_a_train_py_that_fails_is_named_in_its_own_words(trained, monkeypatch):
+    monkeypatch.setattr(bench, "write_random_set", lambda folder, shape: None)
+    monkeypatch.setattr(bench, "measure_training", lambda *arguments: {})
+    found = trained("--start_up=True")["tiny, start-up"]
+    assert list(found) == ["failed"] and "has no train.bin" in found["failed"]
+
+
+def test_a_training_profile_names_kernels_and_leaves_a_trace(cli, small_machine, tmp_path, trained):
+    argv = ["--device=cpu", "--compile=False", "--rounds=1", "--steps=1", "--start_up=False"]
+    status, out, _ = cli(bench.main, "train", *argv, "--batch_sizes=2", "--profile")
+    assert status == 0 and "Self CPU" in out and "trace: trace_tiny_batch_2.json" in out
+    trace = json.loads((tmp_path / "trace_tiny_batch_2.json").read_text())
+    assert any("aten::mm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--presets=124m"], ["presets=124m", "'124m'", "124M", "1.5B"]),
+        (["--presets="], ["presets=", "tiny"]),
+        (["--batch_sizes=0"], ["batch_sizes=0", "at least 1"]),
+        (["--batch_sizes=x"], ["batch_sizes=x"]),
+        (["--steps=0"], ["steps is 0", "at least 1"]),
+        (["--prompt_length=9"], ["prompt_length"]),
+    ],
+)
+def test_training_that_can_not_be_measured_is_refused(refused, argv, says):
+    line = refused("train", *argv)
+    assert all(part in line for part in says), line

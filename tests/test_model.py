@@ -79,7 +79,7 @@ def test_logits_equal_hugging_faces_gpt2(size):
         expected = theirs(idx).logits  # (B, T, V)
     assert expected.std() > 0.5  # numbers that a wrong model would not meet by being near zero
     torch.testing.assert_close(logits_of(ours, idx), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(ours(idx)[0], expected[:, -1:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours(idx), expected[:, -1:], atol=1e-4, rtol=0)
 
 
 @settings(deadline=None, max_examples=40)
@@ -107,7 +107,7 @@ def read(gpt, cache, idx, wide=False):
     """Read more tokens (B, T) of rows that may be at different places: the last ones' logits, (B, 1, V)."""
     end = int(cache.length.max()) + idx.size(1)
     span = gpt.config.block_size if wide else end if cache.length.any() else 0
-    logits, _ = gpt(idx, cache=cache, span=span)
+    logits = gpt(idx, cache=cache, span=span)
     cache.length += idx.size(1)
     return logits
 
@@ -163,7 +163,8 @@ def test_a_cached_forward_gives_the_logits_and_loss_of_its_part():
     cache = KVCache(gpt.config, 2)
     read(gpt, cache, idx[:, :3])
     with torch.no_grad():
-        logits, loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache, span=8)
+        logits = gpt.lm_head(gpt.hidden(idx[:, 3:], cache, span=8))
+        loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache, span=8)
     torch.testing.assert_close(logits, logits_of(gpt, idx)[:, 3:], atol=1e-5, rtol=1e-5)
     expected = F.cross_entropy(logits_of(gpt, idx)[:, 3:].flatten(0, 1), targets[:, 3:].flatten())
     torch.testing.assert_close(loss, expected)
@@ -186,7 +187,7 @@ def test_a_cache_has_a_slot_for_each_position_or_as_many_as_are_asked_for():
 def test_the_initial_loss_is_that_of_a_uniform_guess():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(block_size=32, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
-    _, loss = gpt(random_ids(4, 32, below=1000), random_ids(4, 32, below=1000, seed=1))
+    loss = gpt(random_ids(4, 32, below=1000), random_ids(4, 32, below=1000, seed=1))
     assert abs(loss.item() - math.log(1000)) < 0.05
 
 
@@ -269,7 +270,7 @@ def test_frozen_parameters_are_in_no_group():
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_gradient_reaches_every_parameter(bias):
     gpt = random_gpt(bias=bias).train()
-    _, loss = gpt(random_ids(4, 8), random_ids(4, 8, seed=1))
+    loss = gpt(random_ids(4, 8), random_ids(4, 8, seed=1))
     loss.backward()
     for name, parameter in gpt.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -282,7 +283,7 @@ def test_the_gradient_reaches_every_parameter(bias):
 def test_the_gradient_is_that_of_the_loss():
     gpt = random_gpt(n_layer=1).double()
     idx, targets = random_ids(2, 8), random_ids(2, 8, seed=1)
-    gpt(idx, targets)[1].backward()
+    gpt(idx, targets).backward()
     torch.manual_seed(0)
     for name, parameter in gpt.named_parameters():
         direction = torch.randn_like(parameter)
@@ -295,7 +296,7 @@ def test_the_gradient_is_that_of_the_loss():
 
 def gpt_loss_at(gpt, parameter, offset, idx, targets):
     parameter += offset
-    loss = gpt(idx, targets)[1].item()
+    loss = gpt(idx, targets).item()
     parameter -= offset
     return loss
 
@@ -303,9 +304,9 @@ def gpt_loss_at(gpt, parameter, offset, idx, targets):
 def test_the_loss_is_the_mean_over_targets_that_are_not_minus_1():
     gpt, idx, targets = random_gpt(), random_ids(2, 8), random_ids(2, 8, seed=1)
     targets[0, 2:] = targets[1, 5] = -1
-    logits, loss = gpt(idx, targets)
+    loss = gpt(idx, targets)
     counted = [(b, t) for b in range(2) for t in range(8) if targets[b, t] >= 0]
-    log_p = logits.log_softmax(dim=-1)
+    log_p = logits_of(gpt, idx).log_softmax(dim=-1)
     expected = -sum(log_p[b, t, targets[b, t]] for b, t in counted) / len(counted)
     assert len(counted) == 2 + 7
     torch.testing.assert_close(loss, expected)
@@ -313,8 +314,8 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_minus_1():
 
 def test_without_targets_only_the_last_positions_logits_are_made():
     gpt, idx = random_gpt(), random_ids(3, 5)
-    logits, loss = gpt(idx)
-    assert loss is None and logits.shape == (3, 1, 19)
+    logits = gpt(idx)
+    assert logits.shape == (3, 1, 19)
     torch.testing.assert_close(logits[:, 0], logits_of(gpt, idx)[:, -1])
 
 
@@ -324,7 +325,7 @@ def test_the_model_learns_a_batch_by_heart():
     optimizer = torch.optim.AdamW(gpt.parameter_groups(0.0), lr=1e-2)
     idx, targets = random_ids(4, 8), random_ids(4, 8, seed=1)
     for _ in range(100):
-        _, loss = gpt(idx, targets)
+        loss = gpt(idx, targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -377,7 +378,7 @@ def test_crop_block_size_keeps_the_logits_of_short_inputs():
     with pytest.raises(ValueError, match="6"):
         gpt(random_ids(1, 6))
     assert gpt.transformer.wpe.weight.untyped_storage().nbytes() == 5 * 16 * 4  # what a checkpoint would save
-    gpt(idx, idx)[1].backward()
+    gpt(idx, idx).backward()
     assert gpt.transformer.wpe.weight.grad.shape == (5, 16)
 
 
@@ -404,9 +405,8 @@ def test_a_compiled_model_equals_the_eager_one(backend):
         pytest.skip("torch.compile needs a C++ compiler")
     gpt, idx, targets = random_gpt(n_layer=1), random_ids(2, 8), random_ids(2, 8, seed=1)
     compiled = torch.compile(gpt, backend=backend, fullgraph=True)
-    logits, loss = compiled(idx, targets)
-    expected_logits, expected_loss = gpt(idx, targets)
-    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+    loss, expected_loss = compiled(idx, targets), gpt(idx, targets)
+    torch.testing.assert_close(compiled(idx), gpt(idx), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loss, expected_loss)
     gradients = torch.autograd.grad(loss, list(gpt.parameters()))
     expected = torch.autograd.grad(expected_loss, list(gpt.parameters()))

@@ -20,7 +20,7 @@ from conftest import ROOT, process_environment, train_in
 
 import sample
 import train
-from kqv import checkpoint
+from kqv import checkpoint, device
 from kqv.tokenizer import ByteTokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
@@ -134,7 +134,7 @@ def test_temperature_zero_takes_the_likeliest_token(write, trained):
     tok = checkpoint.tokenizer_of(contents)
     ids = torch.tensor([tok.encode("keys").tolist()])  # (1, T)
     for _ in range(12):  # up to block_size, so that nothing is forgotten
-        ids = torch.cat([ids, gpt(ids)[0][:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+        ids = torch.cat([ids, gpt(ids)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
     assert (
         write("--start=keys", "--temperature=0", "--max_new_tokens=12") == tok.decode(ids[0].tolist()) + "\n"
     )
@@ -432,7 +432,7 @@ def model(trained):
 
 @torch.no_grad()
 def logprobs_after(gpt, ids):
-    return gpt(torch.tensor([ids]))[0][0, -1].log_softmax(dim=-1)  # (V,)
+    return gpt(torch.tensor([ids]))[0, -1].log_softmax(dim=-1)  # (V,)
 
 
 @pytest.mark.parametrize("draw", ["--temperature=0", "--temperature=3", "--repetition_penalty=2"])
@@ -707,7 +707,7 @@ def sizes():
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_large_models_are_read_in_bfloat16_by_a_cpu_that_has_it(monkeypatch, sizes, has_bfloat16):
-    monkeypatch.setattr(sample, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: has_bfloat16)
     cpu, (small, large) = torch.device("cpu"), sizes
     fast = torch.bfloat16 if has_bfloat16 else torch.float32
     assert sample.generation_dtype("auto", cpu, small) == torch.float32

@@ -333,7 +333,19 @@ def test_out_of_memory_proposes_a_smaller_batch_of_the_same_total(cli, tiny_set)
     status, _, err = cli(train.main, *RUN, f"--batch_size={enormous}")
     assert status == 1
     assert err.count("\n") == 1 and "Traceback" not in err
-    assert f"--batch_size={enormous // 2} --gradient_accumulation_steps=4" in err
+    smaller = f"--batch_size={enormous // 2} --gradient_accumulation_steps=4"
+    assert f"try --activation_checkpointing=True or {smaller}" in err
+    status, _, again = cli(
+        train.main, *RUN, f"--batch_size={enormous}", "--activation_checkpointing=True", "--out_dir=again"
+    )
+    assert (status, again) == (1, err.replace("--activation_checkpointing=True or ", ""))
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_out_of_memory_with_one_sequence_proposes_a_smaller_model(checkpointed):
+    line = train.smaller_batch(train.TrainSettings(batch_size=1, activation_checkpointing=checkpointed))
+    assert ("--activation_checkpointing=True" in line) != checkpointed
+    assert all(name in line for name in ("--block_size", "--n_layer", "--n_embd"))
 
 
 VALUES = [

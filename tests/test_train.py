@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, script
+from conftest import ROOT, TINY_RUN, process_environment, random_gpt, random_ids, script
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -30,11 +30,11 @@ from torch.nn import functional as F
 import prepare
 import sample
 import train
-from kqv import tokenizer
+from kqv import device, tokenizer
 from kqv.dataset import Dataset
 from kqv.device import PEAK_TFLOPS, peak_flops
 from kqv.settings import parse
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 
 TINY = [*TINY_RUN, "--dataset=tiny"]
 # Each step four micro-batches, with dropout: what resuming and sharing among processes must not disturb.
@@ -113,6 +113,7 @@ def test_loss_falls_far_below_that_of_guessing(run):
 )
 def test_a_run_does_what_a_plain_loop_does(run, dropout, grad_clip):
     argv = [*FOUR, f"--dropout={dropout}", f"--grad_clip={grad_clip}", "--learning_rate=1e-3", "--bias=True"]
+    argv += ["--dtype=float32"]
     run(*argv)
     gpt, losses, norms = plain_training(parse(train.TrainSettings, argv))
     assert list(logged("loss").values()) == pytest.approx(losses, abs=1e-6)
@@ -144,7 +145,7 @@ def plain_training(config):
                 config.batch_size, config.block_size, config.seed, step, index
             )
             torch.manual_seed(seed)
-            logits, _ = gpt(x, y)
+            logits = gpt.lm_head(gpt.hidden(x))
             micro_loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
             loss += micro_loss.item() / 4
             for total, gradient in zip(gradients, torch.autograd.grad(micro_loss, parameters), strict=True):
@@ -192,6 +193,89 @@ def test_lower_precision_trains_with_float32_weights(run, dtype):
     assert {weight.dtype for weight in saved("low/ckpt.pt")["model"].values()} == {torch.float32}
     assert list(logged("loss", "low").values()) == pytest.approx(list(logged("loss").values()), abs=0.02)
     assert logged("loss", "low") != logged("loss")  # it did compute in another precision
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_cpu_trains_in_bfloat16_where_it_has_it(run, monkeypatch, has_bfloat16):
+    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: has_bfloat16)
+    fast = "bfloat16" if has_bfloat16 else "float32"
+    assert run(*TINY, "--max_iters=2").splitlines()[0].endswith(f", 1 x cpu, {fast}")
+    run(*TINY, "--max_iters=2", f"--dtype={fast}", "--out_dir=asked")
+    assert results("out") == results("asked")
+    for name in ("float32", "bfloat16", "float16"):
+        assert device.find_dtype(name, torch.device("cpu")) == getattr(torch, name)
+    assert device.find_dtype("auto", torch.device("mps")) == torch.float32
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_cpu_attends_over_few_tokens_by_plain_products(before):
+    for block_size, fused in ((128, False), (129, True), (16, False)):
+        torch.backends.cuda.enable_flash_sdp(before)
+        train.set_precision(schedule(block_size=block_size), torch.device("cpu"))
+        assert torch.backends.cuda.flash_sdp_enabled() == fused
+    torch.backends.cuda.enable_flash_sdp(before)
+    train.set_precision(schedule(block_size=16), torch.device("mps"))
+    assert torch.backends.cuda.flash_sdp_enabled() == before
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("block_size", [16, 136])  # on both sides of where attention is computed otherwise
+def test_activation_checkpointing_changes_no_bit(run, monkeypatch, dropout, dtype, block_size):
+    computed, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *inputs: computed.append(1) or forward(*inputs))
+    argv = [*FOUR, f"--dropout={dropout}", f"--dtype={dtype}", f"--block_size={block_size}", "--max_iters=3"]
+    run(*argv, "--out_dir=plain")
+    once = len(computed)
+    run(*argv, "--activation_checkpointing=True")
+    assert len(computed) - once == once + 3 * 4 * 2  # again in each step, micro-batch and layer
+    assert same_training("out/ckpt.pt", "plain/ckpt.pt")
+    assert results("out") == results("plain")
+
+
+@pytest.mark.parametrize("first, then", [(True, False), (False, True)])
+def test_a_run_resumes_with_activation_checkpointing_switched(run, first, then):
+    run(*FOUR, "--out_dir=straight")
+    run(*FOUR, "--max_iters=3", f"--activation_checkpointing={first}")
+    assert saved()["model"].keys() == saved("straight/ckpt.pt")["model"].keys()
+    out = run("--init_from=resume", "--max_iters=6", f"--activation_checkpointing={then}")
+    assert f"activation_checkpointing {first} -> {then}" in out
+    assert same_training("out/ckpt.pt", "straight/ckpt.pt")
+    assert results("out") == results("straight")
+
+
+def test_activation_checkpointing_keeps_one_tensor_of_a_block():
+    idx, kept = random_ids(4, 8), {}
+    for n_layer in (1, 3):
+        for checkpointed in (False, True):
+            gpt = random_gpt(n_layer=n_layer, dropout=0.1).train()
+            names = list(gpt.state_dict())
+            if checkpointed:
+                train.checkpoint_activations(gpt)
+            kept[n_layer, checkpointed] = kept_for_backward(gpt, idx)
+            assert list(gpt.state_dict()) == names
+    a_block = [(kept[3, checkpointed] - kept[1, checkpointed]) / 2 for checkpointed in (False, True)]
+    assert a_block[1] == 4 * 8 * 16 * 4  # what goes into it, (B, T, C) in float32
+    assert a_block[0] > 15 * a_block[1]
+
+
+def kept_for_backward(gpt, idx):
+    """The bytes of activations that a forward pass leaves for backward."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        gpt(idx, idx).backward()
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 # The learning rate
@@ -597,7 +681,8 @@ def torchrun(*argv):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_two_processes_train_as_one(run, dropout):
-    argv = [*FOUR, f"--dropout={dropout}", "--eval_iters=3"]  # an odd number: unequal shares
+    argv = [*FOUR, f"--dropout={dropout}", "--dtype=float32"]
+    argv += ["--eval_iters=3"]  # an odd number: unequal shares
     done = torchrun(*argv)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 5: loss") == done.stdout.count("step 6: train loss") == 1

@@ -1,0 +1,200 @@
+"""loss.py: in chunks the same numbers as at once, without the memory for all logits, and no product more."""
+
+import shutil
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from conftest import random_gpt, random_ids
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import loss
+
+N, V, C = 64, 128, 8  # tokens, vocabulary, channels
+IN_CHUNKS = N * V // 8
+
+
+@contextmanager
+def logits_at_once(count):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "LOGITS_AT_ONCE", count)
+        yield
+
+
+def inputs(N=N, V=V, C=C, uncounted=(), scale=1.0):
+    """x (N, C), weight (V, C), both of which want a gradient, and targets (N,)."""
+    numbers = torch.Generator().manual_seed(N + 100 * V + 10000 * C)
+    x = torch.randn(N, C, generator=numbers, requires_grad=True)
+    weight = (scale * torch.randn(V, C, generator=numbers)).requires_grad_()
+    targets = torch.randint(V, (N,), generator=numbers)
+    targets[list(uncounted)] = -1
+    return x, weight, targets
+
+
+def plain_loss(x, weight, targets):
+    return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+
+
+def with_gradients(function, x, weight, targets, upstream=1.0, context=None):
+    """The loss, and upstream times its gradients of x and weight."""
+    with context or nullcontext():
+        found = function(x, weight, targets)
+    return [found.detach(), *torch.autograd.grad(found * upstream, (x, weight))]
+
+
+def error(found, truth):
+    return ((found - truth).norm() / truth.norm()).item()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    shape=st.tuples(st.integers(1, 30), st.integers(1, 40), st.integers(1, 9)),  # N, V, C
+    at_once=st.integers(1, 400),
+    uncounted=st.sets(st.integers(0, 28)),
+)
+@example(shape=(7, 10, 3), at_once=20, uncounted={0, 1, 2})  # none counts in the first chunk
+@example(shape=(3, 40, 3), at_once=1, uncounted=set())  # not even one token's logits fit
+def test_loss_and_gradients_are_those_of_all_logits_at_once(shape, at_once, uncounted):
+    x, weight, targets = inputs(*shape, uncounted=[n for n in uncounted if n < shape[0] - 1])  # never all
+    with logits_at_once(at_once):
+        found = with_gradients(loss.next_token_loss, x, weight, targets, upstream=3.0)
+    expected = with_gradients(plain_loss, x, weight, targets, upstream=3.0)
+    for tensor, expectation in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, expectation, rtol=1e-5, atol=2e-6)
+
+
+def test_in_bfloat16_the_gradients_are_as_near_to_the_truth_as_without_chunks():
+    x, weight, targets = inputs(N=512, V=200, C=32, uncounted=[3, 100], scale=0.3)
+    truth = with_gradients(plain_loss, x, weight, targets)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    plain = with_gradients(plain_loss, x, weight, targets, context=autocast)
+    with logits_at_once(512 * 200 // 8):
+        found = with_gradients(loss.next_token_loss, x, weight, targets, context=autocast)
+    assert found[0].dtype == found[1].dtype == found[2].dtype == torch.float32
+    assert found[0].item() == pytest.approx(truth[0].item(), abs=1e-2)
+    assert 1e-4 < error(plain[2], truth[2]) < 1e-2  # it did compute in bfloat16
+    for tensor, without_chunks, exact in zip(found[1:], plain[1:], truth[1:], strict=True):
+        assert 1e-4 < error(tensor, exact) < 1.5 * error(without_chunks, exact)
+
+
+def test_many_chunks_are_summed_in_the_precision_of_the_weights():
+    x, weight, targets = inputs(N=4096, V=16, C=8)
+    truth = with_gradients(plain_loss, x, weight, targets)
+    with logits_at_once(4 * 16):  # 1024 chunks: a sum in bfloat16 would soon take no more of them
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        found = with_gradients(loss.next_token_loss, x, weight, targets, context=autocast)
+    assert error(found[2], truth[2]) < 1e-2
+    assert found[0].item() == pytest.approx(truth[0].item(), abs=1e-2)
+
+
+def test_in_float16_no_gradient_is_too_small():
+    """The mean over 4096 tokens of probabilities of 1/1024: 2e-7, where float16 has three values left."""
+    x, weight, targets = inputs(N=4096, V=1024, C=16, scale=0.02)
+    targets %= 512  # the other half of the vocabulary gets the small gradients alone
+    truth = with_gradients(plain_loss, x, weight, targets)
+    with logits_at_once(4096 * 1024 // 8):
+        autocast = torch.autocast("cpu", torch.float16)
+        found = with_gradients(loss.next_token_loss, x, weight, targets, 65536.0, autocast)
+    assert found[0].item() == pytest.approx(truth[0].item(), abs=1e-2)
+    assert error(found[1] / 65536, truth[1]) < 1e-2
+    assert error(found[2][512:] / 65536, truth[2][512:]) < 1e-2
+    assert error(found[2] / 65536, truth[2]) < 1e-2
+
+
+def products(function, *arguments):
+    """(floating-point operations in matrix products, what the function returned)"""
+    with FlopCounterMode(display=False) as counter:
+        found = function(*arguments)
+    return counter.get_total_flops(), found
+
+
+def test_chunks_cost_no_product_more():
+    arguments = inputs()
+    assert products(with_gradients, plain_loss, *arguments)[0] == 3 * 2 * N * V * C
+    with logits_at_once(IN_CHUNKS):
+        assert products(with_gradients, loss.next_token_loss, *arguments)[0] == 3 * 2 * N * V * C
+
+
+def test_without_a_backward_pass_no_gradient_is_computed_or_kept():
+    arguments = inputs()
+    with logits_at_once(IN_CHUNKS), torch.no_grad(), Allocations() as made:
+        count, found = products(loss.next_token_loss, *arguments)
+    assert count == 2 * N * V * C
+    assert not found.requires_grad and found.grad_fn is None
+    assert (V, C) not in made.shapes and (N, C) not in made.shapes  # as gradients would be
+    assert found.item() == pytest.approx(plain_loss(*arguments).item(), rel=1e-5)
+
+
+class Allocations(TorchDispatchMode):
+    """The shapes of all tensors that operations make, other than views of a tensor that was there."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not any(returned.alias_info for returned in func._schema.returns):
+            tensors = result if isinstance(result, (tuple, list)) else [result]
+            self.shapes += [tuple(tensor.shape) for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tensor_is_as_large_as_all_logits(dtype):
+    arguments = inputs(uncounted=[5])
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    largest = {}
+    for function in (plain_loss, loss.next_token_loss):
+        with logits_at_once(IN_CHUNKS), Allocations() as made:
+            with_gradients(function, *arguments, context=autocast)
+        largest[function] = max(torch.Size(shape).numel() for shape in made.shapes)
+    assert largest == {plain_loss: N * V, loss.next_token_loss: IN_CHUNKS}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gpt_learns_from_chunks_what_it_learns_from_all_logits(bias):
+    gpt, idx, targets = random_gpt(bias=bias).train(), random_ids(3, 8), random_ids(3, 8, seed=1)
+    targets[0, :3] = targets[2, 7] = -1
+    expected, found = gpt(idx, targets), None
+    with logits_at_once(100), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "cross_entropy", None)  # the plain way
+        found = gpt(idx, targets)
+    assert found.shape == () and found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(one, list(gpt.parameters())) for one in (found, expected))
+    for name, gradient, expectation in zip(dict(gpt.named_parameters()), *gradients, strict=True):
+        torch.testing.assert_close(gradient, expectation, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
+def test_compiled_the_chunks_give_what_they_give_eagerly(monkeypatch, backend, dtype, tolerance):
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend(backend)  # of the work on one chunk's logits
+    monkeypatch.setattr(
+        loss, "compiled_cross_entropy", lambda: torch.compile(loss.cross_entropy, backend=graphs)
+    )
+    gpt, idx, targets = random_gpt(n_layer=1), random_ids(3, 8), random_ids(3, 8, seed=1)
+    targets[1, 2] = -1
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    found = []
+    with logits_at_once(100):
+        for model in (gpt, torch.compile(gpt, backend=backend)):
+            assert graphs.frame_count == 0  # uncompiled, the model compiles nothing
+            with autocast:
+                mean = model(idx, targets)
+            with torch.no_grad(), autocast:
+                assert model(idx, targets).item() == pytest.approx(mean.item(), rel=tolerance)
+            found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
+    assert 1 <= graphs.frame_count <= 4  # for chunks of two lengths, with and without gradients
+    torch._dynamo.reset()  # this code was compiled for another LOGITS_AT_ONCE
+    for eager, compiled in zip(*found, strict=True):
+        assert error(compiled, eager) < tolerance
