@@ -70,7 +70,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(logits, targets, with_gradient):
-    """The summed loss of logits (n, V), and its gradient (n, V): softmax(logits), less 1 at the target."""
+    """The summed loss of logits (n, V), which may be overwritten, and its gradient (n, V) or None."""
     counts = (targets >= 0)[:, None]  # (n, 1)
     targets = targets.clamp(min=0)[:, None]  # (n, 1)
     scores = logits.float()  # (n, V)
@@ -79,6 +79,6 @@ def cross_entropy(logits, targets, with_gradient):
     if not with_gradient:
         return loss, None
     is_target = torch.arange(logits.size(1), device=logits.device) == targets  # (n, V)
-    # in place: it is large
+    # softmax(logits), less 1 at the target; in place, since this is what is large
     grad_scores = scores.sub_(normaliser).exp_().add_(is_target, alpha=-1).mul_(counts)
     return loss, grad_scores.to(logits.dtype)

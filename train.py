@@ -18,13 +18,7 @@ from tqdm import tqdm
 
 from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
-from kqv.device import (
-    DeviceSettings,
-    find_compile,
-    find_dtype,
-    out_of_memory_as,
-    peak_flops,
-)
+from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as, peak_flops
 from kqv.distributed import join_world
 from kqv.errors import UsageError, UserError, run, warn
 from kqv.settings import parse, setting

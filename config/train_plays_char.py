@@ -19,7 +19,7 @@ if torch.cuda.is_available():  # 10.7M parameters
     learning_rate = 1e-3
     min_lr = 1e-4
     eval_interval = 500
-else:  # 0.8M parameters, about two minutes on two CPU cores
+else:  # 0.8M parameters, a minute or two on two CPU cores
     n_layer = 4
     n_head = 4
     n_embd = 128

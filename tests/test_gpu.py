@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY_RUN, logits_of, random_gpt, random_ids
 
+import loss
 import train
 from generate import Engine, Sampling, beam_search, generate, stream
 from kqv import checkpoint
@@ -45,6 +46,34 @@ def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(cli, tiny_set, dtyp
         torch.use_deterministic_algorithms(False)
     for other in ("b", "c"):
         assert all(map(torch.equal, weights("a").values(), weights(other).values()))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_in_chunks_gives_the_gradients_of_all_logits_at_once(monkeypatch, compiled):
+    gpt, idx, targets = small_gpt(), random_ids(4, 300, below=50), random_ids(4, 300, below=50, seed=1)
+    idx, targets = idx.to(DEVICE), targets.to(DEVICE)
+    found = []
+    for at_once in (loss.LOGITS_AT_ONCE, 10_000):
+        torch._dynamo.reset()
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            mean = (torch.compile(gpt) if compiled else gpt)(idx, targets)
+        found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
+    for whole, chunked in zip(*found, strict=True):
+        assert (chunked - whole).norm() < 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_learns_the_same_with_less_memory(cli, tiny_set, compiled):
+    peaks, losses = [], []
+    for again in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        shape = ["--n_layer=8", "--block_size=128", "--batch_size=64", "--dtype=float32", "--dropout=0"]
+        options = [f"--activation_checkpointing={again}", f"--compile={compiled}", f"--out_dir=out{again}"]
+        assert cli(train.main, *RUN, *shape, *options)[0] == 0
+        peaks.append(torch.cuda.max_memory_allocated())
+        losses.append(checkpoint.load(f"out{again}/ckpt.pt")["best_val_loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3) and peaks[1] < 0.6 * peaks[0]
 
 
 # Generation
