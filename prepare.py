@@ -5,7 +5,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from kqv import dataset, sources
 from kqv.errors import UsageError, UserError, run
 from kqv.settings import parse, setting
-from kqv.tokenizer import KINDS, CharTokenizer
+from kqv.tokenizer import maker
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,17 @@ class PrepareSettings:
     usage: python prepare.py SOURCE [SOURCE ...] [--name=value ...]
 
     Turn text into the token files that train.py reads, in data/<name>. SOURCE is a built-in set (plays,
-    shakespeare_char, shakespeare), or paths and quoted globs of UTF-8 text files. The last part of the text
-    becomes the validation split.
+    shakespeare_char, shakespeare), or paths, folders and quoted globs of UTF-8 files: text (one document),
+    .jsonl (one a line), either as .gz, and .parquet (one a row); - is standard input. The last part of the
+    text becomes the validation split.
     """
 
     sources: tuple[str, ...] = ()
-    tokenizer: Literal["auto", "char", "byte", "gpt2"] = setting(
-        "auto", "auto: what is usual for the source, else char"
+    tokenizer: str = setting(
+        "auto", "char, byte, gpt2, or bpe:N (learns N ids); auto: what is usual for the source, else char"
     )
     name: str = setting("", "the set's name; empty: the source's")
+    text_column: str = setting("text", "where a .jsonl or .parquet file has its text")
     val_fraction: float = setting(0.1, "share of the text for validation", at_least=0.0, below=1.0)
 
 
@@ -47,9 +48,15 @@ def main(argv):
         )
     usual = sources.USUAL_TOKENIZER.get(built_in, "char")
     kind = usual if config.tokenizer == "auto" else config.tokenizer
-    name = config.name or default_name(config.sources, built_in, suffix="" if kind == usual else f"_{kind}")
+    make_tokenizer = maker(kind)
+    suffix = "" if kind == usual else "_" + kind.replace(":", "")
+    name = config.name or default_name(config.sources, built_in, suffix)
     folder = Path("data") / name
-    documents = sources.BUILT_IN[built_in]() if built_in else sources.read_text_files(config.sources)
+    documents = (
+        sources.BUILT_IN[built_in]()
+        if built_in
+        else sources.read_text_files(config.sources, config.text_column)
+    )
     about = {
         "source": {
             "name": built_in or list(config.sources),
@@ -57,12 +64,13 @@ def main(argv):
             "documents": len(documents),
         },
         "val_fraction": config.val_fraction,
+        "made_with": kind,
     }
-    if is_prepared(folder, kind, about):
+    if is_prepared(folder, about):
         print(f"{folder} is ready: the same text and tokenizer as before")
         return
-    tokenizer = CharTokenizer.trained_on(documents) if kind == "char" else KINDS[kind]()
     texts = split(documents, config.val_fraction)
+    tokenizer = make_tokenizer(documents if kind == "char" else texts["train"])
     splits = {}
     for part, part_documents in texts.items():
         splits[part] = encode(part_documents, tokenizer, progress=f"{part} split")
@@ -71,9 +79,14 @@ def main(argv):
                 f"the {part} split would have {len(splits[part])} tokens: give more text, or another "
                 f"--val_fraction than {config.val_fraction}"
             )
-    dataset.write(folder, splits, tokenizer, about)
+    sizes = {part: sum(len(text.encode("utf-8")) for text in texts[part]) for part in splits}
+    dataset.write(folder, splits, tokenizer, {**about, "bytes": sizes})
     counts = ", ".join(f"{part} {len(ids):,} tokens" for part, ids in splits.items())
-    print(f"{folder}: {counts}; {tokenizer.kind} tokenizer with {tokenizer.vocab_size:,} ids")
+    a_token = sum(sizes.values()) / sum(map(len, splits.values()))
+    print(
+        f"{folder}: {counts}; {tokenizer.kind} tokenizer with {tokenizer.vocab_size:,} ids, "
+        f"{a_token:.2f} bytes a token"
+    )
     print(f"train on it with: python train.py --dataset={name}")
 
 
@@ -81,9 +94,10 @@ def default_name(paths, built_in, suffix):
     """The set's name where the user gives none. Raises UsageError where several files leave it open."""
     if built_in:
         return built_in + suffix
-    if len(paths) > 1 or any(letter in paths[0] for letter in "*?["):
-        raise UsageError("several files need a name for their set: --name=mytext, for example")
-    return Path(paths[0]).stem + suffix
+    if len(paths) > 1 or paths[0] == "-" or any(letter in paths[0] for letter in "*?["):
+        raise UsageError("several files, or standard input, need a name for their set: --name=mytext")
+    path = Path(paths[0]).resolve()
+    return (path.name if path.is_dir() else Path(path.name.removesuffix(".gz")).stem) + suffix
 
 
 def hash_of(documents):
@@ -95,14 +109,14 @@ def hash_of(documents):
     return digest.hexdigest()
 
 
-def is_prepared(folder, kind, about):
+def is_prepared(folder, about):
     """Whether the folder holds this very set, whole."""
     try:
         dataset.Dataset(folder.resolve())
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
     except (UserError, OSError):
         return False
-    return meta["tokenizer"]["kind"] == kind and {name: meta.get(name) for name in about} == about
+    return {name: meta.get(name) for name in about} == about
 
 
 def split(documents, val_fraction):

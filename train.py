@@ -209,7 +209,7 @@ def train(config, source, world, stop):
     )
     log.changes(source)
     if config.eval_only:
-        log.evaluation(state.step, evaluate(model, data, config, world, autocast))
+        log.evaluation(state.step, evaluate(model, data, config, world, autocast), data)
         return
     saver = checkpoint.Saver(config.out_dir, is_new_run=config.init_from != "resume")
     saved_at, saved_when = state.step, time.monotonic()
@@ -223,7 +223,7 @@ def train(config, source, world, stop):
         if evaluation_due and state.evaluated != state.step and not stopping:
             with log.pause():
                 losses = evaluate(model, data, config, world, autocast)
-            log.evaluation(state.step, losses)
+            log.evaluation(state.step, losses, data)
             best = losses["val"] < state.best_val_loss
             save |= best or config.always_save_checkpoint
             state.best_val_loss = losses["val"] if best else state.best_val_loss  # NaN is never the best
@@ -495,9 +495,14 @@ class Log:
         if changed:
             self.line("changed: " + ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed))
 
-    def evaluation(self, step, losses):
-        self.line(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        self.record(step, {f"{split}_loss": loss for split, loss in losses.items()})
+    def evaluation(self, step, losses, data):
+        numbers = {f"{split}_loss": loss for split, loss in losses.items()}
+        text = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        if bits := data.bits_per_byte("val", losses["val"]):
+            numbers["val_bits_per_byte"] = bits
+            text += f" = {bits:.3f} bits per byte"
+        self.line(text)
+        self.record(step, numbers)
 
     def saved(self, step, seconds):
         self.record(step, {"save_stall_ms": 1000 * seconds})

@@ -9,15 +9,18 @@ processes sees the same data.
 
 import io
 import json
+import math
 import os
 import pickle
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from kqv import sources, tokenizer
-from kqv.errors import UserError
+from kqv.errors import UsageError, UserError
 
 SPLITS = ("train", "val")
 FORMAT = 1
@@ -35,7 +38,7 @@ class Dataset:
         missing = [f"{split}.bin" for split in SPLITS if not (self.folder / f"{split}.bin").is_file()]
         if missing:
             raise UserError(f"{self.folder} has no {' and no '.join(missing)}: {how_to_prepare(name)}")
-        self.tokenizer, dtype, tokens = read_meta(self.folder)
+        self.tokenizer, dtype, tokens, self.bytes = read_meta(self.folder)
         self.splits = {split: self.map_file(split, dtype, tokens.get(split)) for split in SPLITS}
 
     def map_file(self, split, dtype, tokens):
@@ -53,6 +56,15 @@ class Dataset:
                     f"block_size={block_size} needs {block_size + 1}: use more text or "
                     f"--block_size={max(1, len(tokens) - 1)}"
                 )
+
+    def bits_per_byte(self, split, loss):
+        """
+        A mean loss in nats per token as bits for each byte of text, in which tokenizers compare; None where
+        the bytes of the split are not known.
+        """
+        if not self.bytes.get(split):
+            return None
+        return loss / math.log(2) * len(self.splits[split]) / self.bytes[split]
 
     def training_batch(self, batch_size, block_size, seed, step, index):
         """
@@ -87,7 +99,10 @@ class Dataset:
 
 
 def read_meta(folder):
-    """(tokenizer, dtype of the ids, {split: number of tokens} as far as it is known) of a set's folder."""
+    """
+    (tokenizer, dtype of the ids, {split: number of tokens}, {split: bytes of text}) of a set's folder, the
+    numbers as far as they are known.
+    """
     ours, nanogpt = folder / "meta.json", folder / "meta.pkl"
     if ours.exists():
         try:
@@ -96,20 +111,29 @@ def read_meta(folder):
                 raise UserError(f"{ours} has format {meta['format']}, not {FORMAT}: run prepare.py again")
             if meta["dtype"] not in ("uint16", "uint32"):  # "O" would read the file as addresses
                 raise ValueError(f"dtype {meta['dtype']!r}")
-            return tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]), dict(meta["tokens"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            sizes = {split: int(size) for split, size in meta.get("bytes", {}).items()}
+            return (
+                tokenizer.from_json(meta["tokenizer"]),
+                np.dtype(meta["dtype"]),
+                dict(meta["tokens"]),
+                sizes,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{ours} is damaged ({error}): run prepare.py again") from None
     if nanogpt.exists():
-        return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), {}
-    return tokenizer.GPT2Tokenizer(), np.dtype("uint16"), {}
+        return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), {}, {}
+    return tokenizer.GPT2Tokenizer(), np.dtype("uint16"), {}, {}
 
 
 def how_to_prepare(name):
     if name in sources.BUILT_IN:
         return f"make it with: python prepare.py {name}"
     source, _, kind = str(name).rpartition("_")
-    if source in sources.BUILT_IN and kind in tokenizer.KINDS:
-        return f"make it with: python prepare.py {source} --tokenizer={kind} --name={name}"
+    kind = re.sub("^bpe(?=[0-9])", "bpe:", kind)
+    if source in sources.BUILT_IN:
+        with suppress(UsageError):
+            tokenizer.maker(kind)
+            return f"make it with: python prepare.py {source} --tokenizer={kind} --name={name}"
     return f"make it with: python prepare.py YOUR_TEXT.txt --name={name}"
 
 

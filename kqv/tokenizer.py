@@ -11,10 +11,11 @@ character, and `TextStream` puts it together.
 
 import codecs
 import re
+from contextlib import suppress
 
 import numpy as np
 
-from kqv.errors import UserError
+from kqv.errors import UsageError, UserError
 
 
 class Tokenizer:
@@ -157,7 +158,91 @@ def gpt2_encoding():
     )
 
 
-KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer)}
+class BPETokenizer(Tokenizer):
+    """
+    Byte-pair encoding (Sennrich et al. 2016) with a vocabulary learnt from a text: two pieces that are often
+    side by side become one, beginning with single bytes, so that any text has ids.
+
+    `pieces` are bytes, in the order in which they were learnt; the id after the last ends a text.
+    """
+
+    kind = "bpe"
+    # Pieces never cross these borders: words with the space before them, up to three digits, punctuation.
+    # Marks belong to words, since without them no word of Hindi is whole.
+    pattern = (
+        r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}"
+        r"|\s{1,64}(?!\S)|\s{1,64}"
+    )
+
+    def __init__(self, pieces):
+        import tiktoken
+
+        self.pieces = pieces
+        self.separator = len(pieces)
+        self.vocab_size = len(pieces) + 1
+        ranks = {piece: rank for rank, piece in enumerate(pieces)}
+        self.encoding = tiktoken.Encoding(
+            "bpe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def trained_on(cls, texts, vocab_size):
+        """At most `vocab_size` ids, fewer where the text has no more pairs. Raises UserError."""
+        try:
+            from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+        except ImportError:
+            raise UserError("training a tokenizer needs: pip install tokenizers") from None
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        words = pre_tokenizers.Split(Regex(cls.pattern), "isolated")
+        learner = Tokenizer(models.BPE())
+        learner.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        letters = byte_level.alphabet()  # one printable character for each byte
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=letters, min_frequency=2, show_progress=False
+        )
+        learner.train_from_iterator((utf8(text).decode() for text in texts), trainer)
+        found = learner.get_vocab()
+        byte_of = bytes_of_letters()
+        return cls([bytes(byte_of[c] for c in piece) for piece in sorted(found, key=found.get)])
+
+    def encode(self, text):
+        utf8(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+
+    def decode_bytes(self, ids):
+        return b"".join(self.pieces[i] for i in ids if i < self.separator)
+
+    def to_json(self):
+        pieces = [piece.decode("latin-1") for piece in self.pieces]  # a character a byte
+        return {"kind": self.kind, "pattern": self.pattern, "pieces": pieces}
+
+
+def bytes_of_letters():
+    """{character: byte} of GPT-2's spelling of bytes: printable ones as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
+
+
+def maker(name):
+    """
+    "char", "byte", "gpt2" or "bpe:N" -> a function that makes that tokenizer for a list of texts. Raises
+    UsageError.
+    """
+    if name in ("byte", "gpt2"):
+        return lambda texts: KINDS[name]()
+    if name == "char":
+        return CharTokenizer.trained_on
+    size = re.fullmatch("bpe:([0-9]{1,7})", name)
+    if size and 257 <= int(size[1]) <= 2**20:
+        return lambda texts: BPETokenizer.trained_on(texts, int(size[1]))
+    raise UsageError(
+        f"--tokenizer={name} is none of char, byte, gpt2 and bpe:N, which learns N ids, from 257 to {2**20}: "
+        "--tokenizer=bpe:4096, for example"
+    )
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -170,6 +255,12 @@ def from_json(definition):
             return CharTokenizer(chars)
         case {"kind": "byte" | "gpt2" as kind}:
             return KINDS[kind]()
+        case {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": list(pieces)}:
+            with suppress(TypeError, AttributeError, UnicodeEncodeError):
+                found = [piece.encode("latin-1") for piece in pieces]
+                single = sum(len(piece) == 1 for piece in set(found))
+                if b"" not in found and len(set(found)) == len(found) and single == 256:
+                    return BPETokenizer(found)
     raise UserError(
         f"unknown tokenizer definition {repr(definition)[:80]}: prepare the data again with prepare.py"
     )

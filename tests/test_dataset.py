@@ -220,6 +220,8 @@ def test_a_damaged_folder_of_nanogpt_is_refused(size, tmp_path):
         ("plays", "prepare.py plays"),
         ("plays_gpt2", "prepare.py plays --tokenizer=gpt2"),
         ("plays_byte", "prepare.py plays --tokenizer=byte"),
+        ("plays_bpe2000", "prepare.py plays --tokenizer=bpe:2000"),
+        ("plays_bpe20", "prepare.py YOUR_TEXT.txt --name=plays_bpe20"),
         ("shakespeare", "prepare.py shakespeare"),
         ("shakespeare_char", "prepare.py shakespeare_char"),
         ("shakespeare_char_byte", "prepare.py shakespeare_char --tokenizer=byte"),
@@ -266,6 +268,8 @@ def damage(name):
         "a tokenizer of two\nlines": lambda: changed(tokenizer="of two\nlines"),
         "no dtype": lambda: changed(dtype=None),
         "no tokens": lambda: changed(tokens=5),
+        "no bytes": lambda: changed(bytes={"val": "many"}),
+        "bytes of nothing": lambda: changed(bytes=5),
     }
 
     def changed(**entries):
@@ -395,6 +399,29 @@ def test_what_has_changed_is_prepared_anew(change, prepared, tmp_path):
     assert "ready" in prepared("text.txt", "--name=tiny", *options)
 
 
+def test_a_vocabulary_is_learnt_from_the_training_text_alone(prepared, tmp_path):
+    (tmp_path / "text.txt").write_text("keys and values " * 90 + "queries " * 20, "utf-8")
+    out = prepared("text.txt", "--tokenizer=bpe:270")
+    assert "data/text_bpe270: " in out and "bpe tokenizer with 270 ids" in out
+    data = Dataset(Path("data/text_bpe270").resolve())
+    assert b" values" in data.tokenizer.pieces and not any(b"qu" in piece for piece in data.tokenizer.pieces)
+    assert text("text_bpe270", "train") + text("text_bpe270", "val") == (tmp_path / "text.txt").read_text()
+    sizes = [len(text("text_bpe270", split)) for split in ("train", "val")]
+    assert list(data.bytes.values()) == sizes  # ASCII
+    tokens = sum(map(len, data.splits.values()))
+    assert f"{sum(sizes) / tokens:.2f} bytes a token" in out
+    assert data.bits_per_byte("val", 2.0) == pytest.approx(2 / np.log(2) * len(data.splits["val"]) / sizes[1])
+    assert "ready" in prepared("text.txt", "--tokenizer=bpe:270")
+    assert "ready" not in prepared("text.txt", "--tokenizer=bpe:258", "--name=text_bpe270")
+
+
+def test_bits_per_byte_need_a_set_that_knows_its_bytes(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt")
+    (tmp_path / "data/text/meta.json").unlink()  # as nanoGPT's are
+    assert Dataset(Path("data/text").resolve()).bits_per_byte("val", 2.0) is None
+
+
 def test_other_borders_between_the_same_texts_are_another_text(prepared, tmp_path):
     for first in ("one two ", "one "):
         (tmp_path / "a.txt").write_text(first)
@@ -494,7 +521,6 @@ def test_documents_are_split_as_one_text(documents, val_fraction):
         ("text".encode("utf-16"), "text.txt", ["text.txt is not UTF-8", "offset 0", "iconv"]),
         (b"text " * 9, "missing.txt", ["missing.txt", "glob", "plays"]),
         (b"text " * 9, "no*.txt --name=x", ["no*.txt", "glob", "plays"]),
-        (b"text " * 9, ".", [".", "glob"]),
         (b"text " * 9, "text.txt --val_fraction=0", ["val split", "0 tokens", "--val_fraction", "0.0"]),
         (
             b"text " * 9,
@@ -518,7 +544,8 @@ def test_a_text_that_can_not_be_used_is_refused(content, argv, parts, refusal, t
         ("plays text.txt", ["plays", "text.txt", "--name"]),
         ("text.txt --val_fraction=1", ["val_fraction", "1.0", "below 1"]),
         ("text.txt --val_fraction=-0.1", ["val_fraction", "-0.1", "at least 0"]),
-        ("text.txt --tokenizer=bpe", ["--tokenizer=bpe", "char", "byte", "gpt2"]),
+        ("text.txt --tokenizer=bpe", ["--tokenizer=bpe", "char", "byte", "gpt2", "bpe:4096"]),
+        ("text.txt --tokenizer=bpe:100", ["--tokenizer=bpe:100", "from 257"]),
         ("text.txt --nme=x", ["nme", "name"]),
         ("--sources=text.txt", ["sources"]),
     ],

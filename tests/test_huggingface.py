@@ -103,7 +103,7 @@ def test_evaluation_only_reports_the_loss_of_the_folders_weights(cli, folder, bp
     status, out, err = cli(train.main, *QUICK, f"--init_from={folder}", "--eval_only", "--dtype=float32")
     assert status == 0, err
     line = next(line for line in out.splitlines() if "val loss" in line)
-    reported = float(line.split("val loss ")[1])
+    reported = float(line.split("val loss ")[1].split()[0])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     config = train.parse(train.TrainSettings, QUICK)
     x, y = train.Dataset("bpe").evaluation_batch("val", config.batch_size, config.block_size, 0, 1)

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import subprocess
+import sys
 import time
 
 import pytest
@@ -18,8 +19,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kqv import dataset, sources
-from kqv.errors import UserError
+from kqv import tokenizer as tokenizer_module
+from kqv.errors import UsageError, UserError
 from kqv.tokenizer import (
+    BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
@@ -27,10 +30,19 @@ from kqv.tokenizer import (
     Tokenizer,
     from_json,
     from_nanogpt,
+    maker,
 )
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+LEARNT_FROM = [
+    "the keys and the queries, the values and the keys: 1234 keys and 567 values\n\n" * 5,
+    "कुंजी और प्रश्न, मान और कुंजी " * 5,
+    "键和查询，值和键。" * 5,
+    "ключи и запросы, значения и ключи " * 5,
+    "for key in keys:\n    print(key)\n" * 5,
+]
+BYTES = [chr(byte) for byte in range(256)]
 KNOWN_IDS = {  # as OpenAI's own encoder gives them
     "Hello world": [15496, 995],
     "Hello, my dog is cute": [15496, 11, 616, 3290, 318, 13779],
@@ -47,10 +59,16 @@ def gpt2():
         skip_offline(error)
 
 
-@pytest.fixture(params=["byte", "gpt2"], scope="module")
+@pytest.fixture(scope="module")
+def bpe():
+    """Learnt from a few sentences in five scripts."""
+    return BPETokenizer.trained_on(LEARNT_FROM, 400)
+
+
+@pytest.fixture(params=["byte", "gpt2", "bpe"], scope="module")
 def tokenizer(request):
     """Each tokenizer that takes any text."""
-    return ByteTokenizer() if request.param == "byte" else request.getfixturevalue("gpt2")
+    return ByteTokenizer() if request.param == "byte" else request.getfixturevalue(request.param)
 
 
 def skip_offline(error):
@@ -217,6 +235,90 @@ def test_a_stream_shows_a_character_when_it_is_whole():
     assert stream.feed(0xE2) == "" and stream.finish() == "\ufffd"
 
 
+# A byte-pair encoding of one's own
+
+
+def test_bpe_learns_the_pairs_that_are_most_often_side_by_side():
+    learnt = BPETokenizer.trained_on(["ab ab ab ab abc abc abc"], 257 + 4)
+    assert [bytes([byte]) in learnt.pieces for byte in range(256)] == [True] * 256
+    # "ab" is there seven times, six of them after a space; no piece crosses the space before a word
+    assert (
+        learnt.pieces[256:] == [b"ab", b" ab", b" abc"] and learnt.vocab_size == 260 == learnt.separator + 1
+    )
+    spelt = [learnt.decode_bytes([i]) for i in learnt.encode("abc ab abd")]
+    assert spelt == [b"ab", b"c", b" ab", b" ab", b"d"]
+
+
+def test_bpe_gives_the_ids_of_hugging_faces_own_encoder(bpe):
+    """Whose merges, in order, are what tiktoken's ranks must stand for."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    letter_of = {byte: char for char, byte in tokenizer_module.bytes_of_letters().items()}
+    spell = {piece: "".join(letter_of[byte] for byte in piece) for piece in bpe.pieces}
+    merges = []
+    for piece in bpe.pieces[256:]:
+        earlier = set(bpe.pieces[: bpe.pieces.index(piece)])
+        cuts = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(spell[a], spell[b]) for a, b in cuts if {a, b} <= earlier]
+    vocabulary = {spell[piece]: number for number, piece in enumerate(bpe.pieces)}
+    other = Tokenizer(models.BPE(vocabulary, merges))
+    words = pre_tokenizers.Split(Regex(bpe.pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    other.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+    for text in [*LEARNT_FROM, "the  key's 12345 keys\t\n", "क्वेरी 键 ключ", "(keys) = values  "]:
+        assert bpe.encode(text).tolist() == other.encode(text).ids
+
+
+@pytest.mark.parametrize("text", LEARNT_FROM)
+def test_bpe_is_shorter_than_bytes_in_every_script_it_knows(bpe, text):
+    assert len(bpe.encode(text)) < 0.5 * len(text.encode("utf-8"))
+
+
+def test_a_word_of_hindi_can_be_one_piece():
+    learnt = BPETokenizer.trained_on(["कुंजी प्रश्न " * 20], 400)
+    assert {"कुंजी".encode(), " कुंजी".encode()} & set(learnt.pieces)
+
+
+@pytest.mark.parametrize("text", [" " * 1_000_000, "a" * 1_000_000, "\n" * 300_000, "क" * 100_000])
+def test_bpe_takes_long_runs_of_one_character(bpe, text):
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_the_same_text_gives_the_same_bpe(bpe):
+    again = BPETokenizer.trained_on(LEARNT_FROM, 400)
+    assert again.to_json() == bpe.to_json()
+
+
+def test_a_short_text_gives_fewer_ids_than_asked_for():
+    learnt = BPETokenizer.trained_on(["abcd"], 5000)
+    assert learnt.vocab_size == 257 and learnt.decode(learnt.encode("xyz é")) == "xyz é"
+
+
+def test_ids_past_the_pieces_stand_for_no_text(bpe):
+    """The end of a text, and what a vocabulary is padded with."""
+    assert bpe.decode([*bpe.encode("a"), bpe.separator, 5000, *bpe.encode("b")]) == "ab"
+
+
+def test_learning_without_the_package_names_the_one_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="pip install tokenizers"):
+        maker("bpe:300")(["text"])
+
+
+@pytest.mark.parametrize(
+    "name", ["bpe", "bpe:", "bpe:256", "bpe:1048577", "bpe:-5", "bpe:4k", "char:9", "Byte", "", "bpe:٣٠٠"]
+)
+def test_a_name_that_makes_no_tokenizer_is_refused(name):
+    with pytest.raises(UsageError, match="bpe:4096"):
+        maker(name)
+
+
+def test_names_make_their_tokenizers(gpt2):
+    made = {name: maker(name)(["ab"]).kind for name in ("char", "byte", "gpt2", "bpe:257")}
+    assert made == {"char": "char", "byte": "byte", "gpt2": "gpt2", "bpe:257": "bpe"}
+    assert maker("bpe:258")(["ab ab ab"]).vocab_size == 258
+
+
 # GPT-2's byte-pair encoding
 
 
@@ -281,6 +383,9 @@ def test_the_others_come_back_from_json(tokenizer):
         tokenizer.vocab_size,
         tokenizer.separator,
     )
+    assert [again.encode(text).tolist() for text in LEARNT_FROM] == [
+        tokenizer.encode(text).tolist() for text in LEARNT_FROM
+    ]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +403,14 @@ def test_the_others_come_back_from_json(tokenizer):
         {"kind": "char", "chars": 5},
         {"kind": "char", "chars": "a\ud800"},
         {"kind": "bpe"},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": BYTES[1:]},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": [*BYTES, "ab", "ab"]},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": [*BYTES, ""]},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": [*BYTES, "\u0100"]},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": [*BYTES, 5]},
+        {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": {"a": 0}},
+        {"kind": "bpe", "pattern": "(a*)*b", "pieces": BYTES},
         {"kind": ["char"]},
         {"kind": None, "chars": "ab"},
     ],

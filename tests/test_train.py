@@ -344,8 +344,16 @@ def test_metrics_hold_one_object_for_each_logged_step_and_evaluation(run):
     assert saves == [3, 6]
     assert [record["step"] for record in evaluations] == [0, 3, 6]
     assert [record["step"] for record in steps] == [0, 2, 4]
-    assert all(record.keys() == {"step", "train_loss", "val_loss"} for record in evaluations)
+    assert all(
+        record.keys() == {"step", "train_loss", "val_loss", "val_bits_per_byte"} for record in evaluations
+    )
     assert all(record.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"} for record in steps)
+    # é, of two bytes, is a token here: a loss in nats per token, in bits for each of the bytes
+    text = Path("text.txt").read_text("utf-8")
+    val = text[int(len(text) * 0.9) :]
+    for record in evaluations:
+        bits = record["val_loss"] / math.log(2) * len(val) / len(val.encode("utf-8"))
+        assert record["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6) and "é" in val
     config = parse(train.TrainSettings, TINY)
     assert logged("lr") == {step: train.learning_rate_at(step, config) for step in (0, 2, 4)}
     assert all(record["tokens_per_second"] > 0 and record["grad_norm"] > 0 for record in steps)
@@ -358,7 +366,8 @@ def test_plain_lines_say_what_the_metrics_say(run):
     for record in records():
         if "val_loss" in record:
             step, train_loss, val_loss = record["step"], record["train_loss"], record["val_loss"]
-            assert f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}" in lines
+            bits = f"{record['val_bits_per_byte']:.3f} bits per byte"
+            assert f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} = {bits}" in lines
     assert lines[-1] == "to see what it writes: python sample.py --out_dir=out"
 
 
@@ -430,6 +439,7 @@ def test_evaluating_only_prints_both_losses_and_writes_nothing(run):
     assert (
         out.splitlines()[-1]
         == f"step 6: train loss {last['train_loss']:.4f}, val loss {last['val_loss']:.4f}"
+        f" = {last['val_bits_per_byte']:.3f} bits per byte"
     )
     assert "step 0: train loss 3.0" in run(*TINY, "--eval_only", "--out_dir=new")
     assert listing() == before
