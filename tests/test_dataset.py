@@ -4,6 +4,7 @@ From text to batches: what prepare.py writes and refuses, what a crash leaves, a
 
 import collections
 import contextlib
+import gzip
 import hashlib
 import itertools
 import json
@@ -375,10 +376,15 @@ def test_a_set_that_is_being_read_stays_as_it_was(tmp_path):
 def test_the_second_time_a_set_is_ready_and_stays_untouched(prepared, tmp_path):
     write_text(tmp_path / "text.txt")
     prepared("text.txt")
-    before = {path: path.stat() for path in Path("data/text").iterdir()}
+
+    def files():
+        found = {path.name: path.stat() for path in Path("data/text").iterdir()}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+    before = files()
     assert len(before) == 3
     assert "ready" in prepared("text.txt")
-    assert {path: path.stat() for path in Path("data/text").iterdir()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize("change", ["text", "val_fraction", "tokenizer", "torn file", "torn meta", "no meta"])
@@ -401,18 +407,26 @@ def test_what_has_changed_is_prepared_anew(change, prepared, tmp_path):
 
 def test_a_vocabulary_is_learnt_from_the_training_text_alone(prepared, tmp_path):
     (tmp_path / "text.txt").write_text("keys and values " * 90 + "queries " * 20, "utf-8")
-    out = prepared("text.txt", "--tokenizer=bpe:270")
-    assert "data/text_bpe270: " in out and "bpe tokenizer with 270 ids" in out
-    data = Dataset(Path("data/text_bpe270").resolve())
+    out = prepared("text.txt", "--tokenizer=bpe:300")
+    assert "data/text_bpe300: " in out and "bpe tokenizer with 270 ids" in out
+    data = Dataset(Path("data/text_bpe300").resolve())
     assert b" values" in data.tokenizer.pieces and not any(b"qu" in piece for piece in data.tokenizer.pieces)
-    assert text("text_bpe270", "train") + text("text_bpe270", "val") == (tmp_path / "text.txt").read_text()
-    sizes = [len(text("text_bpe270", split)) for split in ("train", "val")]
+    assert text("text_bpe300", "train") + text("text_bpe300", "val") == (tmp_path / "text.txt").read_text()
+    sizes = [len(text("text_bpe300", split)) for split in ("train", "val")]
     assert list(data.bytes.values()) == sizes  # ASCII
     tokens = sum(map(len, data.splits.values()))
     assert f"{sum(sizes) / tokens:.2f} bytes a token" in out
     assert data.bits_per_byte("val", 2.0) == pytest.approx(2 / np.log(2) * len(data.splits["val"]) / sizes[1])
-    assert "ready" in prepared("text.txt", "--tokenizer=bpe:270")
-    assert "ready" not in prepared("text.txt", "--tokenizer=bpe:258", "--name=text_bpe270")
+    assert "ready" in prepared("text.txt", "--tokenizer=bpe:300")
+    assert "ready" not in prepared("text.txt", "--tokenizer=bpe:258", "--name=text_bpe300")
+
+
+@pytest.mark.parametrize("source, name", [("b.v2", "b.v2"), ("b.v2/.", "b.v2"), ("b.v2/a.b.txt.gz", "a.b")])
+def test_a_set_is_named_after_its_folder_or_file(source, name, prepared, tmp_path):
+    (tmp_path / "b.v2").mkdir()
+    with gzip.open(tmp_path / "b.v2" / "a.b.txt.gz", "wt") as file:
+        file.write("some text " * 50)
+    assert f"data/{name}: " in prepared(source)
 
 
 def test_bits_per_byte_need_a_set_that_knows_its_bytes(prepared, tmp_path):
