@@ -353,11 +353,12 @@ def measure_start_up(config, shape, batch_size, folder):
     Seconds from the command to the end of train.py's first step, one batch of evaluation on each split before
     it included: with the compiler's cache empty, and again with what that left there.
     """
-    command = [sys.executable, str(Path(train.__file__).resolve()), f"--dataset={folder}", "--max_iters=1"]
-    command += [f"--{name}={getattr(shape, name)}" for name in train.ARCHITECTURE]
-    command += [f"--batch_size={batch_size}", "--gradient_accumulation_steps=1", "--eval_iters=1"]
+    settings = training_settings(config, shape, batch_size, folder)
+    names = (*train.ARCHITECTURE, "dataset", "batch_size", "gradient_accumulation_steps")
+    command = [sys.executable, str(Path(train.__file__).resolve()), f"--out_dir={folder}/out"]
+    command += [f"--{name}={getattr(settings, name)}" for name in (*names, "activation_checkpointing")]
     command += [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
-    command += [f"--activation_checkpointing={config.activation_checkpointing}", f"--out_dir={folder}/out"]
+    command += ["--max_iters=1", "--eval_iters=1"]
     figures = {}
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}

@@ -92,11 +92,16 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if i < 256)
 
 
-class GPT2Tokenizer(Tokenizer):
-    """
-    GPT-2's byte-pair encoding (Radford et al. 2019), through tiktoken. Special tokens are never read out of
-    text.
-    """
+class TiktokenTokenizer(Tokenizer):
+    """Pieces of words, by the tiktoken `encoding`. Special tokens are never read out of text."""
+
+    def encode(self, text):
+        utf8(text)
+        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+
+
+class GPT2Tokenizer(TiktokenTokenizer):
+    """GPT-2's byte-pair encoding (Radford et al. 2019)."""
 
     kind = "gpt2"
     vocab_size = 50257
@@ -104,10 +109,6 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self):
         self.encoding = gpt2_encoding()
-
-    def encode(self, text):
-        utf8(text)
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([int(i) for i in ids])
@@ -158,7 +159,7 @@ def gpt2_encoding():
     )
 
 
-class BPETokenizer(Tokenizer):
+class BPETokenizer(TiktokenTokenizer):
     """
     Byte-pair encoding (Sennrich et al. 2016) with a vocabulary learnt from a text: two pieces that are often
     side by side become one, beginning with single bytes, so that any text has ids.
@@ -204,10 +205,6 @@ class BPETokenizer(Tokenizer):
         found = learner.get_vocab()
         byte_of = bytes_of_letters()
         return cls([bytes(byte_of[c] for c in piece) for piece in sorted(found, key=found.get)])
-
-    def encode(self, text):
-        utf8(text)
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
 
     def decode_bytes(self, ids):
         return b"".join(self.pieces[i] for i in ids if i < self.separator)
