@@ -312,12 +312,10 @@ def plain_step(settings, shape, machine, compiled):
     def batch():
         starts = torch.randint(len(tokens) - length, (settings.batch_size,)).tolist()
         x, y = (
-            torch.stack(
-                [torch.from_numpy(tokens[i + shift : i + shift + length].astype(np.int64)) for i in starts]
-            )
+            np.stack([tokens[i + shift : i + shift + length].astype(np.int64) for i in starts])
             for shift in (0, 1)
         )
-        return train.to_device(x, device), train.to_device(y, device)
+        return train.to_device((x, y), device)
 
     def step():
         torch.backends.cuda.enable_flash_sdp(True)

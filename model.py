@@ -236,21 +236,24 @@ class GPT(nn.Module):
         model.transformer.wte.weight = model.lm_head.weight  # tied again
         return model.float()
 
-    def forward(self, idx, targets=None, cache=None, span=0):
+    def forward(self, idx, targets=None, positions=None, cache=None, span=0):
         """
         idx (B, T) token ids -> the logits of what comes after the last token (B, 1, V).
 
         With targets (B, T), the ids that should have come next (-1: don't care): the loss instead, how much
-        they surprise the model: their mean cross-entropy in nats. `cache` and `span` as in `hidden`.
+        they surprise the model: their mean cross-entropy in nats. The others as in `hidden`.
         """
-        x = self.hidden(idx, cache, span)  # (B, T, C)
+        x = self.hidden(idx, positions, cache, span)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:])  # (B, 1, V)
         return next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def hidden(self, idx, cache=None, span=0):
+    def hidden(self, idx, positions=None, cache=None, span=0):
         """
         idx (B, T) token ids -> what the blocks make of them (B, T, C); lm_head turns that into logits.
+
+        `positions` (B, T) is given where a row holds several examples side by side: each token's place within
+        its own. Then no token looks beyond the beginning of its example.
 
         With a KVCache, row b of idx continues the cache.length[b] tokens that the cache has seen of it, and
         looks at its first `span` slots: enough to reach the newest token, or 0 where the cache is empty.
@@ -261,17 +264,20 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{max(T, span)} tokens, but block_size is {self.config.block_size}: shorten the input"
             )
-        positions = torch.arange(T, device=idx.device)  # (T,)
-        places = None
-        if cache is not None:
-            positions = cache.length[:, None] + positions  # (B, T)
+        # Without a past the mask is the plain causal triangle, which attention applies by itself.
+        mask = places = None
+        order = torch.arange(T, device=idx.device)  # (T,)
+        if positions is not None:  # a token may look back as far as its example reaches
+            begin = (order - positions)[:, None, :, None]  # (B, 1, T, 1): where its example begins
+            mask = (begin <= order) & (order <= order[:, None])  # (B, 1, T, T) of bool, the heads all alike
+        elif cache is not None:
+            positions = cache.length[:, None] + order  # (B, T)
             places = (cache.rows[:, None] + positions).flatten()  # (B * T,)
-        # Without a past the mask is the plain causal triangle, which attention applies by itself. With one,
-        # a token may look at every slot up to its own position; the heads all alike.
-        mask = None
-        if span:
-            slots = torch.arange(span, device=idx.device)  # (S,)
-            mask = slots <= positions[:, None, :, None]  # (B, 1, T, S) of bool
+            if span:  # a token may look at every slot up to its own position
+                slots = torch.arange(span, device=idx.device)  # (S,)
+                mask = slots <= positions[:, None, :, None]  # (B, 1, T, S) of bool
+        else:
+            positions = order
         # Attention alone knows no order: what a token is and where it stands are added into one vector.
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
         x = self.transformer.drop(x)
@@ -305,6 +311,15 @@ class GPT(nn.Module):
         kept = self.transformer.wpe.weight[:block_size].detach().clone()  # a view would save it whole
         self.transformer.wpe.weight = nn.Parameter(kept)
         self.transformer.wpe.num_embeddings = block_size
+
+    def grow_vocab_size(self, vocab_size):
+        """Make room for ids behind the known ones, which stay as they are; new ones begin at random."""
+        new = torch.empty(vocab_size - self.config.vocab_size, self.config.n_embd)
+        nn.init.normal_(new, mean=0.0, std=0.02)
+        self.config = replace(self.config, vocab_size=vocab_size)
+        self.lm_head.weight = nn.Parameter(torch.cat([self.lm_head.weight.detach(), new]))  # (V, C)
+        self.transformer.wte.weight = self.lm_head.weight
+        self.lm_head.out_features = self.transformer.wte.num_embeddings = vocab_size
 
     def parameter_groups(self, weight_decay):
         """For an optimizer: matrices and embeddings decay, biases and LayerNorms (1-D) do not."""

@@ -1,14 +1,16 @@
-"""Text from a checkpoint."""
+"""Text from a checkpoint: continuations, answers, a conversation. And how good it is on a prepared set."""
 
 import itertools
 import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+import evaluate
 from generate import Engine, Sampling, beam_search, stream
 from kqv import checkpoint
 from kqv.device import (
@@ -25,6 +27,7 @@ from kqv.tokenizer import TextStream
 from model import GPT, GPTConfig
 
 SEPARATOR = "---------------"
+OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")  # settings with no part in --chat and --evaluate
 COMPILE_FROM = 2000  # decoding steps from which compiling has paid for itself
 
 
@@ -47,6 +50,9 @@ class TextSettings:
         "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or a newline"
     )
     prompts: str = setting("", "a file of texts to continue, one a line")
+    chat: bool = setting(False, "talk, on a terminal or a line of standard input a message; it remembers")
+    system: str = setting("", "the instructions that a conversation begins with")
+    unknown: Literal["error", "skip"] = setting("error", "what becomes of characters the tokenizer lacks")
     num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=10**6)
     max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0)
     stop: tuple[str, ...] = setting((), "a text ends before this string; may be given many times")
@@ -82,16 +88,38 @@ class BeamSettings:
 
 
 @dataclass(frozen=True)
-class SampleSettings(DeviceSettings, BeamSettings, SamplingSettings, TextSettings, ModelSettings):
+class EvaluationSettings:
+    """How good it is, instead of text"""
+
+    evaluate: Literal["train", "val", ""] = setting(
+        "", "a split: its loss, and how many answers are right, by the likeliest token or by beams"
+    )
+    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on")
+    max_examples: int = setting(0, "only so many conversations of the split, the first; 0: all", at_least=0)
+    bleu: bool = setting(False, "also the answers' BLEU, for translations")
+
+
+@dataclass(frozen=True)
+class SampleSettings(
+    DeviceSettings, EvaluationSettings, BeamSettings, SamplingSettings, TextSettings, ModelSettings
+):
     """
     usage: python sample.py [config.py ...] [--name=value ...]
 
-    Print text from a trained model. A checkpoint is all it needs.
+    Print text from a trained model. A checkpoint is all it needs. One that was trained on conversations
+    answers: what it is to continue is what the user says.
     """
 
 
 def main(argv):
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None where it is closed
     config = parse(SampleSettings, argv)
+    if config.evaluate:
+        refuse(config, ("chat", "system", *OF_TEXTS), "with --evaluate: leave one of them out")
+    else:
+        refuse(config, ("dataset", "max_examples", "bleu"), "without --evaluate=train or --evaluate=val")
+    if config.chat:
+        refuse(config, ("format", *OF_TEXTS), "with --chat: leave one of them out")
     if config.beams and (config.logprobs or config.num_samples > config.beams):
         raise UsageError(
             "beam search prints log-probabilities with --format=jsonl instead of --logprobs"
@@ -109,26 +137,49 @@ def main(argv):
         write(config)
 
 
+def refuse(config, names, where):
+    """Raise UsageError where one of these settings was given."""
+    for name in names:
+        if getattr(config, name) != getattr(SampleSettings, name):
+            raise UsageError(f"--{name} means nothing {where}")
+
+
 def write(config):
     """Print what the settings ask for."""
     plain = config.format == "text" and not config.logprobs
-    ask = plain and not config.start and not config.prompts and sys.stdin.isatty()
-    texts = [] if ask else read_texts(config)
+    ask = plain and not config.start and not config.prompts and sys.stdin.isatty() or config.chat
+    texts = [] if ask or config.evaluate else read_texts(config)
     device = find_device(config.device)
-    gpt, tokenizer = load(config)
+    gpt, tokenizer, trained_on = load(config)
+    if tokenizer.kind != "chat" and (config.chat or config.system):
+        raise UserError(
+            "--chat and --system need a model of conversations, and this one was trained on texts: prepare "
+            "conversations (python prepare.py plays_chat, or a .jsonl file of them) and train on those"
+        )
     gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
-    prompts = [encode(text, tokenizer, gpt.config.block_size) for text in texts]
+    if config.evaluate:
+        data = evaluate.open_set(config, trained_on, tokenizer)
+        examples = evaluate.read_examples(data, config.evaluate, gpt.config.block_size)
+        prompts = [example.ids for example in examples]
+        longest = gpt.config.block_size + 1 - min(map(len, prompts), default=0)  # of an answer
+        config = replace(config, temperature=0.0, max_new_tokens=min(config.max_new_tokens, longest))
+    else:
+        prompts = [encode(text, tokenizer, config) for text in texts]
+        for text, prompt in zip(texts, prompts, strict=True):
+            require_length(text, prompt, config, gpt.config.block_size)
     batches = batched(prompts, config)
     compiled = config.compile
     if compiled == "auto":
         compiled = compiling_pays(batches, device, gpt, config)
     writer = Writer(Engine(gpt, find_compile(compiled, device)), tokenizer, config)
-    if ask:
+    if config.evaluate:
+        evaluate.report(config, gpt, data, examples, writer.records(prompts, batches))
+    elif ask:
         writer.converse()
     elif config.logprobs:
         writer.print_logprobs(prompts, batches)
-    elif plain and len(texts) == config.num_samples == 1 and not config.beams:
-        writer.print_stream(texts[0], prompts[0])
+    elif plain and len(texts) == config.num_samples == 1:
+        writer.print_stream(texts[0], prompts[0], key=(0, 0), said=[])
     else:
         writer.print_samples(texts, prompts, batches)
 
@@ -184,30 +235,49 @@ class Writer:
             if not text.ended:
                 yield number, text, text.finish(), None
 
-    def print_stream(self, text, prompt, key=(0, 0)):
-        """Print each token as it is made; a character that spans several tokens appears when it is whole."""
-        print(text, end="", flush=True)
-        for _, _, new, _ in self.events([key], {key[0]: prompt}):
-            print(new, end="", flush=True)
-        print()
+    def opening(self, text):
+        """What is printed before a continuation: the text that goes on, but not what the user said."""
+        return "" if self.tokenizer.kind == "chat" else text
 
-    def print_samples(self, texts, prompts, batches):
-        """Print all continuations in the order of their prompts, each when those before it are there."""
+    def print_stream(self, text, prompt, key, said):
+        """
+        Print each token as it is made; a character that spans several tokens appears when it is whole. The
+        pieces of text are added to the list `said`.
+        """
+        if self.config.beams:
+            pieces = [self.found([key], {key[0]: prompt})[key]["text"]]
+        else:
+            pieces = (new for _, _, new, _ in self.events([key], {key[0]: prompt}))
+        print(self.opening(text), end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said.append(piece)
+        print(flush=True)
+
+    def records(self, prompts, batches):
+        """
+        (number of the prompt, of its sample, what there is to say of it or None) for all continuations, in
+        order, each when those before it are there.
+        """
         config, finished = self.config, {}
-        order = [(number, copy) for number in range(len(texts)) for copy in range(config.num_samples)]
-        waiting = iter(order)
-        key = next(waiting, None)
+        order = ((number, copy) for number in range(len(prompts)) for copy in range(config.num_samples))
+        key = next(order, None)
         for batch in batches:
             finished.update(self.found(batch, prompts) if config.beams else self.drawn(batch, prompts))
             while key in finished:
-                record, (number, copy) = finished.pop(key), key
-                if record and config.format == "jsonl":
-                    print(json.dumps({"prompt": texts[number], "sample": copy, **record}), flush=True)
-                elif record:
-                    print(texts[number] + record["text"], flush=True)
-                    if len(order) > 1:
-                        print(SEPARATOR, flush=True)
-                key = next(waiting, None)
+                yield *key, finished.pop(key)
+                key = next(order, None)
+
+    def print_samples(self, texts, prompts, batches):
+        """Print all continuations in the order of their prompts."""
+        several = len(prompts) * self.config.num_samples > 1
+        for number, copy, record in self.records(prompts, batches):
+            if record and self.config.format == "jsonl":
+                print(json.dumps({"prompt": texts[number], "sample": copy, **record}), flush=True)
+            elif record:
+                print(self.opening(texts[number]) + record["text"], flush=True)
+                if several:
+                    print(SEPARATOR, flush=True)
 
     def drawn(self, batch, prompts):
         """Draw a batch's continuations: {(number of the prompt, of the sample): what there is to say}."""
@@ -268,23 +338,21 @@ class Writer:
 
     def converse(self):
         """Ask for texts and continue them. Ctrl-C ends a text, Ctrl-D the program."""
+        history = []  # [(role, text), ...]
+        if not sys.stdin.isatty():  # a program speaks: it wants answers alone, and an error is the end
+            for turn, line in enumerate(sys.stdin.buffer):
+                text = decoded(line, f"message {turn + 1} of standard input")
+                self.reply(text.removesuffix("\n").removesuffix("\r"), turn, history)
+            return
         try:
             import readline  # noqa: F401  gives input() its history and line editing
         except ImportError:
             pass
-        print("Begin a text, and it is continued. Ctrl-C stops it; Ctrl-D ends the program.")
-        block_size = self.engine.gpt.config.block_size
+        what = self.opening("Begin a text, and it is continued") or "Say something, and it is answered"
+        print(f"{what}. Ctrl-C stops it; Ctrl-D ends the program.")
         for turn in itertools.count():
             try:
-                text = input("> ") or "\n"
-                prompt = encode(text, self.tokenizer, block_size)
-                if self.config.beams:
-                    self.print_samples([text], [prompt], batched([prompt], self.config))
-                    continue
-                for copy in range(self.config.num_samples):
-                    self.print_stream(text, prompt, key=(turn, copy))
-                    if self.config.num_samples > 1:
-                        print(SEPARATOR)
+                self.reply(input("> "), turn, history)
             except (UserError, UnicodeDecodeError) as error:
                 warn(str(error))
             except KeyboardInterrupt:
@@ -292,6 +360,34 @@ class Writer:
             except EOFError:
                 print()
                 return
+
+    def reply(self, text, turn, history):
+        """
+        Continue what the user types. With --chat it follows `history`, [(role, text), ...], of which the
+        oldest exchanges are dropped where they leave no room for an answer, and is added to it.
+        """
+        config, block_size = self.config, self.engine.gpt.config.block_size
+        text = text or self.opening("\n")
+        room = block_size - min(config.max_new_tokens, block_size // 4)
+        first = 0  # of the messages that are kept
+        prompt = encode(text, self.tokenizer, config, history)
+        while len(prompt) > room and first < len(history):
+            first += 2
+            prompt = encode(text, self.tokenizer, config, history[first:])
+        require_length(text, prompt, config, block_size)
+        del history[:first]
+        if config.beams and config.num_samples > 1:
+            self.print_samples([text], [prompt], batched([prompt], config))
+            return
+        for copy in range(config.num_samples):
+            said = []
+            try:
+                self.print_stream(text, prompt, (turn, copy), said)
+            finally:  # what was stopped is remembered as far as it got
+                if config.chat:
+                    history += [("user", text), ("assistant", "".join(said))]
+            if config.num_samples > 1:
+                print(SEPARATOR)
 
 
 def read_texts(config):
@@ -305,16 +401,23 @@ def read_texts(config):
     return lines
 
 
-def encode(text, tokenizer, block_size):
-    """The ids of a text to continue. Raises UserError where the model can't read them."""
-    ids = tokenizer.encode(text).tolist()
+def encode(text, tokenizer, config, history=()):
+    """The ids of a text to continue; of what the user says after `history`, where the model answers."""
+    if tokenizer.kind != "chat":
+        return tokenizer.encode(text, config.unknown).tolist()
+    messages = [("system", config.system), *history, ("user", text)]
+    return tokenizer.encode_chat(messages, config.unknown).tolist()
+
+
+def require_length(text, ids, config, block_size):
+    """Raise UserError where the model can't read the ids of a text."""
     if not 1 <= len(ids) <= block_size:
+        text = config.system + text
         shown = text if len(text) <= 40 else f"{text[:40]}..."
         raise UserError(
             f"the prompt {shown!r} has {len(ids)} tokens, but the model takes 1 to {block_size}: "
             + ("shorten it" if ids else "give a --start")
         )
-    return ids
 
 
 def compiling_pays(batches, device, gpt, config):
@@ -366,17 +469,14 @@ def decoded(content, name):
 
 
 def load(config):
-    """(model ready to write, tokenizer) that the settings ask for."""
-    if config.init_from == "resume":
-        path = checkpoint.find(config.out_dir, config.checkpoint)
-        contents = checkpoint.load(path)
-    else:
-        path, contents = config.init_from, checkpoint.load_start(config.init_from)
+    """(model ready to write, tokenizer, name of the set it was trained on or "") of the settings."""
+    path, contents = checkpoint.chosen(config)
     try:
         gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
-    return gpt.eval(), checkpoint.tokenizer_of(contents)
+    trained_on = str(contents.get("config", {}).get("dataset", ""))
+    return gpt.eval(), checkpoint.tokenizer_of(contents), trained_on
 
 
 if __name__ == "__main__":

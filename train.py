@@ -1,6 +1,5 @@
 """The training run: batches -> steps -> evaluation -> checkpoints -> logs."""
 
-import json
 import math
 import os
 import signal
@@ -12,17 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+from generate import Engine, Sampling, generate
 from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as, peak_flops
 from kqv.distributed import join_world
 from kqv.errors import UsageError, UserError, run, warn
-from kqv.settings import parse, setting
+from kqv.metrics import Metrics, start_wandb
+from kqv.settings import override, parse, setting
 from kqv.signals import StopSignals
+from kqv.tokenizer import TextStream
 from model import GPT, GPTConfig
 
 
@@ -52,6 +55,9 @@ class DataSettings:
         5 * 8, "micro-batches in one step, over all processes", at_least=1
     )
     block_size: int = setting(1024, "the longest context, in tokens", at_least=1)
+    sampling: Literal["random", "epoch"] = setting(
+        "random", "windows of the text: drawn with replacement, or each once before any comes again"
+    )
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ class LogSettings:
     wandb_log: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name of the run")
+    wandb_resume: bool = setting(True, "a resumed run goes on in the wandb run that it was")
+    tensorboard_log: bool = setting(False, "write TensorBoard's event files too, to out_dir/tensorboard")
+    sample_tokens: int = setting(0, "tokens of a text written at each evaluation; 0: none", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,7 @@ def train(config, source, world, stop):
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
             f"must be divisible by their number, {world.size}"
         )
+    config, wandb_run = start_tracking(config, source, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
@@ -194,6 +204,9 @@ def train(config, source, world, stop):
         data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)
     data.require_length(config.block_size)
+    if world.is_main:
+        for line in data.left_out(config.block_size):
+            warn(line)
     set_precision(config, world.device)
     state = start_state(config, gpt.to(world.device), source, dtype)
     if config.activation_checkpointing:
@@ -201,7 +214,7 @@ def train(config, source, world, stop):
     model = torch.compile(gpt) if compiled else gpt
     wrapped = world.wrap(model)
 
-    log = Log(config, world, state, dtype)
+    log = Log(config, world, state, dtype, wandb_run)
     how = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
     log.line(
         f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step(config):,} tokens a step, "
@@ -223,14 +236,16 @@ def train(config, source, world, stop):
         if evaluation_due and state.evaluated != state.step and not stopping:
             with log.pause():
                 losses = evaluate(model, data, config, world, autocast)
-            log.evaluation(state.step, losses, data)
+                sample = write_sample(gpt, data, config) if config.sample_tokens and world.is_main else ""
+            log.evaluation(state.step, losses, data, sample)
             best = losses["val"] < state.best_val_loss
             save |= best or config.always_save_checkpoint
             state.best_val_loss = losses["val"] if best else state.best_val_loss  # NaN is never the best
             state.evaluated = state.step
         if save and state.step > 0 and (best or state.step > saved_at) and world.is_main:
             with log.pause():
-                log.saved(state.step, saver.save(contents(state, config, data.tokenizer), best))
+                everything = contents(state, config, data.tokenizer, wandb_run)
+                log.saved(state.step, saver.save(everything, best))
             saved_at, saved_when = state.step, time.monotonic()
         if finished or stopping:
             break
@@ -246,13 +261,27 @@ def train(config, source, world, stop):
     log.close(state, stop.received if stopping else None)
 
 
-def contents(state, config, tokenizer):
+def start_tracking(config, source, world):
+    """(the settings, in a sweep with the values that it tries, wandb's run or None)."""
+    wandb_run, tried = None, {}
+    if config.wandb_log and world.is_main:
+        resumed = source if config.init_from == "resume" and config.wandb_resume else {}
+        wandb_run = start_wandb(
+            config.wandb_project, config.wandb_run_name, asdict(config), resumed.get("wandb_id")
+        )
+    if wandb_run and wandb_run.sweep_id:
+        tried = {name: value for name, value in dict(wandb_run.config).items() if name in asdict(config)}
+    return override(config, world.share(tried), "the sweep's "), wandb_run
+
+
+def contents(state, config, tokenizer, wandb_run=None):
     """What a checkpoint holds: all that training, sampling and exporting need."""
     return {
         **state.state_dict(),
         "model_args": asdict(state.model.config),
         "config": asdict(config),
         "tokenizer": tokenizer.to_json(),
+        "wandb_id": wandb_run.id if wandb_run else None,
     }
 
 
@@ -302,10 +331,13 @@ def build_model(config, source, tokenizer):
                 )
     elif config.block_size < shape.block_size:
         gpt.crop_block_size(config.block_size)
-    if (
-        shape.vocab_size < tokenizer.vocab_size
-        or source.get("tokenizer", tokenizer.to_json()) != tokenizer.to_json()
-    ):
+    definition = tokenizer.to_json()
+    base = definition.get("base")  # of a chat's tokenizer: its marks are new to what was trained on texts
+    known = source.get("tokenizer", definition)
+    if base and known == base:
+        torch.manual_seed(config.seed)
+        gpt.grow_vocab_size(max(shape.vocab_size, padded(tokenizer.vocab_size)))
+    elif shape.vocab_size < tokenizer.vocab_size or known != definition:
         raise UserError(
             f"data/{config.dataset} was made with another tokenizer than the weights of {config.init_from} "
             f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the one that the weights know"
@@ -366,17 +398,23 @@ def tokens_per_step(config):
 
 def micro_batches(data, config, world, step):
     """
-    This process's share of a step: (x (B, T), y (B, T), seed) each. Rank r takes every size-th, beginning
+    This process's share of a step: (the model's arguments, seed) each. Rank r takes every size-th, beginning
     with the r-th.
     """
-    for index in range(world.rank, config.gradient_accumulation_steps, world.size):
-        x, y, seed = data.training_batch(config.batch_size, config.block_size, config.seed, step, index)
-        yield to_device(x, world.device), to_device(y, world.device), seed
+    count = config.gradient_accumulation_steps
+    for index in range(world.rank, count, world.size):
+        batch, seed = data.training_batch(
+            config.batch_size, config.block_size, config.seed, step, index, config.sampling, count
+        )
+        yield to_device(batch, world.device), seed
 
 
-def to_device(tensor, device):
-    """On a CUDA device through pinned memory, so that the copy overlaps with computing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def to_device(batch, device):
+    """A Batch's arrays as tensors; to a CUDA device through pinned memory, so that computing goes on."""
+    tensors = [torch.from_numpy(array) for array in batch if array is not None]
+    if device.type == "cuda":
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
 
 
 def train_step(model, state, batches, learning_rate, config, world, autocast):
@@ -389,12 +427,12 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     """
     share = config.gradient_accumulation_steps // world.size
     loss_sum = torch.zeros((), device=world.device)
-    for micro_step, (x, y, seed) in enumerate(batches, start=1):
+    for micro_step, (batch, seed) in enumerate(batches, start=1):
         if config.dropout:
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, micro_step == share):
             with autocast:
-                loss = model(x, y)
+                loss = model(*batch)
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
@@ -417,28 +455,45 @@ def evaluate(model, data, config, world, autocast):
     model.eval()
     losses = {}
     for split in SPLITS:
-        # batches to read it all
-        once = math.ceil(len(data.splits[split]) / (config.batch_size * config.block_size))
-        count = min(config.eval_iters, once)
+        count = min(config.eval_iters, data.batches(split, config.batch_size, config.block_size))
         total = torch.zeros((), device=world.device)
         for index in range(world.rank, count, world.size):
-            x, y = data.evaluation_batch(split, config.batch_size, config.block_size, index, count)
+            batch = data.evaluation_batch(split, config.batch_size, config.block_size, index, count)
             with autocast:
-                total += model(to_device(x, world.device), to_device(y, world.device))
+                total += model(*to_device(batch, world.device))
         losses[split] = world.sum(total).item() / count
     model.train()
     return losses
 
 
-class Log:
-    """
-    Where a run's numbers go: metrics.jsonl always, the terminal, wandb where asked. Only the main process has
-    one.
-    """
+def write_sample(gpt, data, config):
+    """What the model makes of the beginning of the validation split, or answers to its first question."""
+    if data.is_chat:
+        ids = next(data.conversations("val"))
+        prompt = ids[: np.flatnonzero(ids == data.tokenizer.assistant)[0] + 1]
+    else:
+        prompt = data.splits["val"][:16]
+    prompt = prompt[-config.block_size :].tolist()
+    gpt.eval()
+    (ids,) = generate(
+        Engine(gpt),
+        [prompt],
+        config.sample_tokens,
+        sampling=Sampling(temperature=0.8, top_k=200),
+        seed=config.seed,
+        vocab_size=data.tokenizer.vocab_size,
+    )
+    gpt.train()
+    text = TextStream(data.tokenizer)
+    return data.tokenizer.decode(prompt) + "".join(map(text.feed, ids[len(prompt) :])) + text.finish()
 
-    def __init__(self, config, world, state, dtype):
+
+class Log:
+    """What a run says: on the terminal, and where its numbers go. All but the main process are silent."""
+
+    def __init__(self, config, world, state, dtype, wandb_run):
         self.config, self.is_main = config, world.is_main
-        self.metrics = self.wandb = None
+        self.metrics = None
         flops = (
             peak_flops(torch.cuda.get_device_name(world.device), dtype)
             if world.device.type == "cuda"
@@ -453,10 +508,14 @@ class Log:
             bar_format="{percentage:3.0f}% {n_fmt}/{total_fmt}, {remaining} left{postfix}",
             smoothing=0.05,
         )
-        if self.is_main and config.wandb_log:
-            self.wandb = start_wandb(config)
-        if self.is_main and not config.eval_only:
-            self.metrics = open_metrics(Path(config.out_dir), state)
+        if self.is_main:
+            self.metrics = Metrics(
+                None if config.eval_only else config.out_dir,
+                state.step,
+                state.evaluated,
+                wandb_run,
+                config.tensorboard_log,
+            )
         self.started = self.clock = time.perf_counter()  # of the run, and of the steps since the last line
         self.last_step, self.paused = state.step - 1, 0.0
 
@@ -465,17 +524,9 @@ class Log:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def record(self, step, numbers):
+    def record(self, step, values):
         if self.metrics:
-            finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-            try:
-                self.metrics.write(json.dumps({"step": step, **finite}) + "\n")
-                self.metrics.flush()
-            except OSError as error:
-                warn(f"{self.metrics.name} can't be written ({error.strerror}): training goes on without it")
-                self.metrics = None
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+            self.metrics.record(step, values)
 
     @contextmanager
     def pause(self):
@@ -495,13 +546,16 @@ class Log:
         if changed:
             self.line("changed: " + ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed))
 
-    def evaluation(self, step, losses, data):
+    def evaluation(self, step, losses, data, sample=""):
         numbers = {f"{split}_loss": loss for split, loss in losses.items()}
         text = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
         if bits := data.bits_per_byte("val", losses["val"]):
             numbers["val_bits_per_byte"] = bits
             text += f" = {bits:.3f} bits per byte"
         self.line(text)
+        if sample:
+            self.line(sample)
+            numbers["sample"] = sample
         self.record(step, numbers)
 
     def saved(self, step, seconds):
@@ -555,50 +609,6 @@ class Log:
             self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
             self.metrics.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def open_metrics(out_dir, state):
-    """metrics.jsonl, without the lines that an earlier run wrote past the state that this one starts from."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} can't be made ({error.strerror}): give another --out_dir") from None
-    path = out_dir / "metrics.jsonl"
-    old = path.read_text("utf-8", errors="replace") if state.step and path.exists() else ""
-    kept = []
-    for line in old.splitlines(keepends=True):
-        try:
-            numbers = json.loads(line)
-            step = numbers["step"]
-        except (ValueError, TypeError, KeyError):
-            break  # torn when the run was killed
-        at_start = step == state.evaluated and "val_loss" in numbers or "save_stall_ms" in numbers
-        if step < state.step or step == state.step and at_start:
-            kept.append(line)
-    beside = path.with_name(".metrics.jsonl.new")
-    beside.write_text("".join(kept), "utf-8")
-    os.replace(beside, path)
-    return open(path, "a", encoding="utf-8")
-
-
-def start_wandb(config):
-    """
-    wandb's run; None, with a warning, where its server is out of reach. Raises UserError where it needs the
-    user.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb_log=True needs: pip install wandb") from None
-    try:
-        return wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=asdict(config))
-    except wandb.errors.CommError as error:
-        warn(f"wandb is out of reach, so this run does not log to it ({' '.join(str(error).split())[:150]})")
-    except wandb.errors.Error as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"wandb can't start ({reason}): WANDB_MODE=offline logs without a network") from None
 
 
 def set_precision(config, device):

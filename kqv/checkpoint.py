@@ -183,14 +183,23 @@ def find(out_dir, which):
     return best if which == "best" and best.exists() else newest
 
 
+def chosen(config):
+    """(name, contents) of the weights that the settings `init_from`, or `out_dir` and `checkpoint`, name."""
+    if config.init_from != "resume":
+        return config.init_from, load_start(config.init_from)
+    path = find(config.out_dir, config.checkpoint)
+    return path, load(path)
+
+
 def load_start(source):
     """
     Weights to start from, in the form of a checkpoint: from `source`, a checkpoint file, a run's folder (its
-    best), a Hugging Face folder with GPT-2's architecture, or gpt2, gpt2-medium, gpt2-large, gpt2-xl. Raises
-    UserError where it is none.
+    best), a Hugging Face folder with GPT-2's architecture, or a model on the Hugging Face hub: gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises UserError where it is none.
     """
     path = Path(source)
-    if source in huggingface.NAMES or (path / "config.json").exists():
+    on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
+    if on_hub or (path / "config.json").exists():
         return huggingface.load(source)
     if not path.exists():
         known = ", ".join(("scratch", "resume", *huggingface.NAMES))
@@ -202,8 +211,11 @@ def tokenizer_of(contents):
     """
     A checkpoint's own tokenizer; for nanoGPT's, which carry none, that of the data folder it was trained on.
     """
+    definition = contents.get("tokenizer")
+    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # of a Hugging Face folder
+        raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
     if "tokenizer" in contents:
-        return tokenizer.from_json(contents["tokenizer"])
+        return tokenizer.from_json(definition)
     folder = Path("data") / str(contents.get("config", {}).get("dataset", "unnamed"))
     if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         return dataset.read_meta(folder)[0]

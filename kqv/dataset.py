@@ -1,33 +1,90 @@
 """
 Token files on disk <-> batches.
 
-A set is a folder: `train.bin` and `val.bin` (raw token ids) and `meta.json` (what they are). nanoGPT's
-folders, with `meta.pkl` or nothing beside the .bin files, are read as they are. A batch is a pure function of
-(seed, step, index): nothing is drawn from a global random state, so a resumed run or another number of
-processes sees the same data.
+A set is a folder: `train.bin` and `val.bin` (raw token ids) and `meta.json` (what they are); of a large set,
+`train_0000.bin`, `train_0001.bin` and so on, which are read as one. nanoGPT's folders, with `meta.pkl` or
+nothing beside the .bin files, are read as they are. A batch is a pure function of (seed, step, index): no
+global random state is asked, so a resumed run or another number of processes sees the same data.
+
+Shapes: B rows, T = block_size tokens.
 """
 
+import fcntl
+import hashlib
 import io
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from kqv import sources, tokenizer
+from kqv import tokenizer
+from kqv.builtin import BUILT_IN
 from kqv.errors import UsageError, UserError
 
 SPLITS = ("train", "val")
-FORMAT = 1
+FORMAT = 2
+AT_ONCE = 2**22  # ids, where a whole split is read
+
+
+class Batch(NamedTuple):
+    """What a model learns from, as its arguments."""
+
+    idx: np.ndarray  # (B, T) int64 ids
+    targets: np.ndarray  # (B, T) int64: the ids that come next; -1 where the model need not know
+    positions: np.ndarray | None = None  # (B, T) int64, where rows hold several examples: places within each
+
+
+class Tokens:
+    """
+    The ids of a split, in files that are read as one sequence: `tokens[a:b]` is a (b - a,) array.
+
+    Files are read, not mapped, so that what was looked at does not count as the process's memory.
+    """
+
+    def __init__(self, paths, dtype):
+        self.paths, self.dtype = paths, np.dtype(dtype)
+        self.files = []
+        self.files += (open(path, "rb", buffering=0) for path in paths)
+        sizes = [os.fstat(file.fileno()).st_size // self.dtype.itemsize for file in self.files]
+        self.ends = np.cumsum(sizes)  # of each file, in ids
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(len(self))
+        ids = np.empty(max(0, stop - start), self.dtype)
+        number, filled = int(np.searchsorted(self.ends, start, "right")), 0
+        while filled < len(ids):
+            offset = start + filled - (self.ends[number] - self.length(number))
+            count = min(len(ids) - filled, self.length(number) - offset)
+            target = memoryview(ids[filled : filled + count]).cast("B")
+            if os.preadv(self.files[number].fileno(), [target], offset * self.dtype.itemsize) < len(target):
+                raise UserError(f"{self.paths[number]} became shorter: run prepare.py again")
+            filled, number = filled + count, number + 1
+        return ids
+
+    def length(self, number):
+        return int(self.ends[number] - (self.ends[number - 1] if number else 0))
+
+    def __del__(self):
+        for file in self.files:
+            file.close()
+
+    def blocks(self):
+        """All ids, in order, as arrays of at most AT_ONCE."""
+        return (self[start : start + AT_ONCE] for start in range(0, len(self), AT_ONCE))
 
 
 class Dataset:
-    """A prepared set: the tokenizer, and each split as a (N,) array of ids mapped from disk."""
+    """A prepared set: the tokenizer, and each split as Tokens."""
 
     def __init__(self, name):
         """
@@ -35,27 +92,81 @@ class Dataset:
         set.
         """
         self.folder = Path("data") / name
-        missing = [f"{split}.bin" for split in SPLITS if not (self.folder / f"{split}.bin").is_file()]
-        if missing:
-            raise UserError(f"{self.folder} has no {' and no '.join(missing)}: {how_to_prepare(name)}")
-        self.tokenizer, dtype, tokens, self.bytes = read_meta(self.folder)
-        self.splits = {split: self.map_file(split, dtype, tokens.get(split)) for split in SPLITS}
+        if not (self.folder / "meta.json").is_file():
+            self.require_files("train.bin", "val.bin")
+        self.tokenizer, dtype, parts, self.bytes = read_meta(self.folder)
+        self.splits = {split: self.open_split(split, dtype, parts) for split in SPLITS}
+        for split in SPLITS:
+            self.require_known_ids(split)
+        self.is_chat = self.tokenizer.kind == "chat"
+        self.borders = {split: self.find_borders(split) for split in SPLITS if self.is_chat}
+        self.packed = {}  # (split, block_size) -> rows
 
-    def map_file(self, split, dtype, tokens):
-        path = self.folder / f"{split}.bin"
-        size = path.stat().st_size
-        if size == 0 or size % dtype.itemsize or tokens not in (None, size // dtype.itemsize):
-            raise UserError(f"{path} has {size} bytes, which is not what its set says: run prepare.py again")
-        return np.memmap(path, dtype=dtype, mode="r")
+    def require_files(self, *names):
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{self.folder} has no {' and no '.join(missing[:2])}: {how_to_prepare(self.folder.name)}"
+            )
+
+    def open_split(self, split, dtype, parts):
+        names = file_names(split, len(parts))
+        self.require_files(*names)
+        for name, part in zip(names, parts, strict=True):
+            size = (self.folder / name).stat().st_size
+            if size % dtype.itemsize or part.get(split, size // dtype.itemsize) != size // dtype.itemsize:
+                raise UserError(
+                    f"{self.folder / name} has {size} bytes, which is not what its set says: run prepare.py "
+                    "again"
+                )
+        tokens = Tokens([self.folder / name for name in names], dtype)
+        if len(tokens) == 0:
+            raise UserError(f"{self.folder / names[0]} has 0 bytes: run prepare.py again")
+        return tokens
+
+    def require_known_ids(self, split):
+        """Raise UserError where a split has ids that are not the tokenizer's."""
+        tokens, known = self.splits[split], self.tokenizer.vocab_size
+        if known > np.iinfo(tokens.dtype).max:
+            return
+        for block in tokens.blocks():
+            if block.max() >= known:
+                raise UserError(
+                    f"the {split} split of {self.folder} has the id {block.max()}, but its tokenizer has "
+                    f"only {known}: run prepare.py again"
+                )
 
     def require_length(self, block_size):
+        """Raise UserError where a split has no window of `block_size` tokens."""
         for split, tokens in self.splits.items():
-            if len(tokens) <= block_size:
+            if self.is_chat:
+                needed = self.lengths(split)
+                if needed.min() > block_size:
+                    raise UserError(
+                        f"no conversation of the {split} split of {self.folder} fits into block_size="
+                        f"{block_size}: the shortest needs --block_size={needed.min()}, the longest "
+                        f"{needed.max()}"
+                    )
+            elif len(tokens) <= block_size:
                 raise UserError(
                     f"the {split} split of {self.folder} has {len(tokens)} tokens, but "
                     f"block_size={block_size} needs {block_size + 1}: use more text or "
                     f"--block_size={max(1, len(tokens) - 1)}"
                 )
+
+    def left_out(self, block_size):
+        """What to warn of: for each split with conversations that are longer than `block_size`, a line."""
+        for split in self.borders:
+            needed = self.lengths(split)
+            if needed.max() > block_size:
+                yield (
+                    f"{(needed > block_size).sum()} conversations of the {split} split are longer than "
+                    f"block_size={block_size} and left out; the longest needs --block_size={needed.max()}"
+                )
+
+    def lengths(self, split):
+        """(N,) how many ids a model reads of each conversation of a split: all but the last."""
+        return np.diff(self.borders[split]) - 1
 
     def bits_per_byte(self, split, loss):
         """
@@ -66,42 +177,156 @@ class Dataset:
             return None
         return loss / math.log(2) * len(self.splits[split]) / self.bytes[split]
 
-    def training_batch(self, batch_size, block_size, seed, step, index):
-        """
-        Micro-batch `index` of a training step: windows drawn with replacement.
+    # Which windows are in a batch
 
-        Returns (x, y), both (B, T) int64, where y is x shifted by one token, and a number for seeding
-        whatever else is random in this micro-batch. The same arguments give the same result, always.
+    def training_batch(self, batch_size, block_size, seed, step, index, sampling="random", micro_batches=1):
+        """
+        Micro-batch `index` of the `micro_batches` of a training step: a Batch, and a number for seeding
+        whatever else is random in it. The same arguments give the same result, always.
+
+        sampling="random" draws windows with replacement. "epoch" takes every window once before any comes
+        again, in a new order each time.
         """
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
-        starts = random.integers(0, len(self.splits["train"]) - block_size, size=batch_size)  # (B,)
-        return *self.windows("train", starts, block_size), int(random.integers(2**63))
+        if sampling == "random":
+            choices = self.windows("train", block_size, anywhere=True)
+            windows = random.integers(0, choices, size=batch_size)  # (B,)
+        else:
+            first = (step * micro_batches + index) * batch_size
+            windows = self.in_epochs(first, batch_size, block_size, seed)
+        return self.batch("train", windows, block_size), int(random.integers(2**63))
+
+    def in_epochs(self, first, batch_size, block_size, seed):
+        """(B,) the windows that come at places `first` to first + B of all epochs, one behind another."""
+        count, found = self.windows("train", block_size), []
+        for epoch in range(first // count, (first + batch_size - 1) // count + 1):
+            begin = max(first - epoch * count, 0)
+            places = np.arange(begin, min(first + batch_size - epoch * count, count))
+            random = np.random.default_rng((seed, epoch))
+            windows = shuffled(places, count, random.integers(2**63, size=6, dtype=np.uint64))
+            if not self.is_chat:  # stretches side by side, with borders that are elsewhere in each epoch
+                slack = (len(self.splits["train"]) - 1) % block_size
+                windows = windows * block_size + random.integers(slack + 1)
+            found.append(windows)
+        return np.concatenate(found)
 
     def evaluation_batch(self, split, batch_size, block_size, index, count):
         """
-        Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation. (x, y)
-        as above.
+        Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation.
         """
-        tokens = self.splits[split]
-        spread = np.linspace(0, len(tokens) - block_size - 1, count * batch_size)
-        return self.windows(split, spread[index::count].astype(np.int64), block_size)
+        last = self.windows(split, block_size, anywhere=True) - 1
+        spread = np.linspace(0, last, count * batch_size)
+        return self.batch(split, spread[index::count].astype(np.int64), block_size)
 
-    def windows(self, split, starts, block_size):
-        """(x, y), both (B, T) int64: x[b] = tokens[starts[b] : starts[b] + T], y one token further on."""
-        picked = self.splits[split][starts[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
-        if picked.max() >= self.tokenizer.vocab_size:
+    def batches(self, split, batch_size, block_size):
+        """How many batches read a split once."""
+        rows = len(self.rows(split, block_size)) if self.is_chat else len(self.splits[split]) / block_size
+        return math.ceil(rows / batch_size)
+
+    def windows(self, split, block_size, anywhere=False):
+        """How many windows a split has: rows of conversations, or of text side by side or `anywhere`."""
+        if self.is_chat:
+            return len(self.rows(split, block_size))
+        if anywhere:
+            return len(self.splits[split]) - block_size
+        return (len(self.splits[split]) - 1) // block_size
+
+    # What is in a window
+
+    def batch(self, split, windows, block_size):
+        """The Batch of the windows (B,): of text by where they begin, of conversations by their row."""
+        if self.is_chat:
+            return self.chat_batch(split, windows, block_size)
+        picked = [self.splits[split][start : start + block_size + 1] for start in windows.tolist()]
+        picked = np.stack(picked).astype(np.int64)  # (B, T + 1)
+        return Batch(np.ascontiguousarray(picked[:, :-1]), np.ascontiguousarray(picked[:, 1:]))
+
+    def chat_batch(self, split, windows, block_size):
+        """
+        Rows of whole conversations, side by side. What the assistant says is to be learnt; positions begin
+        anew with each conversation.
+        """
+        tok, ranges = self.tokenizer, self.rows(split, block_size)[windows]  # (B, 2)
+        # A row is filled up with conversations of a mark alone: nothing of them is learnt.
+        picked = np.full((len(windows), block_size + 1), tok.system, np.int64)  # (B, T + 1)
+        for row, (start, end) in zip(picked, ranges.tolist(), strict=True):
+            row[: end - start] = self.splits[split][start:end]
+        targets = np.where(tok.is_learnt(picked), picked, -1)[:, 1:]
+        places = np.arange(block_size)
+        first = np.maximum.accumulate(np.where(picked[:, :-1] == tok.system, places, 0), axis=1)  # (B, T)
+        return Batch(np.ascontiguousarray(picked[:, :-1]), np.ascontiguousarray(targets), places - first)
+
+    def find_borders(self, split):
+        """(N + 1,) where each of the N conversations of a split begins, and where the last one ends."""
+        tokens, found, done = self.splits[split], [], 0
+        for block in tokens.blocks():
+            found.append(np.flatnonzero(block == self.tokenizer.system) + done)
+            done += len(block)
+        borders = np.concatenate([*found, [done]])
+        if borders[0] != 0:
             raise UserError(
-                f"{self.folder}/{split}.bin has the id {picked.max()}, but its tokenizer has only "
-                f"{self.tokenizer.vocab_size}: run prepare.py again"
+                f"the {split} split of {self.folder} begins with no conversation: run prepare.py again"
             )
-        picked = torch.from_numpy(picked.astype(np.int64))
-        return picked[:, :-1].contiguous(), picked[:, 1:].contiguous()
+        return borders
+
+    def rows(self, split, block_size):
+        """(rows, 2) the range of ids of each row of conversations."""
+        if (split, block_size) not in self.packed:
+            self.packed[split, block_size] = packed(self.borders[split], block_size + 1)
+        return self.packed[split, block_size]
+
+    def conversations(self, split):
+        """The ids of each conversation of a split, in order."""
+        borders = self.borders[split].tolist()
+        return (self.splits[split][start:end] for start, end in zip(borders, borders[1:], strict=False))
+
+
+def packed(borders, longest):
+    """
+    (rows, 2) ranges of ids: as many conversations as fit into `longest` ids, in order; those that are longer
+    are in none.
+    """
+    rows, first = [], 0
+    while first < len(borders) - 1:
+        after = int(np.searchsorted(borders, borders[first] + longest, "right")) - 1
+        if after > first:
+            rows.append((borders[first], borders[after]))
+        first = max(after, first + 1)
+    return np.array(rows, np.int64).reshape(-1, 2)
+
+
+def shuffled(numbers, count, keys):
+    """
+    Where each of `numbers` goes in a random order of range(count): (n,) -> (n,). It takes no memory, whatever
+    the count, and `keys` (k,) of uint64 decide it.
+
+    A Feistel network permutes the numbers of as many bits, a round for each key; what lands outside the range
+    is permuted again until it is inside (cycle walking, Black & Rogaway 2002).
+    """
+    half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    numbers = np.array(numbers, np.uint64)
+    outside = np.ones(len(numbers), bool)
+    while outside.any():
+        left, right = numbers[outside] >> half, numbers[outside] & mask
+        for key in keys:
+            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(29)) & mask)
+        numbers[outside] = left << half | right
+        outside = numbers >= count
+    return numbers.astype(np.int64)
+
+
+def file_names(split, parts):
+    """The files of a split of a set that was written in so many parts."""
+    return [f"{split}.bin"] if parts == 1 else [f"{split}_{number:04d}.bin" for number in range(parts)]
 
 
 def read_meta(folder):
     """
-    (tokenizer, dtype of the ids, {split: number of tokens}, {split: bytes of text}) of a set's folder, the
-    numbers as far as they are known.
+    (tokenizer, dtype of the ids, [{split: number of tokens}, ...] of each part, {split: bytes of text}) of a
+    set's folder, the numbers as far as they are known.
     """
     ours, nanogpt = folder / "meta.json", folder / "meta.pkl"
     if ours.exists():
@@ -112,25 +337,23 @@ def read_meta(folder):
             if meta["dtype"] not in ("uint16", "uint32"):  # "O" would read the file as addresses
                 raise ValueError(f"dtype {meta['dtype']!r}")
             sizes = {split: int(size) for split, size in meta.get("bytes", {}).items()}
-            return (
-                tokenizer.from_json(meta["tokenizer"]),
-                np.dtype(meta["dtype"]),
-                dict(meta["tokens"]),
-                sizes,
-            )
+            parts = [{split: int(part["tokens"][split]) for split in SPLITS} for part in meta["parts"]]
+            if not parts:
+                raise ValueError("no parts")
+            return tokenizer.from_json(meta["tokenizer"]), np.dtype(meta["dtype"]), parts, sizes
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{ours} is damaged ({error}): run prepare.py again") from None
     if nanogpt.exists():
-        return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), {}, {}
-    return tokenizer.GPT2Tokenizer(), np.dtype("uint16"), {}, {}
+        return tokenizer.from_nanogpt(load_plain_pickle(nanogpt)), np.dtype("uint16"), [{}], {}
+    return tokenizer.GPT2Tokenizer(), np.dtype("uint16"), [{}], {}
 
 
 def how_to_prepare(name):
-    if name in sources.BUILT_IN:
+    if name in BUILT_IN:
         return f"make it with: python prepare.py {name}"
     source, _, kind = str(name).rpartition("_")
     kind = re.sub("^bpe(?=[0-9])", "bpe:", kind)
-    if source in sources.BUILT_IN:
+    if source in BUILT_IN:
         with suppress(UsageError):
             tokenizer.maker(kind)
             return f"make it with: python prepare.py {source} --tokenizer={kind} --name={name}"
@@ -153,37 +376,148 @@ def load_plain_pickle(path):
         ) from None
 
 
-def write(folder, splits, tok, about):
-    """
-    Write a set: `splits` is {"train": (N,) ids, "val": (N,) ids}, `about` goes into meta.json beside the
-    usual entries.
+def smallest_dtype(tok):
+    """The type that holds every id of a tokenizer."""
+    return np.dtype("uint16" if tok.vocab_size <= 2**16 else "uint32")
 
-    Every file is written beside its final name first. train.bin goes before the rest is replaced and comes
-    back last, so a folder that was left at any moment is either the old set, the new set, or visibly no set.
+
+class Writer:
     """
-    dtype = "uint16" if tok.vocab_size <= 2**16 else "uint32"
-    meta = {
-        "format": FORMAT,
-        "tokenizer": tok.to_json(),
-        "vocab_size": tok.vocab_size,
-        "dtype": dtype,
-        "tokens": {split: len(ids) for split, ids in splits.items()},
-        "separator": tok.separator,
-        **about,
-    }
-    contents = {f"{split}.bin": ids.astype(dtype).tobytes() for split, ids in splits.items()}
-    contents["meta.json"] = (json.dumps(meta, indent=1) + "\n").encode("utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = {name: folder / f".{name}.new" for name in contents}
-    try:
-        for name, content in contents.items():
-            with open(beside[name], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        (folder / "train.bin").unlink(missing_ok=True)
-        for name in ("meta.json", "val.bin", "train.bin"):
-            os.replace(beside[name], folder / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+    Writes a set in parts, each with a file for each split, into a hidden folder of the set's; `finish` puts
+    them in place.
+
+    Each part is on disk, and in progress.json, before the next begins. So a Writer that is made again after a
+    crash, for the same `about` and tokenizer, has in `parts` what was finished, checked against its sha256.
+    """
+
+    def __init__(self, folder, tok, about):
+        self.folder, self.new = folder, folder / ".new"
+        self.dtype = smallest_dtype(tok)
+        self.about = {
+            "format": FORMAT,
+            "tokenizer": tok.to_json(),
+            "vocab_size": tok.vocab_size,
+            "dtype": self.dtype.name,
+            "separator": tok.separator,
+            **about,
+        }
+        self.new.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.new / "lock", "w")  # until this process ends or leaves
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder} is being prepared by another process: wait for that, or give another --name"
+            ) from None
+        self.parts = self.finished_parts()
+        self.files, self.digests, self.tokens = {}, {}, dict.fromkeys(SPLITS, 0)
+
+    def finished_parts(self):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            progress = json.loads((self.new / "progress.json").read_text("utf-8"))
+            if {**progress, "parts": []} == {**self.about, "parts": []}:
+                parts = progress["parts"]
+                whole = [self.is_whole(number, part) for number, part in enumerate(parts)]
+                return parts[: [*whole, False].index(False)]
+        return []
+
+    def is_whole(self, number, part):
+        with suppress(FileNotFoundError):
+            return all(sha256_of_file(self.path(split, number)) == part["sha256"][split] for split in SPLITS)
+        return False
+
+    def path(self, split, number):
+        return self.new / f"{split}_{number:04d}.bin"
+
+    def count(self, split):
+        """How many ids a split has so far."""
+        return self.tokens[split] + sum(part["tokens"][split] for part in self.parts)
+
+    def append(self, split, ids):
+        """Add ids to a split of the part that is being written."""
+        if not self.files:
+            self.files = {split: open(self.path(split, len(self.parts)), "wb") for split in SPLITS}
+            self.digests = {split: hashlib.sha256() for split in SPLITS}
+        content = ids.astype(self.dtype).tobytes()
+        self.files[split].write(content)
+        self.digests[split].update(content)
+        self.tokens[split] += len(ids)
+
+    def end_part(self, **facts):
+        """The part is complete; `facts` about it are kept beside its numbers of tokens."""
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self.close()
+        digests = {split: digest.hexdigest() for split, digest in self.digests.items()}
+        self.parts.append({"tokens": self.tokens, "sha256": digests, **facts})
+        self.tokens = dict.fromkeys(SPLITS, 0)
+        write_json(self.new / "progress.json", {**self.about, "parts": self.parts})
+
+    def close(self):
+        for file in self.files.values():
+            with suppress(OSError):  # the disk is full, so the part is not finished either
+                file.close()
+        self.files = {}
+
+    def leave(self):
+        """Keep finished parts for another Writer; where there are none, leave nothing behind."""
+        self.close()
+        self.lock.close()
+        if not self.parts:
+            shutil.rmtree(self.new, ignore_errors=True)
+            with suppress(OSError):  # it has other files
+                self.folder.rmdir()
+                self.folder.parent.rmdir()
+
+    def finish(self, **facts):
+        """
+        Put the set in place of an older one. The first file of the training split goes before the rest is
+        replaced and comes back last, so a folder that was left at any moment is either the old set, the new
+        set, or visibly no set.
+        """
+        names = {split: file_names(split, len(self.parts)) for split in SPLITS}
+        totals = {split: sum(part["tokens"][split] for part in self.parts) for split in SPLITS}
+        write_json(self.new / "meta.json", {**self.about, "tokens": totals, **facts, "parts": self.parts})
+        for split in SPLITS:
+            for number, name in enumerate(names[split]):
+                os.rename(self.path(split, number), self.new / name)
+        old = sorted(path for path in self.folder.glob("*.bin") if is_set_file(path.name))
+        for path in sorted(old, key=lambda path: not path.name.startswith("train")):
+            path.unlink()
+        for name in ("meta.json", *names["val"], *reversed(names["train"])):
+            os.replace(self.new / name, self.folder / name)
+        shutil.rmtree(self.new)
+
+
+def is_set_file(name):
+    return re.fullmatch(rf"({'|'.join(SPLITS)})(_[0-9]+)?\.bin", name)
+
+
+def write_json(path, value):
+    """Write a JSON file beside its name first, so that it is there whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def sha256_of_file(path):
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(2**20), b""):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def write(folder, splits, tok, about):
+    """Write a set at once: `splits` is {"train": (N,) ids, "val": (N,) ids}, `about` goes into meta.json."""
+    shutil.rmtree(folder / ".new", ignore_errors=True)
+    writer = Writer(folder, tok, about)
+    for split, ids in splits.items():
+        writer.append(split, ids)
+    writer.end_part()
+    writer.finish()
+    writer.leave()

@@ -44,6 +44,14 @@ class World:
         dist.all_reduce(votes, group=self.control)
         return votes.item() > 0
 
+    def share(self, value):
+        """The main process's value, any plain one; each gets it."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
     def wrap(self, model):
         """The model whose backward averages gradients over all processes."""
         if self.size == 1:

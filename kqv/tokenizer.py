@@ -1,16 +1,17 @@
 """
 Tokenizers behind one small interface: text <-> token ids.
 
-    tokenizer.encode(text) -> (T,) array of ids          tokenizer.vocab_size  how many ids there are
-    tokenizer.decode(ids)  -> text                       tokenizer.separator   the id put between documents,
-    or None tokenizer.to_json()    -> plain dict, for meta.json and checkpoints; from_json() is its inverse
+    tokenizer.encode(text) -> (T,) array of ids     tokenizer.vocab_size  how many ids there are
+    tokenizer.decode(ids)  -> text                  tokenizer.separator   the id between documents, or None
+    tokenizer.to_json()    -> plain dict, for meta.json and checkpoints; from_json() is its inverse
 
 Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream of ids may be cut inside a
-character, and `TextStream` puts it together.
+character, and `TextStream` puts it together. No text, whatever it says, is read as a special id.
 """
 
 import codecs
 import re
+import reprlib
 from contextlib import suppress
 
 import numpy as np
@@ -23,8 +24,11 @@ class Tokenizer:
     vocab_size: int
     separator: int | None = None
 
-    def encode(self, text):
-        """Text -> (T,) uint32 array of ids. Raises UserError for text that this tokenizer can't represent."""
+    def encode(self, text, unknown="error"):
+        """
+        Text -> (T,) uint32 array of ids. Raises UserError for text that this tokenizer can't represent;
+        unknown="skip" leaves out characters that it does not know.
+        """
         raise NotImplementedError
 
     def decode_bytes(self, ids):
@@ -54,16 +58,21 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def trained_on(cls, texts):
-        return cls("".join(sorted(set().union(*texts))))
+        found = set()
+        for text in texts:
+            found.update(text)
+        return cls("".join(sorted(found)))
 
-    def encode(self, text):
+    def encode(self, text, unknown="error"):
         ids = self.id_of[np.minimum(code_points(text), len(self.id_of) - 1)]
-        if (ids < 0).any():
+        if unknown == "skip":
+            ids = ids[ids >= 0]
+        elif (ids < 0).any():
             position = int(np.argmax(ids < 0))
             shown = self.chars if len(self.chars) <= 100 else f"{self.chars[:100]}..."
             raise UserError(
                 f"the character {text[position]!r} at position {position} is not in the tokenizer's "
-                f"vocabulary of {self.vocab_size} characters: use only {shown!r}"
+                f"vocabulary of {self.vocab_size} characters: use only {shown!r}, or --unknown=skip"
             )
         return ids.astype(np.uint32)
 
@@ -85,7 +94,7 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     separator = 256
 
-    def encode(self, text):
+    def encode(self, text, unknown="error"):
         return np.frombuffer(utf8(text), np.uint8).astype(np.uint32)
 
     def decode_bytes(self, ids):
@@ -95,9 +104,13 @@ class ByteTokenizer(Tokenizer):
 class TiktokenTokenizer(Tokenizer):
     """Pieces of words, by the tiktoken `encoding`. Special tokens are never read out of text."""
 
-    def encode(self, text):
+    def encode(self, text, unknown="error"):
         utf8(text)
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        except ValueError:  # its regular expression gives up on a run of some 100,000 spaces
+            half = len(text) // 2
+            return np.concatenate([self.encode(text[:half]), self.encode(text[half:])])
 
 
 class GPT2Tokenizer(TiktokenTokenizer):
@@ -136,7 +149,7 @@ def gpt2_encoding():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from kqv.sources import GPT2_WHEEL, unpacked_wheel
+    from kqv.builtin import GPT2_WHEEL, unpacked_wheel
 
     files = unpacked_wheel(GPT2_WHEEL, download=False)
     if files is None:
@@ -159,6 +172,14 @@ def gpt2_encoding():
     )
 
 
+# How a text is cut into words, by llama.cpp's names: Qwen3.5's way and GPT-2's.
+PATTERNS = {
+    "qwen35": r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
+    r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+}
+
+
 class BPETokenizer(TiktokenTokenizer):
     """
     Byte-pair encoding (Sennrich et al. 2016) with a vocabulary learnt from a text: two pieces that are often
@@ -168,23 +189,18 @@ class BPETokenizer(TiktokenTokenizer):
     """
 
     kind = "bpe"
-    # Pieces never cross these borders: words with the space before them, up to three digits, punctuation.
-    # Marks belong to words, since without them no word of Hindi is whole.
-    pattern = (
-        r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]{1,64}| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]{1,64}"
-        r"|\s{1,64}(?!\S)|\s{1,64}"
-    )
+    # Pieces never cross the borders of words: letters with the space before them, a digit, punctuation. Marks
+    # belong to words, since without them no word of Hindi is whole.
+    pattern = PATTERNS["qwen35"]
 
-    def __init__(self, pieces):
+    def __init__(self, pieces, pattern=pattern):
         import tiktoken
 
-        self.pieces = pieces
+        self.pieces, self.pattern = pieces, pattern
         self.separator = len(pieces)
         self.vocab_size = len(pieces) + 1
         ranks = {piece: rank for rank, piece in enumerate(pieces)}
-        self.encoding = tiktoken.Encoding(
-            "bpe", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
-        )
+        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @classmethod
     def trained_on(cls, texts, vocab_size):
@@ -196,7 +212,8 @@ class BPETokenizer(TiktokenTokenizer):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         words = pre_tokenizers.Split(Regex(cls.pattern), "isolated")
         learner = Tokenizer(models.BPE())
-        learner.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
+        short = pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated")  # a line of a's would take minutes
+        learner.pre_tokenizer = pre_tokenizers.Sequence([words, short, byte_level])
         letters = byte_level.alphabet()  # one printable character for each byte
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1, initial_alphabet=letters, min_frequency=2, show_progress=False
@@ -221,6 +238,58 @@ def bytes_of_letters():
     return {chr(b): b for b in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
+class ChatTokenizer(Tokenizer):
+    """
+    Conversations: the ids of another tokenizer, and a mark before what each side says.
+
+        <|system|>Be brief.<|user|>What is a query?<|assistant|>A question.<|endoftext|><|user|>...
+
+    Every conversation begins with <|system|>, even where it gives no instructions, so that mark is the border
+    between two. The assistant ends what it says by the separator. A prompt with its completion is the
+    shortest conversation. The marks are ids behind the base's, so no text can forge one.
+    """
+
+    kind = "chat"
+    roles = ("system", "user", "assistant")
+
+    def __init__(self, base):
+        self.base = base
+        self.system, self.user, self.assistant = self.marks = range(base.vocab_size, base.vocab_size + 3)
+        self.separator = base.vocab_size + 3 if base.separator is None else base.separator
+        self.vocab_size = base.vocab_size + (4 if base.separator is None else 3)
+
+    def encode(self, text, unknown="error"):
+        return self.base.encode(text, unknown)
+
+    def encode_chat(self, messages, unknown="error"):
+        """
+        [(role, text), ...] -> (T,) ids. Where the last message is the user's, they end in the assistant's
+        mark, for a model to go on from there.
+        """
+        if messages[0][0] != "system":
+            messages = [("system", ""), *messages]
+        ids = []
+        for role, text in messages:
+            ids += [[self.marks[self.roles.index(role)]], self.encode(text, unknown)]
+            if role == "assistant":
+                ids.append([self.separator])
+        if role == "user":
+            ids.append([self.assistant])
+        return np.concatenate(ids).astype(np.uint32)
+
+    def is_learnt(self, ids):
+        """Of ids (..., T) that begin at a border, which ones the assistant says, its separator among them."""
+        is_mark = (ids >= self.system) & (ids <= self.assistant)
+        latest = np.maximum.accumulate(np.where(is_mark, np.arange(ids.shape[-1]), 0), axis=-1)
+        return (np.take_along_axis(ids, latest, axis=-1) == self.assistant) & ~is_mark
+
+    def decode_bytes(self, ids):
+        return self.base.decode_bytes([i for i in ids if i < self.system and i != self.separator])
+
+    def to_json(self):
+        return {"kind": self.kind, "base": self.base.to_json()}
+
+
 KINDS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
 
 
@@ -237,8 +306,8 @@ def maker(name):
     if size and 257 <= int(size[1]) <= 2**20:
         return lambda texts: BPETokenizer.trained_on(texts, int(size[1]))
     raise UsageError(
-        f"--tokenizer={name} is none of char, byte, gpt2 and bpe:N, which learns N ids, from 257 to {2**20}: "
-        "--tokenizer=bpe:4096, for example"
+        f"--tokenizer={name} is none of char, byte, gpt2 and bpe:N, which learns N ids, from 257 to {2**20} "
+        "(--tokenizer=bpe:4096, for example), nor a prepared set or a checkpoint"
     )
 
 
@@ -252,15 +321,16 @@ def from_json(definition):
             return CharTokenizer(chars)
         case {"kind": "byte" | "gpt2" as kind}:
             return KINDS[kind]()
-        case {"kind": "bpe", "pattern": BPETokenizer.pattern, "pieces": list(pieces)}:
+        case {"kind": "bpe", "pattern": pattern, "pieces": list(pieces)} if pattern in PATTERNS.values():
             with suppress(TypeError, AttributeError, UnicodeEncodeError):
                 found = [piece.encode("latin-1") for piece in pieces]
                 single = sum(len(piece) == 1 for piece in set(found))
                 if b"" not in found and len(set(found)) == len(found) and single == 256:
-                    return BPETokenizer(found)
-    raise UserError(
-        f"unknown tokenizer definition {repr(definition)[:80]}: prepare the data again with prepare.py"
-    )
+                    return BPETokenizer(found, pattern)
+        case {"kind": "chat", "base": {"kind": "char" | "byte" | "gpt2" | "bpe"} as base}:
+            return ChatTokenizer(from_json(base))
+    shown = reprlib.repr(definition)[:80]
+    raise UserError(f"unknown tokenizer definition {shown}: prepare the data again with prepare.py")
 
 
 def from_nanogpt(meta):

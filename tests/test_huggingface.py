@@ -106,7 +106,8 @@ def test_evaluation_only_reports_the_loss_of_the_folders_weights(cli, folder, bp
     reported = float(line.split("val loss ")[1].split()[0])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     config = train.parse(train.TrainSettings, QUICK)
-    x, y = train.Dataset("bpe").evaluation_batch("val", config.batch_size, config.block_size, 0, 1)
+    batch = train.Dataset("bpe").evaluation_batch("val", config.batch_size, config.block_size, 0, 1)
+    x, y = torch.from_numpy(batch.idx), torch.from_numpy(batch.targets)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
     assert reported == pytest.approx(expected.item(), abs=2e-4)

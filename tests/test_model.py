@@ -163,7 +163,7 @@ def test_a_cached_forward_gives_the_logits_and_loss_of_its_part():
     cache = KVCache(gpt.config, 2)
     read(gpt, cache, idx[:, :3])
     with torch.no_grad():
-        logits = gpt.lm_head(gpt.hidden(idx[:, 3:], cache, span=8))
+        logits = gpt.lm_head(gpt.hidden(idx[:, 3:], cache=cache, span=8))
         loss = gpt(idx[:, 3:], targets[:, 3:], cache=cache, span=8)
     torch.testing.assert_close(logits, logits_of(gpt, idx)[:, 3:], atol=1e-5, rtol=1e-5)
     expected = F.cross_entropy(logits_of(gpt, idx)[:, 3:].flatten(0, 1), targets[:, 3:].flatten())

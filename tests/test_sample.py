@@ -16,12 +16,12 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, process_environment, train_in
+from conftest import ROOT, process_environment, random_gpt, train_in
 
 import sample
 import train
 from kqv import checkpoint, device
-from kqv.tokenizer import ByteTokenizer, CharTokenizer
+from kqv.tokenizer import ByteTokenizer, CharTokenizer, ChatTokenizer
 from model import GPT, GPTConfig
 
 SEPARATOR = "\n---------------\n"
@@ -924,6 +924,261 @@ def test_without_a_terminal_a_text_begins_with_a_newline(write, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail("it asks"))
     assert write() == write("--start=\n")
     assert write()[0] == "\n" and len(write()) == 1 + 40 + 1
+
+
+# Models of conversations
+
+TALK = ChatTokenizer(CharTokenizer("abcdef ."))
+
+
+@pytest.fixture
+def talk(cli, tmp_path):
+    """Call sample.py on a model of conversations with random weights: talk("--start=ab") -> its answer."""
+    shape = {"vocab_size": TALK.vocab_size, "block_size": 32, "n_embd": 32}
+    save(random_gpt(seed=1, std=0.5, **shape), TALK, tmp_path / "talk")
+
+    def succeed(*argv):
+        status, out, err = cli(sample.main, "--out_dir=talk", "--device=cpu", "--max_new_tokens=6", *argv)
+        assert (status, err) == (0, "")
+        return out
+
+    return succeed
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The texts, as ids, that the model was given to go on from, one after another."""
+    texts, stream, search = [], sample.stream, sample.beam_search
+    for name, function in (("stream", stream), ("beam_search", search)):
+
+        def observed(engine, some, *arguments, function=function):
+            texts.extend(map(list, some))
+            return function(engine, some, *arguments)
+
+        monkeypatch.setattr(sample, name, observed)
+    return texts
+
+
+def piped(monkeypatch, content):
+    """Let a program write to standard input."""
+    content = content if isinstance(content, bytes) else content.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def chat_ids(*messages, system=""):
+    """The ids of what the two sides say in turn, the user first."""
+    roles = ("user", "assistant") * len(messages)
+    return TALK.encode_chat([("system", system), *zip(roles, messages, strict=False)]).tolist()
+
+
+def test_what_the_user_says_is_answered_and_not_repeated(talk, read, tmp_path):
+    answer = talk("--start=ab c")
+    assert read == [chat_ids("ab c")] and len(answer) > 3
+    (record,) = parsed(talk("--start=ab c", "--format=jsonl"))
+    assert (record["prompt"], record["text"]) == ("ab c", answer[:-1])
+    (tmp_path / "prompts.txt").write_text("ab c\nfed\n")
+    both = [record["text"] for record in parsed(talk("--prompts=prompts.txt", "--format=jsonl"))]
+    assert both[0] == answer[:-1] and both[1] != both[0]
+    assert talk("--prompts=prompts.txt") == "".join(text + SEPARATOR for text in both)
+    assert read[-2:] == [chat_ids("fed"), chat_ids("ab c")]  # the shorter first
+    assert len(talk("--start=ab c", "--num_samples=2").split(SEPARATOR)) == 3
+    best = parsed(talk("--start=ab c", "--beams=3", "--format=jsonl"))[0]["text"]
+    assert talk("--start=ab c", "--beams=3") == f"{best}\n"
+
+
+def test_the_system_text_comes_first(talk, read):
+    talk("--start=ab", "--system=be f.")
+    assert read == [chat_ids("ab", system="be f.")]
+
+
+def test_log_probabilities_of_marks_have_no_text(cli, tmp_path):
+    ids = [0] * 4 + [TALK.user, 3, TALK.system, TALK.assistant, TALK.separator]
+    save(gpt_that_writes(ids, TALK.vocab_size), TALK, tmp_path / "out")
+    status, out, err = cli(sample.main, "--device=cpu", "--start=ab", "--logprobs")
+    assert (status, err) == (0, "")
+    assert [(line["id"], line["token"]) for line in parsed(out)] == [
+        (TALK.user, ""),
+        (3, "d"),
+        (TALK.system, ""),
+        (TALK.assistant, ""),
+        (TALK.separator, ""),
+    ]
+    assert cli(sample.main, "--device=cpu", "--start=ab") == (0, "d\n", "")
+
+
+def test_characters_that_the_tokenizer_lacks(talk, write, read, refusal):
+    line = refusal(sample.main, "--out_dir=talk", "--device=cpu", "--start=aXb")
+    assert "'X' at position 1" in line and "--unknown=skip" in line
+    assert talk("--start=aXbX", "--unknown=skip") == talk("--start=ab")
+    assert read == [chat_ids("ab")] * 2
+    talk("--start=X", "--unknown=skip")
+    assert read[-1] == chat_ids("")
+    assert write("--start=keXys", "--unknown=skip")[4:] == write("--start=keys")[3:]
+    line = refusal(sample.main, "--out_dir=talk", "--start=ab", "--unknown=skp", status=2)
+    assert "--unknown=skp" in line and "error|skip" in line
+
+
+def test_a_model_of_texts_has_no_characters_left_to_go_on_from(refusal, trained):
+    line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", "--start=XX", "--unknown=skip")
+    assert "0 tokens" in line
+
+
+def test_a_conversation_is_remembered(talk, read, monkeypatch):
+    piped(monkeypatch, "ab\nba c\r\n\nf")
+    answers = talk("--chat", "--system=d.", "--max_new_tokens=2", "--temperature=9").split("\n")
+    assert answers.pop() == "" and len(set(answers)) > 2
+    assert read == [
+        chat_ids("ab", system="d."),
+        chat_ids("ab", answers[0], "ba c", system="d."),
+        chat_ids("ab", answers[0], "ba c", answers[1], "", system="d."),
+        chat_ids("ab", answers[0], "ba c", answers[1], "", answers[2], "f", system="d."),
+    ]
+
+
+def test_each_answer_of_a_conversation_draws_anew(talk, monkeypatch):
+    piped(monkeypatch, "ab\n" * 5)
+    answers = talk("--chat", "--temperature=9", "--top_k=0").splitlines()
+    piped(monkeypatch, "ab\n" * 5)
+    assert answers == talk("--chat", "--temperature=9", "--top_k=0").splitlines()
+    piped(monkeypatch, "ab\n" * 5)
+    assert answers != talk("--chat", "--temperature=9", "--top_k=0", "--seed=2").splitlines()
+    piped(monkeypatch, "ab")
+    assert talk("--chat") == talk("--start=ab")
+
+
+@pytest.mark.parametrize("draw", [["--temperature=0"], ["--beams=3"]])
+@pytest.mark.parametrize("tokens, room", [(6, 26), (8, 24), (500, 24), (0, 32)])
+def test_the_oldest_exchanges_make_room_for_an_answer(talk, read, monkeypatch, draw, tokens, room):
+    said = ["a", "bb", "abc", "d" * 10, "a", "ef" * 12, "f", "e", "d"]  # the sixth fills the context alone
+    piped(monkeypatch, "".join(f"{text}\n" for text in said))
+    answers = talk("--chat", "--system=d.", f"--max_new_tokens={tokens}", "--stop= ", *draw).split("\n")
+    assert len(answers) == len(said) + 1
+    forgotten, kept = 0, []
+    for turn, ids in enumerate(read):
+        messages = [text for pair in zip(said, answers, strict=False) for text in pair][: 2 * turn + 1]
+        fitting = [
+            number
+            for number in range(turn + 1)
+            if len(chat_ids(*messages[2 * number :], system="d.")) <= room or number == turn
+        ]
+        forgotten = max(forgotten, fitting[0])  # what was dropped once does not come back
+        assert ids == chat_ids(*messages[2 * forgotten :], system="d.")
+        kept.append(turn - forgotten)
+    assert kept[0] == kept[5] == 0 and max(kept) > 1 and len(set(kept)) > 2
+
+
+def test_an_error_ends_a_conversation_with_a_program(talk, cli, monkeypatch):
+    for content, says in (
+        ("ab\nX\nab", ["'X'"]),
+        ("ab\n" + "f" * 30 + "\nab", ["f" * 30, "33 tokens", "1 to 32"]),
+        (b"ab\n\xff\nab", ["message 2 of standard input", "0xff"]),
+    ):
+        piped(monkeypatch, content)
+        status, out, err = cli(sample.main, "--out_dir=talk", "--device=cpu", "--max_new_tokens=6", "--chat")
+        assert status == 1 and out == talk("--start=ab") and err.startswith("error: ")
+        assert all(part in err for part in says) and len(err.splitlines()) == 1
+
+
+def test_a_prompt_too_long_is_shown_with_the_system_text(talk, refusal):
+    argv = ["--out_dir=talk", "--device=cpu", f"--system={'d' * 28}"]
+    assert "the prompt 'ddd" in refusal(sample.main, *argv, "--start=ab")
+    assert "the prompt 'ddd" in refusal(sample.main, "--out_dir=talk", argv[2], "--start=a" + 40 * "b")
+
+
+def test_an_answer_that_was_stopped_is_remembered_so_far(talk, read, asked, monkeypatch):
+    count, stream = iter(range(100)), sample.stream
+
+    def stopped(*arguments):
+        for drawn in stream(*arguments):
+            if next(count) == 3:
+                raise KeyboardInterrupt
+            yield drawn
+
+    monkeypatch.setattr(sample, "stream", stopped)
+    asked += ["ab", "c"]
+    shown = talk("--chat", "--temperature=0").splitlines()
+    whole = talk("--start=ab", "--temperature=0")
+    assert len(shown[1]) == 3 and whole.startswith(shown[1])
+    assert read[:2] == [chat_ids("ab"), chat_ids("ab", shown[1], "c")]
+
+
+def test_a_message_that_can_not_be_read_is_not_remembered_and_drops_nothing(talk, read, cli, asked):
+    asked += ["ab", "f" * 30, "X", "c"]
+    argv = ["--out_dir=talk", "--device=cpu", "--max_new_tokens=6", "--chat"]
+    status, out, err = cli(sample.main, *argv)
+    answer = talk("--start=ab")[:-1]
+    assert status == 0 and answer in out
+    first, second = err.splitlines()
+    assert first.startswith("warning: ") and "33 tokens" in first
+    assert second.startswith("warning: ") and "'X'" in second
+    assert read[:2] == [chat_ids("ab"), chat_ids("ab", answer, "c")]
+
+
+def test_a_terminal_without_chat_remembers_nothing(write, talk, read, asked):
+    assert write().startswith("Begin a text, and it is continued.")
+    asked += ["ab", "c", ""]
+    shown = talk("--temperature=0")
+    assert shown.startswith("Say something, and it is answered.") and "ab" not in shown.splitlines()[1]
+    assert read == [chat_ids("ab"), chat_ids("c"), chat_ids("")]
+
+
+@pytest.mark.parametrize(
+    "argument", ["--start=a", "--prompts=a.txt", "--num_samples=2", "--logprobs", "--format=jsonl"]
+)
+def test_settings_that_mean_nothing_in_a_conversation(refusal, argument):
+    line = refusal(sample.main, "--chat", argument, status=2)
+    assert argument.split("=")[0] in line and "--chat" in line
+
+
+@pytest.mark.parametrize("argument", ["--chat", "--system=a"])
+def test_a_model_of_texts_does_not_talk(refusal, trained, argument):
+    line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", argument)
+    assert argument.split("=")[0] in line and "prepare.py" in line
+
+
+def test_a_conversation_on_a_terminal_of_its_own(terminal, talk, monkeypatch):
+    greedy = ["--chat", "--temperature=0"]
+    piped(monkeypatch, "ab\nc\n")
+    first, second = talk(*greedy).splitlines()
+    screen = terminal("--out_dir=talk", "--max_new_tokens=6", *greedy)
+    assert "Ctrl-C stops it; Ctrl-D ends" in screen.until("\n> ")
+    screen.type("ab\n")
+    assert screen.until("\n> ") == f"ab\n{first}\n> "
+    screen.type("X\n")
+    assert "warning: the character 'X'" in screen.until("\n> ")
+    screen.type("c\n")
+    assert screen.until("\n> ") == f"c\n{second}\n> "
+    screen.type("\x04")
+    screen.until("\n")
+    assert screen.process.wait(60) == 0
+
+
+def test_a_program_talks_a_line_at_a_time(talk, monkeypatch, tmp_path):
+    argv = ["--out_dir=talk", "--max_new_tokens=6", "--chat"]
+    piped(monkeypatch, "ab\nc\n")
+    expected = talk("--chat").splitlines()
+    process = subprocess.Popen(
+        command(*argv),
+        cwd=tmp_path,
+        env=process_environment(PYTHONUNBUFFERED=""),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for message, answer in zip(["ab\n", "c\n"], expected, strict=True):
+        process.stdin.write(message)
+        process.stdin.flush()
+        assert process.stdout.readline() == f"{answer}\n"  # before the next message is there
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 0
+
+
+def test_a_closed_standard_input_is_an_empty_one(write, talk, monkeypatch):
+    text = write()
+    monkeypatch.setattr(sys, "stdin", None)
+    assert write() == text
+    monkeypatch.setattr(sys, "stdin", None)
+    assert talk("--chat") == ""
 
 
 # Processes

@@ -141,9 +141,10 @@ def plain_training(config):
     for step in range(config.max_iters):
         loss, gradients = 0.0, [torch.zeros_like(p) for p in parameters]
         for index in range(4):
-            x, y, seed = Dataset("tiny").training_batch(
+            batch, seed = Dataset("tiny").training_batch(
                 config.batch_size, config.block_size, config.seed, step, index
             )
+            x, y = torch.from_numpy(batch.idx), torch.from_numpy(batch.targets)
             torch.manual_seed(seed)
             logits = gpt.lm_head(gpt.hidden(x))
             micro_loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
@@ -350,7 +351,7 @@ def test_metrics_hold_one_object_for_each_logged_step_and_evaluation(run):
     assert all(record.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"} for record in steps)
     # é, of two bytes, is a token here: a loss in nats per token, in bits for each of the bytes
     text = Path("text.txt").read_text("utf-8")
-    val = text[int(len(text) * 0.9) :]
+    val = text.encode("utf-8")[int(len(text.encode("utf-8")) * 0.9) :].decode("utf-8")
     for record in evaluations:
         bits = record["val_loss"] / math.log(2) * len(val) / len(val.encode("utf-8"))
         assert record["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6) and "é" in val
@@ -458,6 +459,18 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(run):
     assert results("out") == results("straight")
 
 
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run):
+    argv = [*FOUR, "--sampling=epoch", "--block_size=128"]  # an epoch has some 300 windows: more than one
+    run(*argv, "--max_iters=20", "--out_dir=straight")
+    run(*argv, f"--max_iters={stop_at}")
+    run("--init_from=resume", "--max_iters=20")
+    assert same_training("out/ckpt.pt", "straight/ckpt.pt")
+    assert logged("loss") == logged("loss", "straight")
+    run(*FOUR, "--block_size=128", "--max_iters=20", "--out_dir=drawn")
+    assert logged("loss", "drawn") != logged("loss", "straight")
+
+
 def same_training_weights(a, b):
     return same(saved(a)["model"], saved(b)["model"]) and saved(a)["iter_num"] == saved(b)["iter_num"]
 
@@ -477,13 +490,13 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(run, cli, mo
 
 
 def killed_at_step(stop, original):
-    def training_batch(self, batch_size, block_size, seed, step, index):
+    def training_batch(self, batch_size, block_size, seed, step, *rest):
         if step == stop:
             deadline = time.monotonic() + 10
             while not Path("out/best.pt").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)  # the checkpoint may still be on its way to the disk
             raise SystemError("killed")
-        return original(self, batch_size, block_size, seed, step, index)
+        return original(self, batch_size, block_size, seed, step, *rest)
 
     return training_batch
 
@@ -788,6 +801,7 @@ def test_every_number_goes_to_wandb_at_its_step(run, monkeypatch):
     calls = []
     fake = types.SimpleNamespace(
         init=lambda **settings: calls.append(settings) or fake,
+        **{"id": "abc", "step": 0, "sweep_id": None},
         log=lambda numbers, step: calls.append({"step": step, **numbers}),
         finish=lambda: calls.append("finish"),
     )

@@ -1,0 +1,23 @@
+# Fine-tune the demo's model to answer, on what the plays' people say to each other. After the demo:
+#   python prepare.py plays_chat --tokenizer=data/plays
+#   python train.py config/finetune_chat.py
+out_dir = "out/chat"
+dataset = "plays_chat_plays"  # plays_chat, in the tokens of plays
+init_from = "out/plays_char"  # also decides the model's size, and so which exchanges fit
+sampling = "epoch"
+gradient_accumulation_steps = 1
+
+# 32 rows of one exchange or a few; the CPU's model sees each of the 5,700 rows 4 times
+batch_size = 32
+max_iters = 700
+lr_decay_iters = max_iters
+learning_rate = 1e-3  # a sixth of what the model was trained with
+min_lr = 1e-5
+warmup_iters = 50
+beta2 = 0.99
+dropout = 0.1
+
+eval_interval = 100
+eval_iters = 50
+log_interval = 10
+always_save_checkpoint = False  # best.pt is the one to keep

