@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-import evaluate
+import evaluation
 from generate import Engine, Sampling, beam_search, stream
 from kqv import checkpoint
 from kqv.device import (
@@ -158,8 +158,8 @@ def write(config):
         )
     gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
     if config.evaluate:
-        data = evaluate.open_set(config, trained_on, tokenizer)
-        examples = evaluate.read_examples(data, config.evaluate, gpt.config.block_size)
+        data = evaluation.open_set(config, trained_on, tokenizer)
+        examples = evaluation.read_examples(data, config.evaluate, gpt.config.block_size)
         prompts = [example.ids for example in examples]
         longest = gpt.config.block_size + 1 - min(map(len, prompts), default=0)  # of an answer
         config = replace(config, temperature=0.0, max_new_tokens=min(config.max_new_tokens, longest))
@@ -173,7 +173,7 @@ def write(config):
         compiled = compiling_pays(batches, device, gpt, config)
     writer = Writer(Engine(gpt, find_compile(compiled, device)), tokenizer, config)
     if config.evaluate:
-        evaluate.report(config, gpt, data, examples, writer.records(prompts, batches))
+        evaluation.report(config, gpt, data, examples, writer.records(prompts, batches))
     elif ask:
         writer.converse()
     elif config.logprobs:

@@ -5,6 +5,7 @@ model.
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def load(source):
                     "use one that is"
                 )
         weights = our_weights(read_weights(folder, source))
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {error}"
         ) from None
@@ -103,8 +104,9 @@ def local_folder(source):
                 break
     except Exception as error:  # offline, refused, timed out: each library below has an error of its own
         raise UserError(
-            f"cannot fetch {source} from the Hugging Face hub ({first_line(error, 120)}): give a local "
-            "folder with config.json and model.safetensors, as --init_from=FOLDER"
+            f"{source} is no file or folder here, and can't be fetched from the Hugging Face hub "
+            f"({first_line(error, 120)}): give a local folder with config.json and model.safetensors, "
+            "as --init_from=FOLDER"
         ) from None
     if not (folder / "config.json").exists():
         raise UserError(
@@ -170,12 +172,11 @@ def their_weights(ours):
 
 def with_biases(ours):
     """Our weights with a bias of zeros wherever GPT-2 has one that they lack: it is the same model."""
-    whole = {}
+    whole = dict(ours)
     for name, tensor in ours.items():
-        whole[name] = tensor
-        bias = name.removesuffix("weight") + "bias"
         if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
-            whole[bias] = ours.get(bias, torch.zeros(tensor.size(0), dtype=tensor.dtype))
+            bias = torch.zeros(tensor.size(0), dtype=tensor.dtype)
+            whole.setdefault(name.removesuffix("weight") + "bias", bias)
     return whole
 
 
@@ -213,6 +214,7 @@ def save(folder, weights, shape, tokenizer, card):
         (folder / name).write_text(text, "utf-8")
     try:
         save_file(their_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it came for the owner alone
     except SafetensorError as error:  # a full disk, for one
         raise OSError(first_line(error)) from None
 

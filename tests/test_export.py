@@ -27,7 +27,15 @@ import train
 from generate import Engine, Sampling, stream
 from kqv import checkpoint, huggingface, llamacpp, tokenizer_files
 from kqv.builtin import GPT2_WHEEL, unpacked_wheel
-from kqv.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer, GPT2Tokenizer, from_json
+from kqv.tokenizer import (
+    PATTERNS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    ChatTokenizer,
+    GPT2Tokenizer,
+    from_json,
+)
 from model import GPT, GPTConfig
 
 TEXT = "The queries and keys of 3 heads aren't values,\n\n  they're: 'masks' -- é, ½ क्वेरी कुंजी 键值 🔑!\t" * 40
@@ -307,7 +315,7 @@ def a_folder(path, vocab_size, end=None, **options):
     """A folder as transformers writes it, of a random model, without a tokenizer; returns the model."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 128}
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 128}
     config = transformers.GPT2Config(vocab_size=vocab_size, eos_token_id=end, bos_token_id=end, **shape)
     model = transformers.GPT2LMHeadModel(config).eval()
     with torch.no_grad():
@@ -340,12 +348,17 @@ def another_tokenizer(specials=("<|endoftext|>",), size=330, **options):
     return tokenizer
 
 
-@pytest.mark.parametrize("specials", [["<|endoftext|>"], ["<s>", "<pad>", "</s>", "<unk>"]])
-def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials):
+@pytest.mark.parametrize(
+    ("specials", "use_regex"),
+    [(["<|endoftext|>"], {"use_regex": True}), (["<s>", "<pad>", "</s>", "<unk>"], {})],
+)
+def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials, use_regex):
     transformers = pytest.importorskip("transformers")
     end = min(2, len(specials) - 1)
     model = a_folder(tmp_path / "hf", 330, end=end)
-    another_tokenizer(specials).save(str(tmp_path / "hf/tokenizer.json"))
+    content = json.loads(another_tokenizer(specials).to_str())
+    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, **use_regex}
+    write_json(tmp_path / "hf/tokenizer.json", edited(content, pre_tokenizer=words))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "hf/tokenizer.json"))
     prompt = "The queries and keys"
     arguments = [f"--init_from={tmp_path / 'hf'}", f"--start={prompt}", "--temperature=0", "--device=cpu"]
@@ -367,11 +380,46 @@ def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials
     export.main([f"--init_from={tmp_path / 'hf'}", f"--to={tmp_path / 'again'}"])
     first, second = (checkpoint.load_start(str(tmp_path / name)) for name in ("hf", "again"))
     rows = first["model"]["lm_head.weight"][: ours.vocab_size]
+    assert torch.equal(rows, model.lm_head.weight[[*range(len(specials), 330), end]])
     assert torch.equal(second["model"]["lm_head.weight"], rows) and first["tokenizer"] == second["tokenizer"]
 
 
 def edited(content, **changes):
     return {**content, **changes}
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content), "utf-8")
+
+
+def test_gpt2s_pieces_of_other_words_are_no_gpt2(of_kind):
+    content = json.loads((of_kind("gpt2").folder / "tokenizer.json").read_text("utf-8"))
+    assert tokenizer_files.definition_of(content, 50256, 50257) == ({"kind": "gpt2"}, None)
+    other = tokenizer_files.words_of(BPETokenizer.pattern)
+    found, _ = tokenizer_files.definition_of(edited(content, pre_tokenizer=other), 50256, 50257)
+    assert found["kind"] == "bpe" and found["pattern"] == BPETokenizer.pattern
+
+
+def test_a_chats_marks_come_right_behind_the_others(of_kind):
+    """Else they are special ids as any, which no text has."""
+    ours = of_kind("chat-bpe").tokenizer
+    content = json.loads((of_kind("chat-bpe").folder / "tokenizer.json").read_text("utf-8"))
+    vocabulary, last = content["model"]["vocab"], len(ours.base.pieces) - 1
+    vocabulary[next(name for name, number in vocabulary.items() if number == last)] = ours.vocab_size
+    found, order = tokenizer_files.definition_of(content, ours.separator, ours.vocab_size + 1)
+    assert found == ours.base.to_json() and order[last : last + 2] == [ours.vocab_size, ours.separator]
+
+
+def test_a_word_that_is_a_piece_is_that_piece(tmp_path):
+    """Even where no merges lead to it, as in no vocabulary that was learnt."""
+    transformers = pytest.importorskip("transformers")
+    ours = BPETokenizer([*(bytes([byte]) for byte in range(256)), b"xyz"])
+    save_run(tmp_path / "run", ours)
+    export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}"])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ("xyz", "xyzx"):
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    assert ours.encode("xyz").tolist() == [256]
 
 
 def foreign_tokenizers():
@@ -382,6 +430,7 @@ def foreign_tokenizers():
     yield "words", edited(good, pre_tokenizer={"type": "Metaspace"})
     yield "words", edited(good, pre_tokenizer=edited(good["pre_tokenizer"], add_prefix_space=True))
     yield "across", edited(good, pre_tokenizer=None)
+    yield "across", edited(good, pre_tokenizer=None, model=edited(good["model"], merges=[]))
     yield "merges", edited(good, model=edited(good["model"], merges=merges[::-1]))
     yield "merges", edited(good, model=edited(good["model"], merges=merges[:-1]))
     yield "merges", edited(good, added_tokens=[])
@@ -397,11 +446,11 @@ def foreign_tokenizers():
     yield "unknown tokenizer definition", edited(good, model=edited(good["model"], vocab=no_byte))
 
 
-@pytest.mark.parametrize("number", range(17))
+@pytest.mark.parametrize("number", range(18))
 def test_a_tokenizer_that_none_of_ours_is_like_is_refused_when_it_is_needed(cli, tmp_path, number):
     named, content = list(foreign_tokenizers())[number]
     a_folder(tmp_path / "hf", 300, end=0)
-    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(content), "utf-8")
+    write_json(tmp_path / "hf/tokenizer.json", content)
     for main in (sample.main, export.main):
         result = cli(main, f"--init_from={tmp_path / 'hf'}", *(["--to=x"] if main is export.main else []))
         assert_one_line(result, "hf", "tokenizer", "byte-level BPE", named)
@@ -640,11 +689,13 @@ def content_of(path):
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])
-@pytest.mark.parametrize("other", ["file", "folder", "theirs", "gguf"])
+@pytest.mark.parametrize("other", ["file", "note", "folder", "theirs", "gguf"])
 def test_what_no_export_wrote_stays(cli, run, format, other):
     Path("here").mkdir()
     if other == "file":
         Path("here/it").write_text("mine")
+    elif other == "note":
+        Path("here/it").write_text("GG kqv.export")
     elif other == "gguf":
         Path("here/it").write_bytes(b"GGUF" + bytes(100))
     elif other == "folder":
@@ -655,6 +706,24 @@ def test_what_no_export_wrote_stays(cli, run, format, other):
     before = content_of("here/it")
     assert_one_line(cli(export.main, *targets(format)), "here/it", "another --to")
     assert content_of("here/it") == before and left_in("here") == ["it"]
+
+
+def test_who_may_read_one_file_may_read_all(cli, run):
+    assert cli(export.main, *targets("hf"))[0] == 0
+    assert len({path.stat().st_mode for path in Path("here/it").iterdir()}) == 1
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_that_go_too_deep_are_one_line(cli, run, name):
+    assert cli(export.main, *targets("hf"))[0] == 0
+    (Path("here/it") / name).write_text("[" * 200_000)
+    assert_one_line(cli(sample.main, "--init_from=here/it"), "here/it")
+
+
+def test_biases_are_kept_in_any_order():
+    weights = {"a.bias": torch.ones(2), "a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)}
+    whole = huggingface.with_biases(weights)
+    assert torch.equal(whole["a.bias"], torch.ones(2)) and torch.equal(whole["b.bias"], torch.zeros(4))
 
 
 def test_an_empty_folder_is_filled(cli, run):
@@ -947,13 +1016,12 @@ def test_an_export_is_known_by_its_first_key(of_kind, llama):
     assert not llamacpp.is_our_export(of_kind("byte").folder / "config.json")
 
 
+def test_no_piece_of_a_line_without_words_is_endless():
+    """And learning from such a line is quick, where it took minutes."""
+    learnt = BPETokenizer.trained_on(["a" * 20_000], 400)
+    assert max(map(len, learnt.pieces)) == 64
+
+
 def test_definitions_keep_their_pattern(of_kind):
-    definition = {**of_kind("bpe").tokenizer.to_json(), "pattern": from_json_pattern("gpt-2")}
+    definition = {**of_kind("bpe").tokenizer.to_json(), "pattern": PATTERNS["gpt-2"]}
     assert from_json(definition).to_json() == definition
-    assert from_json(definition).encode("don't").tolist() != []
-
-
-def from_json_pattern(name):
-    from kqv.tokenizer import PATTERNS
-
-    return PATTERNS[name]

@@ -1,4 +1,4 @@
-"""Where a run's numbers go besides metrics.jsonl: TensorBoard, sweeps and resumed runs of wandb, sample texts."""
+"""Where a run's numbers go besides metrics.jsonl: TensorBoard, wandb with its sweeps, sample texts."""
 
 import json
 import math

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, random_gpt, random_ids, script
+from conftest import ROOT, TINY_RUN, process_environment, random_gpt, random_ids, script, write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -459,15 +459,19 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(run):
     assert results("out") == results("straight")
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run):
-    argv = [*FOUR, "--sampling=epoch", "--block_size=128"]  # an epoch has some 300 windows: more than one
-    run(*argv, "--max_iters=20", "--out_dir=straight")
-    run(*argv, f"--max_iters={stop_at}")
-    run("--init_from=resume", "--max_iters=20")
+@pytest.mark.parametrize("stop_at", [2, 7])
+def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run, cli, tmp_path):
+    write_text(tmp_path / "short.txt", words=80)
+    assert cli(prepare.main, "short.txt")[0] == 0
+    argv = [*FOUR, "--dataset=short", "--max_iters=12"]
+    windows = Dataset("short").windows("train", 16)
+    assert 3 * 16 < windows < 6 * 16  # so an epoch has some four or five steps
+    run(*argv, "--sampling=epoch", "--out_dir=straight")
+    run(*argv, "--sampling=epoch", f"--max_iters={stop_at}")
+    run("--init_from=resume", "--max_iters=12")
     assert same_training("out/ckpt.pt", "straight/ckpt.pt")
     assert logged("loss") == logged("loss", "straight")
-    run(*FOUR, "--block_size=128", "--max_iters=20", "--out_dir=drawn")
+    run(*argv, "--out_dir=drawn")
     assert logged("loss", "drawn") != logged("loss", "straight")
 
 

@@ -311,7 +311,7 @@ def test_bleu_is_sacrebleus(evaluate, translator, cli):
 def test_without_sacrebleu_nothing_is_computed_first(refusal, translator, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
-    monkeypatch.setattr(sample.evaluate, "mean_loss", lambda *_: pytest.fail("it computes"))
+    monkeypatch.setattr(sample.evaluation, "mean_loss", lambda *_: pytest.fail("it computes"))
     line = refusal(sample.main, "--device=cpu", "--evaluate=val", "--dataset=talk", "--bleu")
     assert "pip install sacrebleu" in line
 
