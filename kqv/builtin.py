@@ -247,7 +247,7 @@ BUILT_IN = {
     "shakespeare": BuiltIn(tiny_shakespeare, {"tokenizer": "gpt2"}),
     "addition": BuiltIn(addition),
     "digits": BuiltIn(digits, {"val_fraction": 0.2}),
-    "translation": BuiltIn(translation),
+    "translation": BuiltIn(translation, {"tokenizer": "bpe:1024"}),
     "openwebtext": BuiltIn("hf:Skylion007/openwebtext", {"tokenizer": "gpt2", "val_fraction": 0.0005}),
     "fineweb_edu": BuiltIn(
         "hf:HuggingFaceFW/fineweb-edu:sample-10BT", {"tokenizer": "gpt2", "val_fraction": 0.001}

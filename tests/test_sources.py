@@ -362,6 +362,16 @@ def test_a_document_comes_in_pieces_of_which_only_the_first_begins_it(few, text,
                 assert len({piece.split for piece in found}) == 1
 
 
+def test_a_compressed_text_comes_in_the_same_pieces(small, tmp_path):
+    small(PIECE=1000)
+    content = write_text(tmp_path / "a.txt").read_bytes()
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(content))
+    plain, compressed = (list(Source([str(tmp_path / name)])) for name in ("a.txt", "a.txt.gz"))
+    assert plain == compressed
+    tail = "".join(piece.content for piece in plain if piece.split == "val")
+    assert len(tail.encode("utf-8")) == len(content) - int(0.9 * len(content))
+
+
 def test_a_source_can_be_read_again_and_shows_how_far_it_is(small, tmp_path):
     small(PIECE=1000)
     write_text(tmp_path / "a.txt")
