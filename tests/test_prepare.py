@@ -454,6 +454,18 @@ def test_the_disk_that_counts_is_the_one_that_data_is_on(documents, tmp_path, mo
 # Settings and names
 
 
+def test_so_many_texts_that_none_is_cut_any_more_make_another_set(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "FEW", 3)
+    (tmp_path / "books").mkdir()
+    for name, text in {"a": "some text " * 20, "b": "more text " * 20}.items():
+        (tmp_path / "books" / f"{name}.txt").write_text(text)
+    assert cli(prepare.main, "books", "--val_fraction=0.4")[0] == 0
+    assert "is ready" in cli(prepare.main, "books", "--val_fraction=0.4")[1]
+    (tmp_path / "books/c.txt").touch()  # three, with the same text in them
+    status, out, err = cli(prepare.main, "books", "--val_fraction=0.4")
+    assert "is ready" not in out and (status == 0 or "split would have" in err)
+
+
 def test_two_processes_do_not_prepare_the_same_set(documents, refusal):
     process = start(*COMMAND, "--tokenizer=byte", pause=0.05)
     wait_for_parts(process, 1)
@@ -739,4 +751,4 @@ def test_memory_does_not_grow_with_the_text(argv, tmp_path, monkeypatch):
             )
             peaks.append(int(done.stdout.split()[-1]) / 1024)
         assert "is ready" in done.stdout
-    assert max(peaks[2:]) - max(peaks[:2]) < 10, peaks  # megabytes
+    assert peaks[2] - peaks[0] < 10 and peaks[3] - peaks[1] < 10, peaks  # megabytes

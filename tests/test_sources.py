@@ -196,7 +196,7 @@ def test_conversations_are_read_from_messages(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_conversations_are_read_from_prompts_and_completions(kind, tmp_path):
-    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1), "note": None} for i in range(9)]
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1) * (i != 5), "note": None} for i in range(9)]
     if kind == "parquet":
         pa, pq = parquet()
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "table.parquet")
@@ -204,7 +204,7 @@ def test_conversations_are_read_from_prompts_and_completions(kind, tmp_path):
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         content = gzip.compress(content) if kind == "jsonl.gz" else content
         (tmp_path / f"table.{kind}").write_bytes(content)
-    expected = [[("user", f"{i}+1="), ("assistant", str(i + 1))] for i in range(9)]
+    expected = [[("user", row["prompt"]), ("assistant", row["completion"])] for row in rows]
     assert read(tmp_path / f"table.{kind}") == expected
     if kind != "parquet":  # a text is what was asked for
         assert read(tmp_path / f"table.{kind}", text_column="prompt") == [f"{i}+1=" for i in range(9)]
