@@ -228,6 +228,9 @@ def test_documents_in_any_pieces_and_parts_have_separators_between_them_alone(
             between = [] if kind == "char" else [256]
             joined = functools.reduce(lambda a, b: [*a, *between, *b], ids)
             assert data.splits[split][:].tolist() == joined
+        meta = json.loads(Path("data/x/meta.json").read_text())
+        assert meta["documents"] == len(texts)
+        assert meta["sha256"] == hashlib.sha256(b"\xff".join(map(str.encode, texts))).hexdigest()
 
 
 # Ends
@@ -307,20 +310,24 @@ def test_progress_that_can_not_be_read_is_none(torn, stopped):
     assert files() == stopped
 
 
-@pytest.mark.parametrize("what", ["first", "last", "shorter", "longer"])
-def test_a_text_that_has_changed_is_begun_again_where_it_has(what, stopped):
+@pytest.mark.parametrize("what", ["first", "in the third part", "last", "two parts", "shorter", "longer"])
+def test_a_text_that_has_changed_is_begun_again(what, stopped):
+    parts = json.loads(Path("data/docs/.new/progress.json").read_text())["parts"]
+    _, second, third = (part["documents"] for part in parts)
     before = kept_files()
     numbers = {
         "first": [999, *range(1, 500)],
+        "in the third part": [*range(third - 1), 999, *range(third, 500)],
         "last": [*range(499), 999],
+        "two parts": range(second),
         "shorter": range(40),
         "longer": range(501),
     }
     write_documents(numbers[what])
     finish(*COMMAND, "--tokenizer=byte")
-    kept = what in ("last", "longer")
     found = files()
-    assert kept == (what != "shorter" and rewritten(before) == [])
+    if what in ("last", "longer"):  # behind what was finished
+        assert rewritten(before) == []
     shutil.rmtree("data")
     finish(*COMMAND, "--tokenizer=byte")
     assert files() == found != stopped
@@ -529,6 +536,16 @@ def test_a_command_that_makes_no_sense_is_one_line(argv, says, refusal, tmp_path
 def test_a_set_is_named_after_where_it_is_from(pattern, tokenizer, name):
     suffix = "" if tokenizer == "char" else "_" + prepare.short(tokenizer)
     assert prepare.default_name([pattern], None, suffix) == name
+
+
+def test_a_vocabulary_is_learnt_from_so_much_text_at_most(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 100)
+    for limit in (10**9, 1000):
+        monkeypatch.setattr(prepare, "LEARN_FROM", limit)
+        (tmp_path / "text.txt").write_text("keys and values " * 100 + "queries " * 100)
+        assert cli(prepare.main, "text.txt", "--tokenizer=bpe:400", f"--name=at_most_{limit}")[0] == 0
+        pieces = Dataset(tmp_path / f"data/at_most_{limit}").tokenizer.pieces
+        assert b" values" in pieces and (b" queries" in pieces) == (limit > 1000)
 
 
 # Tokenizers of other sets
