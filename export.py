@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,7 +99,7 @@ def replacing(target):
     """
     beside, earlier = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove(beside)
+    checkpoint.remove(beside)
     try:
         yield beside
         for path in sorted(beside.iterdir()) if beside.is_dir() else [beside]:
@@ -110,16 +109,9 @@ def replacing(target):
             os.replace(target, earlier)
         os.replace(beside, target)
         checkpoint.sync_folder(target.parent)
-        remove(earlier)
+        checkpoint.remove(earlier)
     finally:
-        remove(beside)
-
-
-def remove(path):
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        checkpoint.remove(beside)
 
 
 def card(name, contents, shape, size, tokenizer):

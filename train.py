@@ -20,7 +20,7 @@ from generate import Engine, Sampling, generate
 from kqv import checkpoint
 from kqv.dataset import SPLITS, Dataset
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as, peak_flops
-from kqv.distributed import join_world
+from kqv.distributed import ParallelSettings, in_one_voice, is_sharded, join_world, whole
 from kqv.errors import UsageError, UserError, run, warn
 from kqv.metrics import Metrics, start_wandb
 from kqv.settings import override, parse, setting
@@ -35,14 +35,15 @@ class RunSettings:
 
     out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl")
     init_from: str = setting(
-        "scratch", "scratch, resume, gpt2, gpt2-medium|large|xl, a checkpoint or a Hugging Face folder"
+        "scratch",
+        "scratch, resume, auto (resume if there is a checkpoint, else scratch), gpt2, gpt2-medium|large|xl, "
+        "a checkpoint or a Hugging Face folder",
     )
     seed: int = setting(
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
     deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
-    backend: Literal["auto", "nccl", "gloo"] = setting("auto", "what processes talk through, under torchrun")
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,9 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings(DeviceSettings, LogSettings, OptimizerSettings, ModelSettings, DataSettings, RunSettings):
+class TrainSettings(
+    ParallelSettings, DeviceSettings, LogSettings, OptimizerSettings, ModelSettings, DataSettings, RunSettings
+):
     """
     usage: python train.py [config.py ...] [--name=value ...]
 
@@ -150,14 +153,7 @@ class TrainingState:
 
     def load_state_dict(self, saved):
         """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
-        settings = self.optimizer.state_dict()["param_groups"]  # the run's own, not the checkpoint's
-        moments = saved["optimizer"]["state"]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, parameter in enumerate(parameters):  # the fused kernel trusts these shapes
-            for name in ("exp_avg", "exp_avg_sq"):
-                if moments[number][name].shape != parameter.shape:
-                    raise ValueError(f"{name} of parameter {number} has another shape than the parameter")
-        self.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        checkpoint.load_optimizer(self.optimizer, saved)
         if self.scaler.is_enabled() and saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.bad_steps += saved.get("bad_steps", 0)
@@ -168,24 +164,33 @@ class TrainingState:
 
 def main(argv):
     config = parse(TrainSettings, argv)
-    source = None
-    if config.init_from == "resume":
-        source = checkpoint.load(Path(config.out_dir) / checkpoint.NEWEST)
-        saved = {name: value for name, value in source.get("config", {}).items() if name not in NOT_RESUMED}
-        config = parse(TrainSettings, argv, saved)
-    elif config.init_from != "scratch":
-        start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
-        if out_dir in (start, start.parent) and not config.eval_only:
-            raise UsageError(
-                f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
-                "or go on with that run by --init_from=resume"
-            )
-        source = checkpoint.load_start(config.init_from)
-    with StopSignals() as stop, join_world(config.device, config.backend) as world:
+    with StopSignals() as stop, join_world(config) as world:
+        config, source = start_of(config, argv, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             train(config, source, world, stop)
     if stop.received == signal.SIGINT:
         sys.exit(130)
+
+
+def start_of(config, argv, world):
+    """(the settings, on resume with the checkpoint's for defaults, the contents to start from or None)."""
+    newest = Path(config.out_dir) / checkpoint.NEWEST
+    if config.init_from == "auto":
+        found = newest.exists() or newest.with_name(checkpoint.PREVIOUS).exists()
+        config = replace(config, init_from="resume" if found else "scratch")
+    if config.init_from == "scratch":
+        return config, None
+    if config.init_from == "resume":
+        source = checkpoint.load(newest, mapped=world.size > 1)
+        saved = {name: value for name, value in source.get("config", {}).items() if name not in NOT_RESUMED}
+        return replace(parse(TrainSettings, argv, saved), init_from="resume"), source
+    start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
+    if out_dir in (start, start.parent) and not config.eval_only:
+        raise UsageError(
+            f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
+            "or go on with that run by --init_from=resume"
+        )
+    return config, checkpoint.load_start(config.init_from)
 
 
 def train(config, source, world, stop):
@@ -200,6 +205,15 @@ def train(config, source, world, stop):
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     data = Dataset(config.dataset)
+    world.require_same(
+        {
+            **asdict(config),
+            "the step to go on from": source.get("iter_num") if source else 0,
+            f"the content of data/{config.dataset}": data.fingerprint(),
+            "the precision": dtype,
+            "torch": torch.__version__,
+        }
+    )
     if source is None:  # before a model of that size is built
         data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)
@@ -208,44 +222,49 @@ def train(config, source, world, stop):
         for line in data.left_out(config.block_size):
             warn(line)
     set_precision(config, world.device)
-    state = start_state(config, gpt.to(world.device), source, dtype)
+    gpt = world.place(gpt, gpt.transformer.h, config.parallel, dtype)
+    state = start_state(config, gpt, source, dtype)
     if config.activation_checkpointing:
         checkpoint_activations(gpt)
     model = torch.compile(gpt) if compiled else gpt
-    wrapped = world.wrap(model)
+    wrapped = world.wrap(model, gpt)
 
     log = Log(config, world, state, dtype, wandb_run)
-    how = str(dtype).removeprefix("torch.") + (", compiled" if compiled else "")
+    how = [str(dtype).removeprefix("torch.")]
+    how += ["fsdp" if is_sharded(gpt) else "ddp"] * (world.size > 1) + ["compiled"] * compiled
     log.line(
         f"{gpt.num_parameters() / 1e6:.2f}M parameters, {tokens_per_step(config):,} tokens a step, "
-        f"{world.size} x {world.device}, {how}"
+        f"{world}, {', '.join(how)}"
     )
     log.changes(source)
+    if source:
+        source.clear()  # what it holds is the state's now, or not needed
     if config.eval_only:
         log.evaluation(state.step, evaluate(model, data, config, world, autocast), data)
         return
-    saver = checkpoint.Saver(config.out_dir, is_new_run=config.init_from != "resume")
+    saver = checkpoint.saver(config.out_dir, config.init_from != "resume", world, is_sharded(gpt))
     saved_at, saved_when = state.step, time.monotonic()
     while True:
         finished = state.step >= config.max_iters
-        stopping = world.any(stop.received is not None)
-        save = stopping or (config.checkpoint_interval and state.step % config.checkpoint_interval == 0)
-        save |= 0 < 60 * config.checkpoint_minutes <= time.monotonic() - saved_when
+        due = 0 < 60 * config.checkpoint_minutes <= time.monotonic() - saved_when
+        stopping, save = world.any(stop.received is not None, due)
+        save |= stopping or 0 < config.checkpoint_interval and state.step % config.checkpoint_interval == 0
         best = False
         evaluation_due = finished or state.step % config.eval_interval == 0
         if evaluation_due and state.evaluated != state.step and not stopping:
             with log.pause():
                 losses = evaluate(model, data, config, world, autocast)
-                sample = write_sample(gpt, data, config) if config.sample_tokens and world.is_main else ""
+                sample = write_sample(gpt, data, config, world) if config.sample_tokens else ""
             log.evaluation(state.step, losses, data, sample)
             best = losses["val"] < state.best_val_loss
             save |= best or config.always_save_checkpoint
             state.best_val_loss = losses["val"] if best else state.best_val_loss  # NaN is never the best
             state.evaluated = state.step
-        if save and state.step > 0 and (best or state.step > saved_at) and world.is_main:
-            with log.pause():
-                everything = contents(state, config, data.tokenizer, wandb_run)
-                log.saved(state.step, saver.save(everything, best))
+        if save and state.step > 0 and (best or state.step > saved_at):
+            if saver:
+                with log.pause():
+                    everything = contents(state, config, data.tokenizer, wandb_run)
+                    log.saved(state.step, saver.save(everything, best))
             saved_at, saved_when = state.step, time.monotonic()
         if finished or stopping:
             break
@@ -257,7 +276,8 @@ def train(config, source, world, stop):
             log.training(state, world.mean(loss), grad_norm, learning_rate)
         state.step += 1
         log.bar.update()
-    saver.wait()
+    if saver:
+        saver.wait()
     log.close(state, stop.received if stopping else None)
 
 
@@ -430,13 +450,13 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     for micro_step, (batch, seed) in enumerate(batches, start=1):
         if config.dropout:
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
-        with world.reduce_gradients(model, micro_step == share):
+        with world.reduce_gradients(model, state.model, micro_step == share):
             with autocast:
                 loss = model(*batch)
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf))
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)
     for group in state.optimizer.param_groups:
@@ -457,17 +477,27 @@ def evaluate(model, data, config, world, autocast):
     for split in SPLITS:
         count = min(config.eval_iters, data.batches(split, config.batch_size, config.block_size))
         total = torch.zeros((), device=world.device)
-        for index in range(world.rank, count, world.size):
-            batch = data.evaluation_batch(split, config.batch_size, config.block_size, index, count)
+        rounds = -(-count // world.size)  # the same in each process: sharded, they compute together
+        for index in range(world.rank, rounds * world.size, world.size):
+            batch = data.evaluation_batch(split, config.batch_size, config.block_size, index % count, count)
             with autocast:
-                total += model(*to_device(batch, world.device))
+                loss = model(*to_device(batch, world.device))
+            total += loss if index < count else 0
         losses[split] = world.sum(total).item() / count
     model.train()
     return losses
 
 
-def write_sample(gpt, data, config):
-    """What the model makes of the beginning of the validation split, or answers to its first question."""
+def write_sample(gpt, data, config, world):
+    """
+    What the model makes of the beginning of the validation split, or answers to its first question: in the
+    main process, which for that holds a sharded model whole.
+    """
+    if is_sharded(gpt):
+        weights = {name: whole(weight) for name, weight in gpt.state_dict().items()}
+        gpt = GPT.from_weights(gpt.config, weights)
+    if not world.is_main:
+        return ""
     if data.is_chat:
         ids = next(data.conversations("val"))
         prompt = ids[: np.flatnonzero(ids == data.tokenizer.assistant)[0] + 1]
@@ -640,4 +670,4 @@ def smaller_batch(config):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(in_one_voice(main))

@@ -3,6 +3,7 @@ Checkpoints on disk: saved atomically and without stalling, loaded without runni
 """
 
 import os
+import shutil
 import threading
 import time
 import warnings
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from kqv import dataset, huggingface, tokenizer
+from kqv import dataset, distributed, huggingface, tokenizer
 from kqv.errors import UserError, first_line, warn
 
 NEWEST = "ckpt.pt"
 PREVIOUS = "ckpt.prev.pt"
 BEST = "best.pt"
+REST = "rest.pt"  # in a folder that a sharded model's checkpoint is: see kqv/sharded.py
 ONLY_TO_TRAIN = ("optimizer", "scaler")  # what best.pt leaves out
 
 
@@ -33,12 +35,29 @@ def save(path, contents):
             torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.name == NEWEST and path.exists():
-            os.replace(path, path.with_name(PREVIOUS))
-        os.replace(beside, path)
-        sync_folder(path.parent)
+        put_in_place(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def put_in_place(beside, path):
+    """Rename `beside`, a whole file or folder, to `path`; ckpt.pt's predecessor stays as ckpt.prev.pt."""
+    earlier = path.with_name(PREVIOUS if path.name == NEWEST else f".{path.name}.old")
+    if path.exists() and (path.name == NEWEST or path.is_dir() or beside.is_dir()):
+        remove(earlier)
+        os.replace(path, earlier)
+    os.replace(beside, path)
+    sync_folder(path.parent)
+    if earlier.name != PREVIOUS:
+        remove(earlier)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder):
@@ -63,7 +82,7 @@ class Saver:
         """Copy `contents`, begin to write ckpt.pt (and best.pt); returns the seconds the caller waited."""
         before = time.perf_counter()
         self.wait()
-        copy = self.copy(contents)
+        copy = self.stage(contents)
         if any(tensor.is_pinned() for tensor in self.copies.values()):
             torch.cuda.synchronize()
         files = {NEWEST: copy}
@@ -72,6 +91,10 @@ class Saver:
         self.thread = threading.Thread(target=self.write, args=(files,))
         self.thread.start()
         return time.perf_counter() - before
+
+    def stage(self, contents):
+        """What to write, so that training may go on."""
+        return self.copy(contents)
 
     def copy(self, value):
         """A copy in host memory; tensors that share memory (tied weights) share it there too."""
@@ -89,13 +112,19 @@ class Saver:
     def write(self, files):
         for name, contents in files.items():
             try:
-                save(self.out_dir / name, contents)
-                for other in self.older:
-                    (self.out_dir / other).unlink(missing_ok=True)
-                self.older = ()
+                self.save_file(self.out_dir / name, contents)
+                self.forget_older_run()
             except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer, when the disk is full
                 reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
                 warn(f"{self.out_dir / name} can't be saved ({reason}): training goes on, the last one stays")
+
+    def save_file(self, path, contents):
+        save(path, contents)
+
+    def forget_older_run(self):
+        for name in self.older:
+            remove(self.out_dir / name)
+        self.older = ()
 
     def wait(self):
         """Until what is being written is on disk."""
@@ -104,10 +133,20 @@ class Saver:
             self.thread = None
 
 
-def load(path):
+def saver(out_dir, is_new_run, world, is_sharded):
+    """The Saver for this process; None where it has nothing to save."""
+    if is_sharded:
+        from kqv.sharded import ShardedSaver  # which takes half a second to import
+
+        return ShardedSaver(out_dir, is_new_run, world)
+    return Saver(out_dir, is_new_run) if world.is_main else None
+
+
+def load(path, mapped=False):
     """
     A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was
-    saved.
+    saved. Of a sharded model's, `model` is whole, and `folder` stands for the `optimizer` that is in parts.
+    `mapped`: of a file, only what is used takes memory.
 
     Only tensors and plain values are read (`weights_only`). Where ckpt.pt is torn or missing and its
     predecessor is whole, that one is returned, with a warning. Raises UserError for a file that is anything
@@ -115,17 +154,38 @@ def load(path):
     """
     path = Path(path)
     try:
-        return load_file(path)
+        return load_file(path, mapped)
     except UserError as error:
         previous = path.with_name(PREVIOUS)
         if path.name != NEWEST or not previous.exists():
             raise
-        contents = load_file(previous)
+        contents = load_file(previous, mapped)
         warn(f"{error}; using {previous}, of step {contents.get('iter_num', 'unknown')}")
         return contents
 
 
-def load_file(path):
+def load_file(path, mapped):
+    if (path / REST).is_file():
+        contents = load_folder(path)
+    else:
+        contents = read(path, mapped)
+    if not is_checkpoint(contents):
+        raise UserError(
+            f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
+        )
+    contents["model"] = plain_names(contents["model"])
+    return contents
+
+
+def load_folder(path):
+    """The contents of a sharded model's checkpoint. Raises UserError."""
+    from kqv import sharded
+
+    return {**sharded.load_rest(path, read), "model": sharded.load_whole(path, "model"), "folder": path}
+
+
+def read(path, mapped=False):
+    """What torch.save wrote into a file, with its checksums checked. Raises UserError."""
     try:
         path.open("rb").close()  # what the system refuses is no damage to the file
     except FileNotFoundError:
@@ -133,25 +193,40 @@ def load_file(path):
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint") from None
     try:
-        if zipfile.is_zipfile(path):
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 if torn := archive.testzip():
                     raise UserError(f"{path} is damaged: the checksum of its record {torn} is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch has some to say of foreign pickles
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except UserError:
         raise
     except Exception as error:  # a torn or foreign file raises nearly anything
         raise UserError(
             f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {first_line(error)}"
         ) from None
-    if not is_checkpoint(contents):
-        raise UserError(
-            f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
-        )
-    contents["model"] = plain_names(contents["model"])
-    return contents
+
+
+def load_optimizer(optimizer, saved):
+    """
+    AdamW's state for the optimizer's parameters, from the contents of a checkpoint: where they are sharded,
+    each process takes its part. Raises ValueError or UserError where it does not fit.
+    """
+    if "folder" in saved:
+        from kqv import sharded
+
+        return sharded.load_moments(optimizer, saved["folder"])
+    settings = optimizer.state_dict()["param_groups"]  # the run's own, not the checkpoint's
+    moments = {number: dict(state) for number, state in saved["optimizer"]["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name in ("exp_avg", "exp_avg_sq"):
+            if moments[number][name].shape != parameter.shape:  # the fused kernel trusts these shapes
+                raise ValueError(f"{name} of parameter {number} has another shape than the parameter")
+            moments[number][name] = distributed.shard_like(parameter, moments[number][name])
+    optimizer.load_state_dict({"state": moments, "param_groups": settings})
 
 
 def is_checkpoint(contents):
@@ -204,7 +279,7 @@ def load_start(source):
     if not path.exists():
         known = ", ".join(("scratch", "resume", *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
-    return load(find(path, "best") if path.is_dir() else path)
+    return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
 
 
 def tokenizer_of(contents):

@@ -136,6 +136,16 @@ class Dataset:
                     f"only {known}: run prepare.py again"
                 )
 
+    def fingerprint(self):
+        """A hash of the tokenizer, and of the sizes and 256 places of the splits: other sets have another."""
+        digest = hashlib.sha256(json.dumps(self.tokenizer.to_json(), sort_keys=True).encode())
+        for split in SPLITS:
+            tokens = self.splits[split]
+            digest.update(f"{split} {len(tokens)} {tokens.dtype}".encode())
+            for start in np.linspace(0, max(0, len(tokens) - 64), 256, dtype=np.int64).tolist():
+                digest.update(tokens[start : start + 64].tobytes())
+        return digest.hexdigest()[:16]
+
     def require_length(self, block_size):
         """Raise UserError where a split has no window of `block_size` tokens."""
         for split, tokens in self.splits.items():

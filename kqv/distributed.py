@@ -1,16 +1,47 @@
 """
 One process or many: `torchrun` starts the processes, and this is the one place that knows how many there are.
+
+Every process (a *rank*) trains on its own micro-batches, and the gradient of a step is the mean over all:
+
+    ddp   every process holds the whole model, gradient and optimizer; gradients are averaged (Li et al. 2020)
+    fsdp  every process holds a part of each, and a block's weights are gathered for as long as it computes
+          (Zhao et al. 2023; ZeRO stage 3, Rajbhandari et al. 2019). On several nodes of several GPUs the
+          parts are those of a node, and nodes average their gradients: the fast links within a node gather.
 """
 
+import functools
 import os
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import socket
+import time
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from kqv.device import find_device
+from kqv.errors import UsageError, UserError, first_line
+from kqv.settings import setting
+
+BYTES_A_PARAMETER = 16  # the float32 weight, its gradient and AdamW's two moments
+GRACE = 2  # seconds that processes have to say that they are still there
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """Many processes (torchrun)"""
+
+    parallel: Literal["auto", "ddp", "fsdp"] = setting(
+        "auto", "ddp: the whole model in each; fsdp: a part in each; auto: ddp where it fits easily"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = setting("auto", "what processes talk through")
+    timeout_minutes: float = setting(
+        10.0, "how long processes wait for one that does not answer", at_least=0.01, below=10**6
+    )
 
 
 @dataclass(frozen=True)
@@ -20,11 +51,17 @@ class World:
     device: torch.device
     rank: int = 0
     size: int = 1
+    node_size: int = 1  # processes on each node
+    store: dist.Store | None = None  # a small table that all can read and write, beside any computation
     control: dist.ProcessGroup | None = None  # to agree on the CPU, without waiting for a GPU
+    saving: dist.ProcessGroup | None = None  # for the thread that saves
 
     @property
     def is_main(self):
         return self.rank == 0
+
+    def __str__(self):
+        return f"{self.size} x {self.device.type if self.size > 1 else self.device}"
 
     def sum(self, values):
         """The sum of a tensor over all processes; each gets it."""
@@ -36,13 +73,13 @@ class World:
         """The mean of a tensor over all processes; each gets it."""
         return self.sum(values) / self.size
 
-    def any(self, flag):
-        """Whether the flag is set in any process; all get the same answer."""
+    def any(self, *flags):
+        """For each flag, whether it is set in any process; all get the same answers."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor(int(flag))
+            return flags
+        votes = torch.tensor(list(map(int, flags)))
         dist.all_reduce(votes, group=self.control)
-        return votes.item() > 0
+        return [count > 0 for count in votes.tolist()]
 
     def share(self, value):
         """The main process's value, any plain one; each gets it."""
@@ -52,42 +89,236 @@ class World:
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
-    def wrap(self, model):
-        """The model whose backward averages gradients over all processes."""
-        if self.size == 1:
+    def require_same(self, values):
+        """Raise UserError, in every process, where {name: plain value} is not the same in all of them."""
+        everyone = [None] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, (socket.gethostname(), values), group=self.control)
+            first_host, first = everyone[0]
+            for rank, (host, others) in enumerate(everyone):
+                for name in first:
+                    if others[name] != first[name]:
+                        raise UserError(
+                            f"{name} is {first[name]!s:.50} in process 0 on {first_host} and "
+                            f"{others[name]!s:.50} in process {rank} on {host}: give all processes the same "
+                            "command, code, data and out_dir"
+                        )
+
+    def place(self, model, layers, parallel, dtype):
+        """
+        Put the model on the device, with `parallel="fsdp"` this process's part of it: of each of the `layers`
+        by itself and of the rest together, computing in `dtype`.
+        """
+        if self.size == 1 or self.find_parallel(parallel, model) == "ddp":
+            return model.to(self.device)
+        from torch.distributed.device_mesh import init_device_mesh  # half a second, for those who need it
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        nodes = self.size // self.node_size
+        if 1 < self.node_size < self.size:
+            shape, names = (nodes, self.node_size), ("nodes", "node")
+        else:
+            shape, names = (self.size,), ("world",)
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        precision = MixedPrecisionPolicy()
+        if dtype != torch.float32:
+            precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for part in (*layers, model):
+            fully_shard(part, mesh=mesh, mp_policy=precision)
+        return model
+
+    def find_parallel(self, choice, model):
+        """ "auto": ddp where all that a process then holds of the model fits in half of its GPU."""
+        if choice != "auto":
+            return choice
+        if self.device.type != "cuda":
+            return "ddp"
+        count = sum(parameter.numel() for parameter in model.parameters())
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return "ddp" if BYTES_A_PARAMETER * count <= memory / 2 else "fsdp"
+
+    def wrap(self, model, placed):
+        """`model`, a form (compiled or not) of the one that was placed, whose backward averages gradients."""
+        if self.size == 1 or is_sharded(placed):
             return model
         return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # a gradient is held once
         )
 
-    def reduce_gradients(self, model, last):
+    def reduce_gradients(self, model, placed, last):
         """
         A context for one micro-batch's forward and backward: gradients are averaged only at a step's last
         one.
         """
-        return nullcontext() if self.size == 1 or last else model.no_sync()
+        if is_sharded(placed):
+            placed.set_requires_gradient_sync(last)
+        elif self.size > 1 and not last:
+            return model.no_sync()
+        return nullcontext()
+
+    def why_lost(self, waited):
+        """What to say when another process does not answer: what it said itself, or which one it is."""
+        try:
+            self.store.set(f"still here {self.rank}", "")
+            time.sleep(GRACE + waited / 20)
+            if self.store.check(["error"]):
+                return self.store.get("error").decode()
+            silent = [rank for rank in range(self.size) if not self.store.check([f"still here {rank}"])]
+        except RuntimeError:
+            silent = [0]  # which, or whose torchrun, keeps the table
+        if not silent:
+            return f"the processes lost each other within {waited:g} s: look at the network between them"
+        return (
+            f"process {', '.join(map(str, silent))} of {self.size} has ended, or has not answered for "
+            f"{waited:g} s: look at its output and its machine; --init_from=auto goes on from the last save"
+        )
+
+
+def is_sharded(model):
+    """Whether each process holds a part of the model (FSDP)."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def whole(tensor):
+    """A tensor that may be sharded, whole in every process."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(parameter, tensor):
+    """This process's part of a whole tensor, where the parameter is sharded; elsewhere the tensor itself."""
+    if not hasattr(parameter, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 @contextmanager
-def join_world(device_name, backend):
+def join_world(config):
     """
-    The World that `torchrun` describes in the environment, left again at the end; a world of one without
-    torchrun.
+    The World that torchrun describes in the environment, left again at the end; a world of one without
+    torchrun. `config` has DeviceSettings and ParallelSettings.
+
+    Raises UserError where the other processes can't be reached, or later one of them is lost.
     """
-    if not dist.is_torchelastic_launched():
-        yield World(find_device(device_name))
+    if "RANK" not in os.environ:
+        yield World(find_device(config.device))
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if device_name in ("auto", "cuda") and torch.cuda.is_available():
-        device_name = f"cuda:{local_rank}"
-    device = find_device(device_name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
+    if missing:
+        raise UsageError(f"RANK is set in the environment but {missing[0]} is not: start it by torchrun")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = find_own_device(config.device, int(os.environ["LOCAL_RANK"]))
+    backend = config.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    waited = 60 * config.timeout_minutes
+    timeout = timedelta(seconds=waited)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    world = World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), connect(rank, size, waited))
     try:
-        control = dist.new_group(backend="gloo")
-        yield World(device, dist.get_rank(), dist.get_world_size(), control)
+        # NCCL waits longer, so that it is the processes that notice who is late.
+        backend_timeout = 2 * timeout if backend == "nccl" else timeout
+        dist.init_process_group(
+            backend, store=world.store, rank=rank, world_size=size, timeout=backend_timeout
+        )
+        control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    except RuntimeError as error:
+        raise UserError(
+            f"the processes can't meet at {address}: {world.why_lost(waited)} ({first_line(error)})"
+        ) from None
+    try:
+        yield replace(world, control=control, saving=saving)
+    except UserError as error:
+        tell(world.store, str(error))
+        raise
+    except RuntimeError as error:
+        if not is_about_processes(error):
+            tell(world.store, f"process {rank} of {size} failed: {first_line(error)}")
+            raise
+        raise UserError(world.why_lost(waited)) from None
     finally:
         dist.destroy_process_group()
+
+
+def find_own_device(name, local_rank):
+    """The device of this process among those of its machine: each takes a GPU of its own."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {local_rank} of this machine finds only {torch.cuda.device_count()} GPUs: "
+                "start as many processes as there are (--nproc_per_node=gpu), or use --device=cpu"
+            )
+        name = f"cuda:{local_rank}"
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def connect(rank, size, waited):
+    """
+    The store that torchrun, or where it is not used the first process, keeps for all. Raises UserError where
+    nobody answers for `waited` seconds.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    keeps_it = rank == 0 and not has_agent()
+    deadline = time.monotonic() + waited
+    while not keeps_it:  # asked in Python, since torch's own answers are pages long
+        try:
+            socket.create_connection((host, port), timeout=waited).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {rank} of {size} found nobody at {host}:{port} for {waited:g} s "
+                    f"({error.strerror}): check that address, and that the first machine has started"
+                ) from None
+            time.sleep(min(1, waited / 10))
+    store = dist.TCPStore(host, port, is_master=keeps_it, timeout=timedelta(seconds=waited))
+    return dist.PrefixStore(f"kqv, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def has_agent():
+    """Whether torchrun keeps the store; it outlives the processes."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_about_processes(error):
+    """Whether an exception says that another process is late or gone."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "timeout caused pair closure")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def tell(store, message):
+    """Leave word for the others of what ends this process, as far as that can be done."""
+    with suppress(RuntimeError):
+        store.set("error", message)
+
+
+def in_one_voice(main):
+    """
+    A script's main as one of many processes runs it: torchrun learns of its errors, and what several have to
+    say one of them says.
+    """
+
+    @record
+    @functools.wraps(main)
+    def once(argv):
+        try:
+            main(argv)
+        except UserError as error:
+            error.is_said = has_agent() and not is_first_to_say(str(error))
+            raise
+
+    return once
+
+
+def is_first_to_say(message):
+    try:
+        return connect(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), waited=5).add(message, 1) == 1
+    except (RuntimeError, UserError):
+        return True

@@ -12,6 +12,7 @@ class UserError(Exception):
     """
 
     status = 1
+    is_said = False  # by another process already
 
 
 class UsageError(UserError):
@@ -30,7 +31,7 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit
     except UserError as error:
-        fail(str(error), error.status)
+        fail("" if error.is_said else str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:
@@ -46,10 +47,12 @@ def first_line(error, length=100):
 
 
 def warn(message):
-    """Say what went wrong where the program can go on."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """Say what went wrong where the program can go on; of many processes the main one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message, status):
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    if message:
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(status)

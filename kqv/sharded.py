@@ -1,0 +1,183 @@
+"""
+A checkpoint of many processes that hold a part of the model each: a folder, written by torch's distributed
+checkpoint, in the place of a file. Any number of processes reads it again, and one alone does too.
+
+    __0_0.distcp, __1_0.distcp, ...   each process's own part of the weights and of AdamW's moments
+    .metadata                         which part of which tensor is where
+    rest.pt                           everything that is no tensor of them; written last
+"""
+
+import hashlib
+import io
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from kqv.checkpoint import REST, Saver, put_in_place, remove, save
+from kqv.errors import UserError, first_line
+
+METADATA = ".metadata"
+PARTS = ("model", "optimizer")  # what is in parts
+# Classes that .metadata may name; what is in them are numbers, names and shapes.
+HARMLESS = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size", "float32", "float64", "bfloat16", "float16", "int64"),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name in HARMLESS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class Reader(dcp.FileSystemReader):
+    """Reads tensors and nothing else, and checks the CRC-32 of what it reads."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / METADATA, "rb") as file:
+            metadata = Unpickler(file).load()
+        for entry in metadata.state_dict_metadata.values():
+            if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
+                raise ValueError("it holds more than tensors")
+        for part in metadata.storage_data.values():
+            path = Path(self.path) / Path(part.relative_path).name
+            if path.stat().st_size < part.offset + part.length:
+                raise ValueError(f"{path.name} is cut off")
+        return metadata
+
+    def _slice_file(self, file, part):
+        found = io.BytesIO(super()._slice_file(file, part).read(-1))
+        with zipfile.ZipFile(found) as archive:
+            if archive.testzip():
+                raise ValueError(f"a checksum in {part.relative_path} is wrong")
+        found.seek(0)
+        return found
+
+
+def load_rest(path, read):
+    """The contents of rest.pt, by the function `read`. Raises UserError where .metadata is not its own."""
+    rest = read(path / REST)
+    digest = rest.pop("metadata_sha256", None)
+    if not (path / METADATA).is_file() or digest != sha256(path / METADATA):
+        raise UserError(f"{path} is damaged: its {METADATA} is not the one that was written")
+    return rest
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_whole(path, part):
+    """{name: tensor} of a `part`, each tensor whole, on the CPU. Raises UserError."""
+    with damage_of(path):
+        described = Reader(path).read_metadata().state_dict_metadata
+        tensors = {
+            name.removeprefix(f"{part}."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
+            for name, tensor in described.items()
+            if name.startswith(f"{part}.")
+        }
+        load_into({part: tensors}, path)
+    return tensors
+
+
+def load_into(tensors, path):
+    """Fill nested dicts of tensors, each sharded or whole, from a folder, in any number of processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is no mistake that each process reads by itself
+        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
+
+
+def first_cause(error):
+    """What is behind torch's collection of what went wrong in each process."""
+    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+
+
+class damage_of:
+    """A context that turns whatever a damaged folder raises into a UserError."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if kind is None or issubclass(kind, (UserError, KeyboardInterrupt, SystemExit)):
+            return
+        cause = first_cause(error)
+        raise UserError(f"{self.path} is damaged or of another model: {first_line(cause)}") from None
+
+
+def load_moments(optimizer, path):
+    """AdamW's state for parameters that are sharded or not: each process reads its own part alone."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    with damage_of(path):
+        moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
+        load_into({"optimizer": moments}, path)
+
+
+class ShardedSaver(Saver):
+    """
+    The same where the model is sharded: every process saves its own part, in a thread beside training, and
+    the main one puts the folder in its place when all are done.
+    """
+
+    def __init__(self, out_dir, is_new_run, world):
+        super().__init__(out_dir, is_new_run)
+        self.world = world
+
+    def stage(self, contents):
+        parts = {"model": contents["model"], "optimizer": contents["optimizer"]["state"]}
+        rest = {name: value for name, value in contents.items() if name not in parts}
+        return {**self.copy(rest), **BlockingAsyncStager().stage(parts)}
+
+    def save_file(self, path, contents):
+        beside = path.with_name(f".{path.name}.new")
+        if self.world.is_main:
+            remove(beside)
+        parts = {name: value for name, value in contents.items() if name in PARTS}
+        rest = {name: value for name, value in contents.items() if name not in PARTS}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
+            if self.world.is_main:
+                rest["metadata_sha256"] = sha256(beside / METADATA)
+                save(beside / REST, rest)
+                put_in_place(beside, path)
+        except CheckpointException as error:  # no Exception, for torch
+            raise RuntimeError(first_line(first_cause(error))) from None
+        finally:
+            if self.world.is_main:
+                remove(beside)
+
+    def forget_older_run(self):
+        if self.world.is_main:
+            super().forget_older_run()
