@@ -50,13 +50,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunks, of_logits, with_gradient):
         matrix = weight.to(x.dtype)  # (V, C)
         total = torch.zeros((), device=x.device)
-        grad_x, grad_weight = [], torch.zeros_like(weight) if with_gradient else None
+        grad_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
         for part, ids in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
             loss, grad_logits = of_logits(part @ matrix.T, ids, with_gradient)  # (n, V)
             total = total + loss
             if with_gradient:
                 grad_x.append(grad_logits @ matrix)  # (n, V) @ (V, C) -> (n, C)
-                grad_weight += grad_logits.T @ part  # (V, n) @ (n, C) -> (V, C), summed in weight's precision
+                grad_weight += grad_logits.T @ part  # (V, n) @ (n, C) -> (V, C), summed in float32
         count = (targets >= 0).sum()
         if with_gradient:
             ctx.save_for_backward(torch.cat(grad_x), grad_weight, count)

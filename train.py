@@ -224,6 +224,9 @@ def train(config, source, world, stop):
     set_precision(config, world.device)
     gpt = world.place(gpt, gpt.transformer.h, config.parallel, dtype)
     state = start_state(config, gpt, source, dtype)
+    if compiled and is_sharded(gpt):  # what gathers a block's weights can't be compiled
+        for block in gpt.transformer.h:
+            block.forward = torch.compile(block.forward)
     if config.activation_checkpointing:
         checkpoint_activations(gpt)
     model = torch.compile(gpt) if compiled else gpt

@@ -9,7 +9,6 @@ Every process (a *rank*) trains on its own micro-batches, and the gradient of a 
           parts are those of a node, and nodes average their gradients: the fast links within a node gather.
 """
 
-import functools
 import os
 import socket
 import time
@@ -158,21 +157,30 @@ class World:
             return model.no_sync()
         return nullcontext()
 
-    def why_lost(self, waited):
-        """What to say when another process does not answer: what it said itself, or which one it is."""
+    def why_lost(self, error, waited):
+        """
+        What to say when others do not answer, as `error` says, for `waited` seconds at most: what one of them
+        left word of, or who it is.
+        """
         try:
             self.store.set(f"still here {self.rank}", "")
-            time.sleep(GRACE + waited / 20)
+            late = "timeout" in str(error) or "imed out" in str(error)
+            if late:
+                self.store.set("late", "")
+            time.sleep(GRACE + late * waited / 20)  # others may have begun to wait later
             if self.store.check(["error"]):
                 return self.store.get("error").decode()
+            late = self.store.check(["late"])
             silent = [rank for rank in range(self.size) if not self.store.check([f"still here {rank}"])]
         except RuntimeError:
-            silent = [0]  # which, or whose torchrun, keeps the table
+            late, silent = False, [0]  # it, or its torchrun, keeps the store
         if not silent:
             return f"the processes lost each other within {waited:g} s: look at the network between them"
+        numbers = ", ".join(map(str, silent))
         return (
-            f"process {', '.join(map(str, silent))} of {self.size} has ended, or has not answered for "
-            f"{waited:g} s: look at its output and its machine; --init_from=auto goes on from the last save"
+            f"process {numbers} of {self.size} "
+            + (f"has not answered for {waited:g} s" if late else "has ended")
+            + ": look at its output and its machine; --init_from=auto goes on from the last save"
         )
 
 
@@ -217,7 +225,6 @@ def join_world(config):
         backend = "nccl" if device.type == "cuda" else "gloo"
     waited = 60 * config.timeout_minutes
     timeout = timedelta(seconds=waited)
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     world = World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), connect(rank, size, waited))
     try:
         # NCCL waits longer, so that it is the processes that notice who is late.
@@ -227,9 +234,7 @@ def join_world(config):
         )
         control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     except RuntimeError as error:
-        raise UserError(
-            f"the processes can't meet at {address}: {world.why_lost(waited)} ({first_line(error)})"
-        ) from None
+        raise UserError(f"the processes can't meet: {world.why_lost(error, waited)}") from None
     try:
         yield replace(world, control=control, saving=saving)
     except UserError as error:
@@ -239,7 +244,7 @@ def join_world(config):
         if not is_about_processes(error):
             tell(world.store, f"process {rank} of {size} failed: {first_line(error)}")
             raise
-        raise UserError(world.why_lost(waited)) from None
+        raise UserError(world.why_lost(error, waited)) from None
     finally:
         dist.destroy_process_group()
 
@@ -267,19 +272,21 @@ def connect(rank, size, waited):
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     keeps_it = rank == 0 and not has_agent()
     deadline = time.monotonic() + waited
-    while not keeps_it:  # asked in Python, since torch's own answers are pages long
+    while True:  # asked in Python, since torch's own answers are pages long
         try:
-            socket.create_connection((host, port), timeout=waited).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
+            if keeps_it:
+                socket.getaddrinfo(host, port)
+            else:
+                socket.create_connection((host, port), timeout=waited).close()
+            store = dist.TCPStore(host, port, is_master=keeps_it, timeout=timedelta(seconds=waited))
+            return dist.PrefixStore(f"kqv, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() > deadline or isinstance(error, RuntimeError):
                 raise UserError(
                     f"process {rank} of {size} found nobody at {host}:{port} for {waited:g} s "
-                    f"({error.strerror}): check that address, and that the first machine has started"
+                    f"({first_line(error)}): check that address, and that the first machine has started"
                 ) from None
             time.sleep(min(1, waited / 10))
-    store = dist.TCPStore(host, port, is_master=keeps_it, timeout=timedelta(seconds=waited))
-    return dist.PrefixStore(f"kqv, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def has_agent():
@@ -306,13 +313,16 @@ def in_one_voice(main):
     """
 
     @record
-    @functools.wraps(main)
-    def once(argv):
+    def recorded(argv):
         try:
             main(argv)
-        except UserError as error:
+        except UserError as error:  # its line says all; torchrun would print where in the code it came from
+            return error
+
+    def once(argv):
+        if error := recorded(argv):
             error.is_said = has_agent() and not is_first_to_say(str(error))
-            raise
+            raise error
 
     return once
 

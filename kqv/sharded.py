@@ -12,9 +12,11 @@ import io
 import pickle
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -161,7 +163,9 @@ class ShardedSaver(Saver):
     def save_file(self, path, contents):
         beside = path.with_name(f".{path.name}.new")
         if self.world.is_main:
-            remove(beside)
+            with suppress(OSError):  # it is there for the barrier, whatever happens
+                remove(beside)
+        dist.barrier(self.world.saving)  # nobody writes there before
         parts = {name: value for name, value in contents.items() if name in PARTS}
         rest = {name: value for name, value in contents.items() if name not in PARTS}
         try:
