@@ -11,6 +11,7 @@ Every process (a *rank*) trains on its own micro-batches, and the gradient of a 
 
 import os
 import socket
+import threading
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from kqv.errors import UsageError, UserError, first_line
 from kqv.settings import setting
 
 BYTES_A_PARAMETER = 16  # the float32 weight, its gradient and AdamW's two moments
-GRACE = 2  # seconds that processes have to say that they are still there
+GRACE = 2  # seconds that a process has to show that it lives
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,20 @@ class World:
         left word of, or who it is.
         """
         try:
-            self.store.set(f"still here {self.rank}", "")
+            self.store.set(f"waits {self.rank}", "")
             late = "timeout" in str(error) or "imed out" in str(error)
             if late:
                 self.store.set("late", "")
+            before = self.read_all("beat")
             time.sleep(GRACE + late * waited / 20)  # others may have begun to wait later
             if self.store.check(["error"]):
                 return self.store.get("error").decode()
             late = self.store.check(["late"])
-            silent = [rank for rank in range(self.size) if not self.store.check([f"still here {rank}"])]
+            beats, waiting = self.read_all("beat"), self.read_all("waits")
         except RuntimeError:
-            late, silent = False, [0]  # it, or its torchrun, keeps the store
+            return f"process 0 of {self.size}, or the torchrun that started it, has ended: look at its output"
+        ranks = range(self.size)
+        silent = [r for r in ranks if beats[r] == before[r]] or [r for r in ranks if waiting[r] is None]
         if not silent:
             return f"the processes lost each other within {waited:g} s: look at the network between them"
         numbers = ", ".join(map(str, silent))
@@ -182,6 +186,30 @@ class World:
             + (f"has not answered for {waited:g} s" if late else "has ended")
             + ": look at its output and its machine; --init_from=auto goes on from the last save"
         )
+
+    def read_all(self, name):
+        """What each process has in the store under a name, None where that is nothing."""
+        keys = [f"{name} {rank}" for rank in range(self.size)]
+        return [self.store.get(key) if self.store.check([key]) else None for key in keys]
+
+
+@contextmanager
+def heart(store, rank):
+    """While this is open, a thread shows in the store that the process lives, whatever it waits for."""
+    stop = threading.Event()
+
+    def beat():
+        with suppress(RuntimeError):  # the store has ended, which others will say
+            while not stop.wait(GRACE / 4):
+                store.set(f"beat {rank}", str(time.monotonic()))
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(GRACE)
 
 
 def is_sharded(model):
@@ -225,28 +253,31 @@ def join_world(config):
         backend = "nccl" if device.type == "cuda" else "gloo"
     waited = 60 * config.timeout_minutes
     timeout = timedelta(seconds=waited)
-    world = World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), connect(rank, size, waited))
-    try:
-        # NCCL waits longer, so that it is the processes that notice who is late.
-        backend_timeout = 2 * timeout if backend == "nccl" else timeout
-        dist.init_process_group(
-            backend, store=world.store, rank=rank, world_size=size, timeout=backend_timeout
-        )
-        control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    except RuntimeError as error:
-        raise UserError(f"the processes can't meet: {world.why_lost(error, waited)}") from None
-    try:
-        yield replace(world, control=control, saving=saving)
-    except UserError as error:
-        tell(world.store, str(error))
-        raise
-    except RuntimeError as error:
-        if not is_about_processes(error):
-            tell(world.store, f"process {rank} of {size} failed: {first_line(error)}")
+    store = connect(rank, size, waited)
+    world = World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), store)
+    with heart(store.clone(), rank):
+        try:
+            # NCCL waits longer, so that it is the processes that notice who is late.
+            dist.init_process_group(
+                backend,
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=2 * timeout if backend == "nccl" else timeout,
+            )
+            control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+            yield replace(world, control=control, saving=saving)
+        except UserError as error:
+            tell(store, str(error))
             raise
-        raise UserError(world.why_lost(error, waited)) from None
-    finally:
-        dist.destroy_process_group()
+        except RuntimeError as error:
+            if not is_about_processes(error):
+                tell(store, f"process {rank} of {size} failed: {first_line(error)}")
+                raise
+            raise UserError(world.why_lost(error, waited)) from None
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
 
 def find_own_device(name, local_rank):

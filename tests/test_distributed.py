@@ -1,24 +1,33 @@
 """Many processes: they train as one, save what any number of them can go on from, and end together."""
 
+import copy
 import json
 import os
+import pickle
+import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, process_environment, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 import export
 import sample
 import train
 from kqv import checkpoint
+from kqv.distributed import World
+from model import GPT, GPTConfig
 
 # Each step four micro-batches, for 1, 2 or 4 processes; three batches to evaluate on, unequal shares.
 RUN = [*TINY_RUN, "--dataset=tiny", "--dtype=float32", "--gradient_accumulation_steps=4", "--eval_iters=3"]
@@ -144,8 +153,22 @@ def here(straight, tmp_path, monkeypatch):
 # Training
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("count, node_size", [(2, 2), (4, 4), (4, 2)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "parallel, count, node_size",
+    [
+        ("ddp", 2, 2),
+        ("fsdp", 4, 4),
+        ("fsdp", 4, 2),  # two nodes of two
+        slow("ddp", 4, 4),
+        slow("ddp", 4, 2),
+        slow("fsdp", 2, 2),
+        slow("fsdp", 2, 1),  # two nodes of one
+    ],
+)
 def test_many_processes_train_as_one(here, parallel, count, node_size):
     out = run_ranks(
         count, *RUN, "--dropout=0.1", f"--parallel={parallel}", "--out_dir=out", node_size=node_size
@@ -156,6 +179,15 @@ def test_many_processes_train_as_one(here, parallel, count, node_size):
     assert_close(moments("out"), moments("alone"))
     assert sorted(os.listdir("out")) == sorted(os.listdir("alone"))
     assert Path("out/ckpt.pt").is_dir() == Path("out/best.pt").is_dir() == (parallel == "fsdp")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sharded_processes_train_in_lower_precision(here, dtype):
+    run_ranks(2, *RUN, "--dropout=0.1", "--parallel=fsdp", f"--dtype={dtype}", "--out_dir=low")
+    assert {weight.dtype for weight in weights("low").values()} == {torch.float32}
+    losses = [[r["loss"] for r in results(folder) if "loss" in r] for folder in ("low", "alone")]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0] != losses[1]  # it did compute in another precision
 
 
 COUNTED = """
@@ -237,7 +269,7 @@ def stopped(sharded, here):
 GO_ON = ["--init_from=auto", "--max_iters=6"]
 
 
-@pytest.mark.parametrize("count, parallel", [(1, "fsdp"), (2, "ddp"), (2, "fsdp"), (4, "fsdp")])
+@pytest.mark.parametrize("count, parallel", [(1, "fsdp"), (2, "fsdp"), slow(2, "ddp"), slow(4, "fsdp")])
 def test_any_number_of_processes_goes_on_from_what_four_saved(stopped, cli, count, parallel):
     argv = [*GO_ON, f"--parallel={parallel}", "--out_dir=four"]
     if count == 1:
@@ -302,6 +334,28 @@ def test_auto_begins_and_goes_on(here, cli):
     assert status == 1 and "ckpt.p" in err
 
 
+@pytest.mark.slow
+def test_kills_at_any_moment_of_sharded_saves_lose_nothing(here, cli):
+    """All processes at once, as when a machine dies, while a save is always under way."""
+    steps = [*RUN, "--dropout=0.1", "--max_iters=120", "--lr_decay_iters=120", "--eval_interval=20"]
+    argv = [*steps, "--init_from=auto", "--checkpoint_interval=1", "--parallel=fsdp"]
+    moment, reached = random.Random(5), []
+    for _ in range(8):
+        with Ranks(2, *argv) as ranks:
+            log = here / "out/metrics.jsonl"
+            before = log.stat().st_ino if log.exists() else None
+            while not log.exists() or log.stat().st_ino == before:
+                assert all(process.poll() is None for process in ranks.processes)
+                time.sleep(0.01)
+            time.sleep(moment.uniform(0, 0.6))
+        if Path("out/ckpt.pt").exists() or Path("out/ckpt.prev.pt").exists():
+            reached.append(checkpoint.load(Path("out/ckpt.pt"))["iter_num"])
+    assert reached == sorted(reached) and reached[-1] > reached[0]
+    run_ranks(2, *argv)
+    assert cli(train.main, *steps, "--out_dir=one")[0] == 0
+    assert_same_run("out", "one")
+
+
 # Damage
 
 
@@ -329,13 +383,229 @@ def test_a_damaged_sharded_checkpoint_is_refused_or_its_predecessor_used(two_sav
     else:
         content[where] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
-    steps = [whole_step(run), whole_step(two_saves)]
-    assert steps[0] in (steps[1] - 1, steps[1])  # its predecessor, or what is damaged is of no consequence
-
-
-def whole_step(run):
-    """The step that a run's newest whole checkpoint is of, with the weights that it should have."""
     contents = checkpoint.load(run / "ckpt.pt")
-    original = checkpoint.load_file(contents["folder"], False)
-    assert_close(contents["model"], original["model"], atol=0)
-    return contents["iter_num"]
+    assert contents["iter_num"] in (2, 3)  # its predecessor, or what is damaged is of no consequence
+    name = contents["folder"].name
+    assert (name == "ckpt.pt") == (contents["iter_num"] == 3)
+    assert_close(contents["model"], weights(two_saves, name), atol=0)
+
+
+@pytest.mark.parametrize("file", [".metadata", "rest.pt", "__1_0.distcp"])
+def test_a_sharded_checkpoint_without_a_part_of_it_is_refused(stopped, cli, file):
+    shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
+    Path("four/ckpt.pt", file).unlink()
+    for main, argv in ((train.main, GO_ON), (sample.main, ["--checkpoint=newest"])):
+        status, out, err = cli(main, *argv, "--out_dir=four", "--device=cpu")
+        assert (status, out) == (1, "") and len(err.splitlines()) == 1 and "four/ckpt.pt" in err
+
+
+def test_damaged_moments_are_refused(stopped, cli):
+    """Weights are whole, so the checkpoint is chosen; what only training needs is read later."""
+    from kqv import sharded
+
+    places = sharded.Reader("four/ckpt.pt").read_metadata().storage_data
+    place = next(place for index, place in places.items() if index.fqn == "optimizer.3.exp_avg")
+    file = Path("four/ckpt.pt", place.relative_path)
+    content = bytearray(file.read_bytes())
+    content[place.offset + place.length // 2] ^= 255
+    file.write_bytes(content)
+    assert cli(sample.main, "--checkpoint=newest", "--out_dir=four", "--device=cpu")[0] == 0
+    status, _, err = cli(train.main, *GO_ON, "--out_dir=four")
+    assert status == 1 and len(err.splitlines()) == 1 and "four/ckpt.pt is damaged" in err
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("run by unpickling",))
+
+
+def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
+    """In .metadata, and in an entry that torch itself would unpickle."""
+    from kqv import sharded
+
+    shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
+    folder = Path("four/ckpt.pt")
+    honest = sharded.Reader(folder).read_metadata()
+    code = pickle.dumps(Hostile())
+    entry = BytesStorageMetadata()
+    file = folder / "__0_0.distcp"
+    part = sharded.Reader(folder).read_metadata().storage_data
+    place = type(next(iter(part.values())))(file.name, file.stat().st_size, len(code))
+    hidden = copy.deepcopy(honest)
+    hidden.state_dict_metadata["model.lm_head.weight"] = entry
+    hidden.storage_data = {MetadataIndex("model.lm_head.weight"): place, **hidden.storage_data}
+    file.write_bytes(file.read_bytes() + code)
+    for metadata in (Hostile(), hidden):
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        rest = torch.load(folder / "rest.pt", weights_only=True)
+        rest["metadata_sha256"] = sharded.sha256(folder / ".metadata")
+        checkpoint.save(folder / "rest.pt", rest)
+        for main, argv in ((train.main, GO_ON), (sample.main, ["--checkpoint=newest"])):
+            status, out, err = cli(main, *argv, "--out_dir=four", "--device=cpu")
+            assert (status, out) == (1, "") and len(err.splitlines()) == 1 and "four/ckpt.pt" in err
+        assert not Path("run by unpickling").exists()
+    with pytest.raises(OSError):  # it would have: the folder is there already when it runs again
+        os.mkdir("run by unpickling")
+        pickle.loads(code)
+
+
+def test_a_checkpoint_of_another_shape_does_not_fit(stopped, cli):
+    status, _, err = cli(train.main, *GO_ON, "--out_dir=four", "--n_layer=3")
+    assert status == 2 and "n_layer=3" in err and "n_layer=2" in err
+
+
+# What goes wrong
+
+
+def assert_one_line(ends, *says):
+    """All have failed, and all that is said is one line (without torchrun each process says it)."""
+    lines = {line for _, _, err in ends for line in err.splitlines()}
+    assert all(status for status, _, _ in ends), ends
+    assert len(lines) == 1, ends
+    (line,) = lines
+    assert line.startswith("error: ") and all(word in line for word in says), line
+
+
+def failing(count, *argv, **how):
+    with Ranks(count, *RUN, *argv, **how) as ranks:
+        return ranks.ends()
+
+
+def test_micro_batches_that_can_not_be_shared_are_refused(here):
+    assert_one_line(failing(2, "--gradient_accumulation_steps=3"), "gradient_accumulation_steps=3", "2")
+    assert not Path("out").exists()
+
+
+def test_processes_with_other_settings_are_refused(here):
+    ends = failing(2, own=(["--learning_rate=0.1"], ["--learning_rate=0.2"]))
+    assert_one_line(ends, "learning_rate", "0.1 in process 0", "0.2 in process 1")
+    assert not Path("out").exists()
+
+
+@pytest.fixture
+def nodes(here):
+    """Two folders, as of two nodes that share none, each with the set."""
+    folders = [here / "node0", here / "node1"]
+    for folder in folders:
+        shutil.copytree("data", folder / "data")
+    return folders
+
+
+def test_data_that_differ_between_nodes_are_refused(nodes):
+    file = nodes[1] / "data/tiny/val.bin"
+    content = bytearray(file.read_bytes())
+    content[100:200] = content[200:300]
+    file.write_bytes(content)
+    ends = failing(2, folders=nodes, node_size=1)
+    assert_one_line(ends, "content of data/tiny", "process 0", "process 1")
+
+
+def test_data_that_a_node_lacks_are_named_once(nodes):
+    shutil.rmtree(nodes[1] / "data/tiny")
+    assert_one_line(failing(2, folders=nodes, node_size=1), "data/tiny has no train.bin")
+
+
+def test_a_checkpoint_that_a_node_lacks_is_not_a_new_run_there(nodes, straight):
+    shutil.copytree("alone", nodes[0] / "out")
+    ends = failing(2, "--init_from=auto", "--max_iters=9", "--dropout=0.1", folders=nodes, node_size=1)
+    assert_one_line(ends, "process 0", "process 1")
+
+
+def test_an_address_where_nobody_is_ends_in_a_line(here):
+    started = time.monotonic()
+    ends = failing(2, "--timeout_minutes=0.03", address="nowhere.invalid")
+    assert time.monotonic() - started < 40
+    for (status, _, err), rank in zip(ends, (0, 1), strict=True):
+        (line,) = err.splitlines()
+        assert status == 1 and line.startswith(f"error: process {rank} of 2 found nobody at nowhere.invalid")
+
+
+def test_a_process_that_never_comes_is_named(here):
+    with Ranks(2, *RUN, "--timeout_minutes=0.1", own=([], ["--help"])) as ranks:
+        ends = ranks.ends()
+    assert ends[1][0] == 0
+    assert_one_line(ends[:1], "process 1 of 2")
+
+
+@pytest.mark.parametrize(
+    "parallel, how, says",
+    [("ddp", "SIGSTOP", "has not answered for 6 s"), ("fsdp", "SIGKILL", "has ended")],
+)
+def test_a_process_that_hangs_or_dies_is_named(here, how, says, parallel):
+    argv = [*RUN, "--max_iters=1000000", "--eval_interval=1000000", "--timeout_minutes=0.1"]
+    with Ranks(3, *argv, f"--parallel={parallel}", "--gradient_accumulation_steps=3") as ranks:
+        ranks.wait_for('"step": 5,', here / "out/metrics.jsonl")
+        ranks.processes[1].send_signal(signal.Signals[how])
+        others = [ranks.processes[0], ranks.processes[2]]
+        ends = [(process, *process.communicate(timeout=WAIT)) for process in others]
+    assert_one_line([(process.returncode, out, err) for process, out, err in ends], f"process 1 of 3 {says}")
+
+
+def test_an_environment_that_is_half_torchruns_is_refused(cli, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    status, _, err = cli(train.main, *RUN)
+    assert status == 2 and "WORLD_SIZE" in err and "torchrun" in err
+
+
+def test_a_model_is_sharded_by_itself_where_it_would_fill_a_gpu(monkeypatch):
+    gpt = GPT(GPTConfig(16, 65, 2, 2, 32))
+    count = sum(parameter.numel() for parameter in gpt.parameters())
+    for memory, choice in ((32 * count, "ddp"), (32 * count - 1, "fsdp")):
+        properties = SimpleNamespace(total_memory=memory)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)  # noqa: B023
+        world = World(torch.device("cuda:0"), size=2)
+        assert world.find_parallel("auto", gpt) == choice
+    assert World(torch.device("cpu"), size=2).find_parallel("auto", gpt) == "ddp"
+    assert world.find_parallel("ddp", gpt) == "ddp"
+
+
+# torchrun
+
+
+def torchrun(count, *argv, restarts=0, **how):
+    """train.py under a real torchrun, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.Popen(
+        [*command, f"--max-restarts={restarts}", str(ROOT / "train.py"), *argv],
+        env=process_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_what_all_processes_have_to_say_is_said_once_by_torchrun(here):
+    process = torchrun(3, *RUN, "--learning_rat=1")
+    _, err = process.communicate(timeout=WAIT)
+    assert process.returncode != 0
+    assert err.count("--learning_rat is not a setting: did you mean learning_rate?") == 1
+
+
+def children(process):
+    """The process ids of torchrun's train.py."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in found if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", slow("ddp")])
+def test_a_killed_process_leads_to_a_run_that_goes_on_by_itself(here, cli, parallel):
+    steps = [*RUN, "--dropout=0.1", "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=20"]
+    process = torchrun(
+        2, *steps, "--init_from=auto", "--checkpoint_interval=2", f"--parallel={parallel}", restarts=3
+    )
+    log, deadline = here / "out/metrics.jsonl", time.monotonic() + WAIT
+    try:
+        for step, rank in ((10, 1), (30, 0)):
+            while not log.exists() or f'"step": {step},' not in log.read_text():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            os.kill(children(process)[rank], signal.SIGKILL)
+        out, err = process.communicate(timeout=WAIT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert out.count(f"2 x cpu, float32, {parallel}") == 3 and out.count("done: step 60") == 1
+    assert cli(train.main, *steps, "--out_dir=one")[0] == 0
+    assert_same_run("out", "one")

@@ -68,6 +68,20 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(shape, at_once, unco
         torch.testing.assert_close(tensor, expectation, rtol=1e-5, atol=2e-6)
 
 
+def test_the_gradient_of_a_bfloat16_weight_is_summed_in_float32():
+    """As sharded training has it: its weights are gathered in bfloat16."""
+    x, weight, targets = (tensor.detach() for tensor in inputs(N=2048, V=50, C=16))
+    truth = with_gradients(plain_loss, x.requires_grad_(), weight.requires_grad_(), targets)
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (x, weight)]
+    errors = {}
+    for chunks in (2, 512):
+        with logits_at_once(2048 * 50 // chunks):
+            found = with_gradients(loss.next_token_loss, *low, targets)
+        assert found[2].dtype == torch.bfloat16
+        errors[chunks] = error(found[2], truth[2])
+    assert errors[512] < 1.1 * errors[2]
+
+
 def test_in_bfloat16_the_gradients_are_as_near_to_the_truth_as_without_chunks():
     x, weight, targets = inputs(N=512, V=200, C=32, uncounted=[3, 100], scale=0.3)
     truth = with_gradients(plain_loss, x, weight, targets)

@@ -693,46 +693,6 @@ def test_a_terminal_gets_a_bar_instead_of_lines(run):
     assert not any(line.startswith("step 3: loss") for line in lines)
 
 
-# Several processes
-
-
-def torchrun(*argv):
-    """train.py as two processes on the CPU: a CompletedProcess."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += [str(ROOT / "train.py"), *argv]
-    return subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_two_processes_train_as_one(run, dropout):
-    argv = [*FOUR, f"--dropout={dropout}", "--dtype=float32"]
-    argv += ["--eval_iters=3"]  # an odd number: unequal shares
-    done = torchrun(*argv)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 5: loss") == done.stdout.count("step 6: train loss") == 1
-    run(*argv, "--out_dir=alone")
-    for together, alone in zip(results("out"), results("alone"), strict=True):
-        assert together == pytest.approx(alone, abs=1e-5)
-    for name, weight in saved("alone/ckpt.pt")["model"].items():
-        torch.testing.assert_close(saved("out/ckpt.pt")["model"][name], weight, atol=1e-5, rtol=0, msg=name)
-    assert (
-        sorted(os.listdir("out"))
-        == sorted(os.listdir("alone"))
-        == ["best.pt", "ckpt.prev.pt", "ckpt.pt", "metrics.jsonl"]
-    )
-
-
-def test_micro_batches_that_cannot_be_shared_are_refused(run):
-    done = torchrun(*FOUR, "--gradient_accumulation_steps=3")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0
-    assert set(errors) == {errors[0]} and "gradient_accumulation_steps=3" in errors[0] and "2" in errors[0]
-    assert not Path("out").exists()
-
-
 # Weights & Biases
 
 KEY = "0123456789" * 4
