@@ -147,18 +147,23 @@ def load_moments(optimizer, path):
 
 class ShardedSaver(Saver):
     """
-    The same where the model is sharded: every process saves its own part, in a thread beside training, and
-    the main one puts the folder in its place when all are done.
+    A Saver of a sharded model: every process writes its own part, in a thread beside training, and the main
+    one puts the folder in its place when all are done.
     """
 
     def __init__(self, out_dir, is_new_run, world):
         super().__init__(out_dir, is_new_run)
         self.world = world
+        self.stager = BlockingAsyncStager()
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.9's own code
 
     def stage(self, contents):
         parts = {"model": contents["model"], "optimizer": contents["optimizer"]["state"]}
         rest = {name: value for name, value in contents.items() if name not in parts}
-        return {**self.copy(rest), **BlockingAsyncStager().stage(parts)}
+        staged = self.stager.stage(parts)
+        self.stager.cache_staged_state_dict = True  # its memory is used again at the next save
+        self.stager.state_dict_cache = staged
+        return {**self.copy(rest), **staged}
 
     def save_file(self, path, contents):
         beside = path.with_name(f".{path.name}.new")
@@ -169,9 +174,7 @@ class ShardedSaver(Saver):
         parts = {name: value for name, value in contents.items() if name in PARTS}
         rest = {name: value for name, value in contents.items() if name not in PARTS}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
+            dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
             if self.world.is_main:
                 rest["metadata_sha256"] = sha256(beside / METADATA)
                 save(beside / REST, rest)

@@ -78,6 +78,7 @@ class Ranks:
         found = []
         for process in self.processes:
             out, err = process.communicate(timeout=max(1, deadline - time.monotonic()))
+            out = "".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]"))  # torch 2.9
             found.append((process.returncode, out, err))
         return found
 
