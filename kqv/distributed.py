@@ -97,11 +97,11 @@ class World:
             first_host, first = everyone[0]
             for rank, (host, others) in enumerate(everyone):
                 for name in first:
-                    if others[name] != first[name]:
+                    if others.get(name) != first[name]:
                         raise UserError(
                             f"{name} is {first[name]!s:.50} in process 0 on {first_host} and "
-                            f"{others[name]!s:.50} in process {rank} on {host}: give all processes the same "
-                            "command, code, data and out_dir"
+                            f"{others.get(name)!s:.50} in process {rank} on {host}: give all processes the "
+                            "same command, code, data and out_dir"
                         )
 
     def place(self, model, layers, parallel, dtype):
@@ -114,6 +114,11 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh  # half a second, for those who need it
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+        if self.size % self.node_size:
+            raise UserError(
+                f"{self.node_size} of {self.size} processes are on this machine: to be sharded, start as many "
+                "on each (--nproc_per_node)"
+            )
         nodes = self.size // self.node_size
         if 1 < self.node_size < self.size:
             shape, names = (nodes, self.node_size), ("nodes", "node")
