@@ -116,8 +116,8 @@ class World:
 
         if self.size % self.node_size:
             raise UserError(
-                f"{self.node_size} of {self.size} processes are on this machine: to be sharded, start as many "
-                "on each (--nproc_per_node)"
+                f"{self.node_size} of {self.size} processes are on this machine: to shard a model, start as "
+                "many on each (--nproc_per_node)"
             )
         nodes = self.size // self.node_size
         if 1 < self.node_size < self.size:

@@ -357,7 +357,7 @@ def values_of(field):
     if kind is float:
         bounds = {"exclude_max": below is not None, "allow_nan": False, "allow_infinity": False}
         return st.floats(at_least, below, **bounds) | st.integers(
-            int(at_least or 0), 2**53 if below is None else int(below) - 1
+            math.ceil(at_least or 0), 2**53 if below is None else int(below) - 1
         )
     return ANY_TEXT if kind is str else st.sampled_from(typing.get_args(kind))
 
