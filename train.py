@@ -164,9 +164,10 @@ class TrainingState:
 
 def main(argv):
     config = parse(TrainSettings, argv)
-    with StopSignals() as stop, join_world(config) as world:
+    with join_world(config) as world:
         config, source = start_of(config, argv, world)
-        with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
+        advice = f"out of memory on {world.device}: {smaller_batch(config)}"
+        with StopSignals() as stop, out_of_memory_as(advice):
             train(config, source, world, stop)
     if stop.received == signal.SIGINT:
         sys.exit(130)

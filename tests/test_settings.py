@@ -4,6 +4,7 @@ Settings: where a value comes from, what is refused and in which words, that nan
 
 import dataclasses
 import itertools
+import math
 import re
 import tempfile
 import typing
