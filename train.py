@@ -164,10 +164,12 @@ class TrainingState:
 
 def main(argv):
     config = parse(TrainSettings, argv)
-    with join_world(config) as world:
+    with (
+        StopSignals() as stop,
+        join_world(config) as world,
+    ):  # which may have to say who is lost, though stopped
         config, source = start_of(config, argv, world)
-        advice = f"out of memory on {world.device}: {smaller_batch(config)}"
-        with StopSignals() as stop, out_of_memory_as(advice):
+        with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             train(config, source, world, stop)
     if stop.received == signal.SIGINT:
         sys.exit(130)

@@ -363,6 +363,8 @@ def how_to_prepare(name):
         return f"make it with: python prepare.py {name}"
     source, _, kind = str(name).rpartition("_")
     kind = re.sub("^bpe(?=[0-9])", "bpe:", kind)
+    if source in BUILT_IN and kind in BUILT_IN:
+        return f"make it with: python prepare.py {source} --tokenizer=data/{kind} --name={name}"
     if source in BUILT_IN:
         with suppress(UsageError):
             tokenizer.maker(kind)
