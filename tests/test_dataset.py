@@ -482,6 +482,7 @@ def test_a_damaged_folder_of_nanogpt_is_refused(size, tmp_path):
         ("plays_gpt2", "prepare.py plays --tokenizer=gpt2"),
         ("plays_byte", "prepare.py plays --tokenizer=byte"),
         ("plays_bpe2000", "prepare.py plays --tokenizer=bpe:2000"),
+        ("plays_chat_plays", "prepare.py plays_chat --tokenizer=data/plays"),
         ("plays_bpe20", "prepare.py YOUR_TEXT.txt --name=plays_bpe20"),
         ("shakespeare", "prepare.py shakespeare"),
         ("shakespeare_char", "prepare.py shakespeare_char"),
