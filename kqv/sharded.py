@@ -12,7 +12,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -62,10 +62,14 @@ class Reader(dcp.FileSystemReader):
         for entry in metadata.state_dict_metadata.values():
             if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
                 raise ValueError("it holds more than tensors")
+        ends = {}
         for part in metadata.storage_data.values():
-            path = Path(self.path) / Path(part.relative_path).name
-            if path.stat().st_size < part.offset + part.length:
-                raise ValueError(f"{path.name} is cut off")
+            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+        for name, end in ends.items():
+            if Path(name).name != name:
+                raise ValueError(f"it names the file {name}, which is elsewhere")
+            if (Path(self.path) / name).stat().st_size < end:
+                raise ValueError(f"{name} is cut off")
         return metadata
 
     def _slice_file(self, file, part):
@@ -115,20 +119,16 @@ def first_cause(error):
     return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
 
 
-class damage_of:
-    """A context that turns whatever a damaged folder raises into a UserError."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, trace):
-        if kind is None or issubclass(kind, (UserError, KeyboardInterrupt, SystemExit)):
-            return
-        cause = first_cause(error)
-        raise UserError(f"{self.path} is damaged or of another model: {first_line(cause)}") from None
+@contextmanager
+def damage_of(path):
+    """Whatever a damaged folder raises is a UserError."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        cause = first_line(first_cause(error))
+        raise UserError(f"{path} is damaged or of another model: {cause}") from None
 
 
 def load_moments(optimizer, path):
@@ -179,7 +179,7 @@ class ShardedSaver(Saver):
                 rest["metadata_sha256"] = sha256(beside / METADATA)
                 save(beside / REST, rest)
                 put_in_place(beside, path)
-        except CheckpointException as error:  # no Exception, for torch
+        except CheckpointException as error:
             raise RuntimeError(first_line(first_cause(error))) from None
         finally:
             if self.world.is_main:

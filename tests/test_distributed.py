@@ -421,7 +421,7 @@ class Hostile:
 
 
 def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
-    """In .metadata, and in an entry that torch itself would unpickle."""
+    """In .metadata, and in an entry that torch itself would unpickle; nor are other folders read."""
     from kqv import sharded
 
     shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
@@ -430,13 +430,15 @@ def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
     code = pickle.dumps(Hostile())
     entry = BytesStorageMetadata()
     file = folder / "__0_0.distcp"
-    part = sharded.Reader(folder).read_metadata().storage_data
-    place = type(next(iter(part.values())))(file.name, file.stat().st_size, len(code))
+    place = type(next(iter(honest.storage_data.values())))(file.name, file.stat().st_size, len(code))
     hidden = copy.deepcopy(honest)
     hidden.state_dict_metadata["model.lm_head.weight"] = entry
     hidden.storage_data = {MetadataIndex("model.lm_head.weight"): place, **hidden.storage_data}
     file.write_bytes(file.read_bytes() + code)
-    for metadata in (Hostile(), hidden):
+    elsewhere = copy.deepcopy(honest)
+    for place in elsewhere.storage_data.values():
+        place.relative_path = f"../ckpt.pt/{place.relative_path}"
+    for metadata in (Hostile(), hidden, elsewhere):
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         rest = torch.load(folder / "rest.pt", weights_only=True)
         rest["metadata_sha256"] = sharded.sha256(folder / ".metadata")
