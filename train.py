@@ -471,7 +471,7 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     state.optimizer.found_inf = bad.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=world.frees_gradients(state.model))
     return loss_sum / share, grad_norm
 
 

@@ -163,6 +163,10 @@ class World:
             return model.no_sync()
         return nullcontext()
 
+    def frees_gradients(self, placed):
+        """Whether gradients take no memory between steps: DDP's stay, as parts of its buckets."""
+        return self.size == 1 or is_sharded(placed)
+
     def why_lost(self, error, waited):
         """
         What to say when others do not answer, as `error` says, for `waited` seconds at most: what one of them

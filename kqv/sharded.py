@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from kqv.checkpoint import REST, Saver, put_in_place, remove, save
@@ -27,7 +26,8 @@ from kqv.errors import UserError, first_line
 
 METADATA = ".metadata"
 PARTS = ("model", "optimizer")  # what is in parts
-# Classes that .metadata may name; what is in them are numbers, names and shapes.
+# Classes that .metadata may name; what is in them are numbers, names and shapes. BytesStorageMetadata is none
+# of them: what it stands for, torch would unpickle.
 HARMLESS = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata",
@@ -59,9 +59,6 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / METADATA, "rb") as file:
             metadata = Unpickler(file).load()
-        for entry in metadata.state_dict_metadata.values():
-            if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
-                raise ValueError("it holds more than tensors")
         ends = {}
         for part in metadata.storage_data.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)

@@ -111,9 +111,9 @@ def weights(folder, name="ckpt.pt"):
     return checkpoint.load(Path(folder, name))["model"]
 
 
-def moments(folder):
+def moments(folder, name="ckpt.pt"):
     """AdamW's state in a run's checkpoint, whole: {"number.name": tensor}."""
-    contents = checkpoint.load(Path(folder, "ckpt.pt"))
+    contents = checkpoint.load(Path(folder, name))
     if "folder" in contents:
         from kqv import sharded
 
@@ -314,6 +314,33 @@ def test_a_sample_of_a_sharded_model_is_that_of_a_whole_one(here, cli):
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
 
+LATE = """
+import time
+import train
+from kqv import sharded
+from kqv.distributed import in_one_voice
+from kqv.errors import run
+
+save = sharded.dcp.save
+def late(*arguments, **settings):
+    time.sleep(0.3)  # in which training goes on
+    save(*arguments, **settings)
+sharded.dcp.save = late
+run(in_one_voice(train.main))
+"""
+
+
+def test_what_is_written_beside_sharded_training_is_the_state_of_its_step(here, cli):
+    argv = [*RUN, "--dropout=0.1", "--checkpoint_interval=1"]
+    run_ranks(2, *argv, "--parallel=fsdp", "--max_iters=3", "--out_dir=out", code=LATE)
+    assert cli(train.main, *argv, "--max_iters=3", "--out_dir=one")[0] == 0
+    for name, step in (("ckpt.prev.pt", 2), ("ckpt.pt", 3)):
+        for run in ("out", "one"):
+            assert checkpoint.load(Path(run, name))["iter_num"] == step
+        assert_close(weights("out", name), weights("one", name))
+        assert_close(moments("out", name), moments("one", name))
+
+
 def test_best_weights_are_saved_without_the_optimizer(stopped):
     size = {
         name: sum(path.stat().st_size for path in Path("four", name).glob("*.distcp"))
@@ -343,15 +370,11 @@ def test_kills_at_any_moment_of_sharded_saves_lose_nothing(here, cli):
     moment, reached = random.Random(5), []
     for _ in range(8):
         with Ranks(2, *argv) as ranks:
-            log = here / "out/metrics.jsonl"
-            before = log.stat().st_ino if log.exists() else None
-            while not log.exists() or log.stat().st_ino == before:
-                assert all(process.poll() is None for process in ranks.processes)
-                time.sleep(0.01)
-            time.sleep(moment.uniform(0, 0.6))
-        if Path("out/ckpt.pt").exists() or Path("out/ckpt.prev.pt").exists():
-            reached.append(checkpoint.load(Path("out/ckpt.pt"))["iter_num"])
-    assert reached == sorted(reached) and reached[-1] > reached[0]
+            further = reached[-1] + 2 if reached else 2
+            ranks.wait_for(f'"step": {further},', here / "out/metrics.jsonl")
+            time.sleep(moment.uniform(0, 0.2))
+        reached.append(checkpoint.load(Path("out/ckpt.pt"))["iter_num"])
+    assert reached == sorted(reached) and 0 < reached[0] < reached[-1] < 120
     run_ranks(2, *argv)
     assert cli(train.main, *steps, "--out_dir=one")[0] == 0
     assert_same_run("out", "one")
@@ -532,7 +555,7 @@ def test_a_process_that_never_comes_is_named(here):
 
 @pytest.mark.parametrize(
     "parallel, how, says",
-    [("ddp", "SIGSTOP", "has not answered for 6 s"), ("fsdp", "SIGKILL", "has ended")],
+    [("fsdp", "SIGSTOP", "has not answered for 6 s"), ("ddp", "SIGKILL", "has ended")],
 )
 def test_a_process_that_hangs_or_dies_is_named(here, how, says, parallel):
     argv = [*RUN, "--max_iters=1000000", "--eval_interval=1000000", "--timeout_minutes=0.1"]
