@@ -17,16 +17,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY_RUN, process_environment, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.tensor import Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import export
 import sample
 import train
 from kqv import checkpoint
 from kqv.distributed import World
+from kqv.errors import UserError, warn
 from model import GPT, GPTConfig
 
 # Each step four micro-batches, for 1, 2 or 4 processes; three batches to evaluate on, unequal shares.
@@ -205,7 +209,8 @@ class Collectives(TorchDispatchMode):
         if DTensor in types:
             return NotImplemented  # it is counted by what it does
         if "c10d" in operation.namespace:
-            counts[operation._schema.name.split("::")[-1]] += 1
+            tensor, *_ = args[0] if isinstance(args[0], list) else args
+            counts[f"{operation._schema.name.split('::')[-1]} of {tensor.dtype}"] += 1
         return operation(*args, **(kwargs or {}))
 
 step, counts = train.train_step, Counter()
@@ -231,8 +236,8 @@ def counted_step(*argv, **how):
 
 def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimizer(here):
     found = {}
-    for accumulation in (2, 8):
-        argv = ["--parallel=fsdp", f"--gradient_accumulation_steps={accumulation}"]
+    for accumulation, dtype in ((2, "float32"), (8, "bfloat16")):
+        argv = ["--parallel=fsdp", f"--gradient_accumulation_steps={accumulation}", f"--dtype={dtype}"]
         first, second = counted_step(*argv)
         assert first[0] == second[0]
         found[accumulation] = first[0]
@@ -241,8 +246,31 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
         assert max(first[1], second[1]) < 0.6 * held
     # A part for each of the two blocks and one for the rest, whatever the number of micro-batches. Weights
     # are gathered in each of these: forward and backward the blocks', once the rest, which evaluation left.
-    assert [found[count]["_reduce_scatter_base_"] for count in found] == [3, 3]
-    assert [found[count]["_allgather_base_"] for count in found] == [5 - 1, 4 * 5 - 1]
+    reduce, gather = "_reduce_scatter_base_ of torch.float32", "_allgather_base_ of torch."
+    assert [found[count][reduce] for count in found] == [3, 3]
+    assert [found[2][gather + "float32"], found[8][gather + "bfloat16"]] == [5 - 1, 4 * 5 - 1]
+
+
+def test_parts_are_those_of_a_node_and_nodes_hold_the_same():
+    for node_size, mesh in ((3, (2, 3)), (6, (6,)), (1, (6,))):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=6)
+        try:
+            gpt = GPT(GPTConfig(16, 66, 2, 2, 12))
+            World(torch.device("cpu"), 0, 6, node_size).place(gpt, gpt.transformer.h, "fsdp", torch.float32)
+            for parameter in gpt.parameters():
+                assert parameter.device_mesh.shape == mesh and parameter.placements[-1] == Shard(0)
+                assert parameter.placements[:-1] == (Replicate(),) * (len(mesh) - 1)
+        finally:
+            dist.destroy_process_group()
+    with pytest.raises(UserError, match="4 of 6 processes"):
+        World(torch.device("cpu"), 0, 6, 4).place(gpt, gpt.transformer.h, "fsdp", torch.float32)
+
+
+@pytest.mark.parametrize("rank, said", [("0", "warning: mind the gap\n"), ("3", "")])
+def test_warnings_are_those_of_the_main_process(monkeypatch, capsys, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    warn("mind the gap")
+    assert capsys.readouterr().err == said
 
 
 # Saving and going on
