@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 
 from kqv.device import find_device
-from kqv.errors import UsageError, UserError, first_line
+from kqv.errors import UsageError, UserError, first_line, warn
 from kqv.settings import setting
 
 BYTES_A_PARAMETER = 16  # the float32 weight, its gradient and AdamW's two moments
@@ -256,34 +256,36 @@ def join_world(config):
     if missing:
         raise UsageError(f"RANK is set in the environment but {missing[0]} is not: start it by torchrun")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = find_own_device(config.device, int(os.environ["LOCAL_RANK"]))
-    backend = config.backend
-    if backend == "auto":
-        backend = "nccl" if device.type == "cuda" else "gloo"
     waited = 60 * config.timeout_minutes
     timeout = timedelta(seconds=waited)
     store = connect(rank, size, waited)
-    world = World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), store)
+    world = World(torch.device("cpu"), rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), store)
     with heart(store.clone(), rank):
         try:
+            device = find_own_device(config.device, int(os.environ["LOCAL_RANK"]))
+            backend = config.backend
+            if backend == "auto":
+                backend = "nccl" if device.type == "cuda" else "gloo"
             # NCCL waits longer, so that it is the processes that notice who is late.
-            dist.init_process_group(
-                backend,
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=2 * timeout if backend == "nccl" else timeout,
-            )
+            patience = 2 * timeout if backend == "nccl" else timeout
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
             control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-            yield replace(world, control=control, saving=saving)
+            if has_agent() and is_to_restart_machines():
+                warn(
+                    "to start several machines again, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+                    "its environment, as launch/multinode.sh sets it"
+                )
+            yield replace(world, device=device, control=control, saving=saving)
         except UserError as error:
-            tell(store, str(error))
+            error.is_said = tell(store, str(error))
             raise
         except RuntimeError as error:
             if not is_about_processes(error):
                 tell(store, f"process {rank} of {size} failed: {first_line(error)}")
                 raise
-            raise UserError(world.why_lost(error, waited)) from None
+            lost = UserError(world.why_lost(error, waited))
+            lost.is_said = tell(store, str(lost))
+            raise lost from None
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -310,16 +312,16 @@ def connect(rank, size, waited):
     nobody answers for `waited` seconds.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps_it = rank == 0 and not has_agent()
     deadline = time.monotonic() + waited
     while True:  # asked in Python, since torch's own answers are pages long
         try:
-            if keeps_it:
+            if keeps_store():
                 socket.getaddrinfo(host, port)
             else:
                 socket.create_connection((host, port), timeout=waited).close()
-            store = dist.TCPStore(host, port, is_master=keeps_it, timeout=timedelta(seconds=waited))
-            return dist.PrefixStore(f"kqv, start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            store = dist.TCPStore(host, port, is_master=keeps_store(), timeout=timedelta(seconds=waited))
+            start = os.environ["TORCHELASTIC_RESTART_COUNT"] if has_agent() else 0
+            return dist.PrefixStore(f"kqv, start {start}", store)
         except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline or isinstance(error, RuntimeError):
                 raise UserError(
@@ -330,8 +332,21 @@ def connect(rank, size, waited):
 
 
 def has_agent():
-    """Whether torchrun keeps the store; it outlives the processes."""
+    """Whether torchrun keeps the store, which then outlives the processes and their restarts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_to_restart_machines():
+    """Whether torchrun, on several machines, is to start processes again that have ended."""
+    machines, restarts = (
+        int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    )
+    return machines > 1 and restarts > 0
+
+
+def keeps_store():
+    """Whether this process does."""
+    return os.environ["RANK"] == "0" and not has_agent()
 
 
 def is_about_processes(error):
@@ -341,9 +356,15 @@ def is_about_processes(error):
 
 
 def tell(store, message):
-    """Leave word for the others of what ends this process, as far as that can be done."""
-    with suppress(RuntimeError):
+    """Leave word for the others of what ends this process. Returns whether one of them said so before."""
+    try:
         store.set("error", message)
+        is_said = store.add(f"said {message}", 1) > 1
+    except RuntimeError:  # the store is no more
+        return False
+    if keeps_store():
+        time.sleep(GRACE)  # it ends with this process
+    return is_said
 
 
 def in_one_voice(main):
@@ -361,14 +382,8 @@ def in_one_voice(main):
 
     def once(argv):
         if error := recorded(argv):
-            error.is_said = has_agent() and not is_first_to_say(str(error))
+            if error.is_said is None:  # before the processes met
+                error.is_said = os.environ.get("LOCAL_RANK", "0") != "0"
             raise error
 
     return once
-
-
-def is_first_to_say(message):
-    try:
-        return connect(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), waited=5).add(message, 1) == 1
-    except (RuntimeError, UserError):
-        return True

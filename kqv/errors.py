@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
     status = 1
-    is_said = False  # by another process already
+    is_said = None  # whether another process has said so already; None: not known
 
 
 class UsageError(UserError):

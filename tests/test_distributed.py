@@ -512,7 +512,7 @@ def test_a_checkpoint_of_another_shape_does_not_fit(stopped, cli):
 
 
 def assert_one_line(ends, *says):
-    """All have failed, and all that is said is one line (without torchrun each process says it)."""
+    """All have failed, and all that is said is one line."""
     lines = {line for _, _, err in ends for line in err.splitlines()}
     assert all(status for status, _, _ in ends), ends
     assert len(lines) == 1, ends
@@ -567,7 +567,7 @@ def test_a_checkpoint_that_a_node_lacks_is_not_a_new_run_there(nodes, straight):
 
 def test_an_address_where_nobody_is_ends_in_a_line(here):
     started = time.monotonic()
-    ends = failing(2, "--timeout_minutes=0.03", address="nowhere.invalid")
+    ends = failing(2, "--timeout_minutes=0.03", address="nowhere.invalid", node_size=1)
     assert time.monotonic() - started < 40
     for (status, _, err), rank in zip(ends, (0, 1), strict=True):
         (line,) = err.splitlines()
