@@ -212,7 +212,8 @@ def test_machines_that_do_not_meet_say_so_in_one_line(machines, head, says):
 
 def test_an_address_where_nobody_answers_is_said_in_one_line(machines):
     """In a network of its own, with one other address, which is kept free for examples."""
-    network = "ip link add d type dummy && ip address add 192.0.2.2/24 dev d && ip link set d up"
+    network = "ip link add name here type veth peer name there && ip link set here up && ip link set there up"
+    network += " && ip address add 192.0.2.2/24 dev here"
     alone = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", f'{network} && exec "$@"', "sh"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody make a network")
