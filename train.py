@@ -284,7 +284,7 @@ def train(config, source, world, stop):
         log.bar.update()
     if saver:
         saver.wait()
-    log.close(state, stop.received if stopping else None)
+    log.close(state, stopping, stop.received)
 
 
 def start_tracking(config, source, world):
@@ -631,17 +631,18 @@ class Log:
                 f"--dtype=float32 or a --learning_rate below {self.config.learning_rate}; ckpt.pt stays"
             )
 
-    def close(self, state, received):
+    def close(self, state, stopping, received):
         self.bar.close()
         seconds, out_dir = time.perf_counter() - self.started, self.config.out_dir
-        how = f"stopped by {received.name}" if received else "done"
+        who = received.name if received else "a signal to another process"
+        how = f"stopped by {who}" if stopping else "done"
         self.line(
             f"{how}: step {state.step} after {seconds:.1f} s "
             f"({self.paused:.1f} s of it evaluation and saving), best val loss {state.best_val_loss:.4f}"
         )
-        if received and state.step:
+        if stopping and state.step:
             self.line(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
-        elif not received:
+        elif not stopping:
             self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
             self.metrics.close()
