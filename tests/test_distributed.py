@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import export
 import sample
 import train
-from kqv import checkpoint
+from kqv import checkpoint, distributed
 from kqv.distributed import World
 from kqv.errors import UserError, warn
 from model import GPT, GPTConfig
@@ -614,6 +614,15 @@ def test_a_model_is_sharded_by_itself_where_it_would_fill_a_gpu(monkeypatch):
 
 
 # torchrun
+
+
+@pytest.mark.parametrize(
+    "machines, restarts, needs", [("2", "3", True), ("1", "3", False), ("2", "0", False)]
+)
+def test_restarts_over_several_machines_are_known(monkeypatch, machines, restarts, needs):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", machines)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert distributed.is_to_restart_machines() == needs
 
 
 def torchrun(count, *argv, restarts=0, **how):
