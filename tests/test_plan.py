@@ -131,7 +131,7 @@ JOBS = {
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_memory_is_what_a_step_of_train_py_holds(job):
     rough = job.sharded or job.checkpointing  # where several gradients and copies are on their way
-    assert plan.total(job) == pytest.approx(measured(job), rel=0.05 if rough else 0.015)
+    assert plan.total(job) == pytest.approx(measured(job), rel=0.07 if rough else 0.015)
 
 
 GPT2 = {name: bench.PRESETS[name].shape for name in ("124M", "350M", "774M")}
