@@ -93,11 +93,10 @@ def loss_memory(job):
     """
     V, C = job.shape.vocab_size, job.shape.n_embd
     chunks = -(-job.tokens * V // loss.LOGITS_AT_ONCE)
-    compiled = job.compiled and not job.sharded  # FSDP compiles each block by itself, and not the loss
-    of_a_logit = job.itemsize * (1 if chunks == 1 else 3) if compiled else 12
+    of_a_logit = job.itemsize * (1 if chunks == 1 else 3) if job.compiled else 12
     of_logits = of_a_logit * -(-job.tokens // chunks) * V
     if chunks == 1:
-        return of_logits + compiled * V * C * job.itemsize
+        return of_logits + job.compiled * V * C * job.itemsize
     return of_logits + 4 * V * C + job.tokens * C * job.itemsize
 
 
