@@ -164,10 +164,8 @@ class TrainingState:
 
 def main(argv):
     config = parse(TrainSettings, argv)
-    with (
-        StopSignals() as stop,
-        join_world(config) as world,
-    ):  # which may have to say who is lost, though stopped
+    # Signals are kept until the world is left: though stopped, it may have to say who is lost.
+    with StopSignals() as stop, join_world(config) as world:
         config, source = start_of(config, argv, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             train(config, source, world, stop)
@@ -208,15 +206,16 @@ def train(config, source, world, stop):
     compiled = find_compile(config.compile, world.device)
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     data = Dataset(config.dataset)
-    world.require_same(
-        {
-            **asdict(config),
-            "the step to go on from": source.get("iter_num") if source else 0,
-            f"the content of data/{config.dataset}": data.fingerprint(),
-            "the precision": dtype,
-            "torch": torch.__version__,
-        }
-    )
+    if world.size > 1:  # one process need not read so much of its data
+        world.require_same(
+            {
+                **asdict(config),
+                "the step to go on from": source.get("iter_num") if source else 0,
+                f"the content of data/{config.dataset}": data.fingerprint(),
+                "the precision": dtype,
+                "torch": torch.__version__,
+            }
+        )
     if source is None:  # before a model of that size is built
         data.require_length(config.block_size)
     config, gpt = build_model(config, source, data.tokenizer)

@@ -91,18 +91,19 @@ class World:
 
     def require_same(self, values):
         """Raise UserError, in every process, where {name: plain value} is not the same in all of them."""
+        if self.size == 1:
+            return
         everyone = [None] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everyone, (socket.gethostname(), values), group=self.control)
-            first_host, first = everyone[0]
-            for rank, (host, others) in enumerate(everyone):
-                for name in first:
-                    if others.get(name) != first[name]:
-                        raise UserError(
-                            f"{name} is {first[name]!s:.50} in process 0 on {first_host} and "
-                            f"{others.get(name)!s:.50} in process {rank} on {host}: give all processes the "
-                            "same command, code, data and out_dir"
-                        )
+        dist.all_gather_object(everyone, (socket.gethostname(), values), group=self.control)
+        first_host, first = everyone[0]
+        for rank, (host, others) in enumerate(everyone):
+            for name in first:
+                if others.get(name) != first[name]:
+                    raise UserError(
+                        f"{name} is {first[name]!s:.50} in process 0 on {first_host} and "
+                        f"{others.get(name)!s:.50} in process {rank} on {host}: give all processes the "
+                        "same command, code, data and out_dir"
+                    )
 
     def place(self, model, layers, parallel, dtype):
         """

@@ -7,12 +7,11 @@ checkpoint, in the place of a file. Any number of processes reads it again, and 
     rest.pt                           everything that is no tensor of them; written last
 """
 
-import hashlib
 import io
-import pickle
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from kqv.checkpoint import REST, Saver, put_in_place, remove, save
+from kqv.dataset import PlainUnpickler, sha256_of_file
 from kqv.errors import UserError, first_line
 
 METADATA = ".metadata"
@@ -46,17 +46,15 @@ HARMLESS = {
 }
 
 
-class Unpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if name in HARMLESS.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+class Unpickler(PlainUnpickler):
+    harmless = HARMLESS
 
 
 class Reader(dcp.FileSystemReader):
     """Reads tensors and nothing else, and checks the CRC-32 of what it reads."""
 
-    def read_metadata(self, *args, **kwargs):
+    @cached_property
+    def metadata(self):
         with open(Path(self.path) / METADATA, "rb") as file:
             metadata = Unpickler(file).load()
         ends = {}
@@ -68,6 +66,9 @@ class Reader(dcp.FileSystemReader):
             if (Path(self.path) / name).stat().st_size < end:
                 raise ValueError(f"{name} is cut off")
         return metadata
+
+    def read_metadata(self, *args, **kwargs):
+        return self.metadata
 
     def _slice_file(self, file, part):
         found = io.BytesIO(super()._slice_file(file, part).read(-1))
@@ -82,33 +83,29 @@ def load_rest(path, read):
     """The contents of rest.pt, by the function `read`. Raises UserError where .metadata is not its own."""
     rest = read(path / REST)
     digest = rest.pop("metadata_sha256", None)
-    if not (path / METADATA).is_file() or digest != sha256(path / METADATA):
+    if not (path / METADATA).is_file() or digest != sha256_of_file(path / METADATA):
         raise UserError(f"{path} is damaged: its {METADATA} is not the one that was written")
     return rest
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_whole(path, part):
     """{name: tensor} of a `part`, each tensor whole, on the CPU. Raises UserError."""
     with damage_of(path):
-        described = Reader(path).read_metadata().state_dict_metadata
+        reader = Reader(path)
         tensors = {
             name.removeprefix(f"{part}."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
-            for name, tensor in described.items()
+            for name, tensor in reader.metadata.state_dict_metadata.items()
             if name.startswith(f"{part}.")
         }
-        load_into({part: tensors}, path)
+        load_into({part: tensors}, reader)
     return tensors
 
 
-def load_into(tensors, path):
-    """Fill nested dicts of tensors, each sharded or whole, from a folder, in any number of processes."""
+def load_into(tensors, reader):
+    """Fill nested dicts of tensors, each sharded or whole, in any number of processes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is no mistake that each process reads by itself
-        dcp.load(tensors, storage_reader=Reader(path), no_dist=True)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def first_cause(error):
@@ -139,7 +136,7 @@ def load_moments(optimizer, path):
         }
     with damage_of(path):
         moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
-        load_into({"optimizer": moments}, path)
+        load_into({"optimizer": moments}, Reader(path))
 
 
 class ShardedSaver(Saver):
@@ -173,7 +170,7 @@ class ShardedSaver(Saver):
         try:
             dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
             if self.world.is_main:
-                rest["metadata_sha256"] = sha256(beside / METADATA)
+                rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
                 save(beside / REST, rest)
                 put_in_place(beside, path)
         except CheckpointException as error:

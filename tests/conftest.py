@@ -1,8 +1,10 @@
 """What the tests share: small real text, real prepared sets, and the scripts run as a user runs them."""
 
 import io
+import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,25 @@ def script(name, *arguments, cwd, **environment):
 
 def process_environment(**extra):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens at, as text."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def records(folder="out"):
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def results(folder="out"):
+    """All that a run logged and that does not depend on the machine's speed."""
+    timing = ("tokens_per_second", "save_stall_ms")
+    lasting = [{k: v for k, v in record.items() if k not in timing} for record in records(folder)]
+    return [record for record in lasting if record.keys() != {"step"}]
 
 
 def train_in(folder, *argv):

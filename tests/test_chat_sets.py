@@ -4,7 +4,6 @@ sees one at a time though they stand side by side.
 """
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, random_gpt
+from conftest import ROOT, TINY_RUN, free_port, process_environment, random_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -286,10 +285,8 @@ def test_a_stopped_run_on_conversations_goes_on_bit_for_bit(sampling, run):
 
 def test_two_processes_train_on_conversations_as_one(run):
     argv = [*TINY, "--sampling=epoch", "--gradient_accumulation_steps=4", "--dropout=0.1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}"]
     command += [str(ROOT / "train.py"), *argv]
     done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

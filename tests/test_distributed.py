@@ -7,7 +7,6 @@ import pickle
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY_RUN, process_environment, train_in
+from conftest import ROOT, TINY_RUN, free_port, process_environment, results, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
@@ -29,6 +28,7 @@ import export
 import sample
 import train
 from kqv import checkpoint, distributed
+from kqv.dataset import sha256_of_file
 from kqv.distributed import World
 from kqv.errors import UserError, warn
 from model import GPT, GPTConfig
@@ -42,9 +42,7 @@ class Ranks:
     """Processes of train.py, as torchrun starts them on one node or several, without torchrun itself."""
 
     def __init__(self, count, *argv, node_size=None, address="127.0.0.1", code=None, folders=(), own=()):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         command = [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *argv]
         self.processes = []
         for rank in range(count):
@@ -54,7 +52,7 @@ class Ranks:
                 LOCAL_RANK=str(rank % (node_size or count)),
                 LOCAL_WORLD_SIZE=str(node_size or count),
                 MASTER_ADDR=address,
-                MASTER_PORT=str(port),
+                MASTER_PORT=port,
                 TORCH_CPP_LOG_LEVEL="FATAL",
             )
             self.processes.append(
@@ -101,14 +99,6 @@ def run_ranks(count, *argv, **how):
     assert [(status, err) for status, _, err in ends] == [(0, "")] * count, ends
     assert [out for _, out, _ in ends[1:]] == [""] * (count - 1)
     return ends[0][1]
-
-
-def results(folder):
-    """All that a run logged and that does not depend on the machine's speed."""
-    lines = Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()
-    timing = ("tokens_per_second", "save_stall_ms")
-    found = [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
-    return [record for record in found if record.keys() != {"step"}]
 
 
 def weights(folder, name="ckpt.pt"):
@@ -455,7 +445,7 @@ def test_damaged_moments_are_refused(stopped, cli):
     """Weights are whole, so the checkpoint is chosen; what only training needs is read later."""
     from kqv import sharded
 
-    places = sharded.Reader("four/ckpt.pt").read_metadata().storage_data
+    places = sharded.Reader("four/ckpt.pt").metadata.storage_data
     place = next(place for index, place in places.items() if index.fqn == "optimizer.3.exp_avg")
     file = Path("four/ckpt.pt", place.relative_path)
     content = bytearray(file.read_bytes())
@@ -477,7 +467,7 @@ def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
 
     shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
     folder = Path("four/ckpt.pt")
-    honest = sharded.Reader(folder).read_metadata()
+    honest = sharded.Reader(folder).metadata
     code = pickle.dumps(Hostile())
     entry = BytesStorageMetadata()
     file = folder / "__0_0.distcp"
@@ -492,7 +482,7 @@ def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
     for metadata in (Hostile(), hidden, elsewhere):
         (folder / ".metadata").write_bytes(pickle.dumps(metadata))
         rest = torch.load(folder / "rest.pt", weights_only=True)
-        rest["metadata_sha256"] = sharded.sha256(folder / ".metadata")
+        rest["metadata_sha256"] = sha256_of_file(folder / ".metadata")
         checkpoint.save(folder / "rest.pt", rest)
         for main, argv in ((train.main, GO_ON), (sample.main, ["--checkpoint=newest"])):
             status, out, err = cli(main, *argv, "--out_dir=four", "--device=cpu")

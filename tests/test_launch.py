@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, train_in
+from conftest import ROOT, TINY_RUN, free_port, process_environment, train_in
 
 from kqv import checkpoint
 
@@ -62,12 +62,6 @@ class Machines:
         for pid in self.processes(*marks):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def wait_for_port(port):

@@ -22,7 +22,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, random_gpt, random_ids, script, write_text
+from conftest import (
+    ROOT,
+    TINY_RUN,
+    process_environment,
+    random_gpt,
+    random_ids,
+    records,
+    results,
+    script,
+    write_text,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -55,20 +65,9 @@ def run(cli, tiny_set):
     return succeed
 
 
-def records(folder="out"):
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
 def logged(name, folder="out"):
     """{step: number} of one of the logged numbers."""
     return {record["step"]: record[name] for record in records(folder) if name in record}
-
-
-def results(folder="out"):
-    """All that a run logged and that does not depend on the machine's speed."""
-    timing = ("tokens_per_second", "save_stall_ms")
-    lasting = [{k: v for k, v in record.items() if k not in timing} for record in records(folder)]
-    return [record for record in lasting if record.keys() != {"step"}]
 
 
 def saved(path="out/ckpt.pt"):
