@@ -168,10 +168,10 @@ class World:
         """Whether gradients take no memory between steps: DDP's stay, as parts of its buckets."""
         return self.size == 1 or is_sharded(placed)
 
-    def why_lost(self, error, waited):
+    def why_lost(self, error, waited, word):
         """
         What to say when others do not answer, as `error` says, for `waited` seconds at most: what one of them
-        left word of, or who it is.
+        left word of (`word` has it, where it came before the store ended), or who it is.
         """
         try:
             self.store.set(f"waits {self.rank}", "")
@@ -185,6 +185,8 @@ class World:
             late = self.store.check(["late"])
             beats, waiting = self.read_all("beat"), self.read_all("waits")
         except RuntimeError:
+            if word:
+                return word[0]
             return f"process 0 of {self.size}, or the torchrun that started it, has ended: look at its output"
         ranks = range(self.size)
         silent = [r for r in ranks if beats[r] == before[r]] or [r for r in ranks if waiting[r] is None]
@@ -205,18 +207,23 @@ class World:
 
 @contextmanager
 def heart(store, rank):
-    """While this is open, a thread shows in the store that the process lives, whatever it waits for."""
-    stop = threading.Event()
+    """
+    While this is open, a thread shows in the store that the process lives, whatever it waits for. Gives a
+    list for the first word that a process leaves of its end, which outlives the store.
+    """
+    stop, word = threading.Event(), []
 
     def beat():
         with suppress(RuntimeError):  # the store has ended, which others will say
             while not stop.wait(GRACE / 4):
                 store.set(f"beat {rank}", str(time.monotonic()))
+                if not word and store.check(["error"]):
+                    word.append(store.get("error").decode())
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield
+        yield word
     finally:
         stop.set()
         thread.join(GRACE)
@@ -261,7 +268,7 @@ def join_world(config):
     timeout = timedelta(seconds=waited)
     store = connect(rank, size, waited)
     world = World(torch.device("cpu"), rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), store)
-    with heart(store.clone(), rank):
+    with heart(store.clone(), rank) as word:
         try:
             device = find_own_device(config.device, int(os.environ["LOCAL_RANK"]))
             backend = config.backend
@@ -284,7 +291,7 @@ def join_world(config):
             if not is_about_processes(error):
                 tell(store, f"process {rank} of {size} failed: {first_line(error)}")
                 raise
-            lost = UserError(world.why_lost(error, waited))
+            lost = UserError(world.why_lost(error, waited, word))
             lost.is_said = tell(store, str(lost))
             raise lost from None
         finally:

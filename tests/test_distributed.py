@@ -585,6 +585,19 @@ def test_a_process_that_hangs_or_dies_is_named(here, how, says, parallel):
     assert_one_line([(process.returncode, out, err) for process, out, err in ends], f"process 1 of 3 {says}")
 
 
+def test_the_word_of_a_process_outlives_the_store():
+    store, gone = dist.HashStore(), SimpleNamespace(set=lambda *_: dist.Store().set("", ""))
+    with distributed.heart(store, 1) as word:
+        store.set("error", "out of memory")
+        deadline = time.monotonic() + WAIT
+        while not word:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    world, lost = World(torch.device("cpu"), 1, 2, store=gone), RuntimeError("gloo")
+    assert world.why_lost(lost, 1, word) == "out of memory"
+    assert world.why_lost(lost, 1, []).startswith("process 0 of 2")
+
+
 def test_an_environment_that_is_half_torchruns_is_refused(cli, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     status, _, err = cli(train.main, *RUN)
