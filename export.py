@@ -1,6 +1,5 @@
 """A trained model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp."""
 
-import math
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,11 +8,13 @@ from typing import Literal
 
 import torch
 
-from kqv import checkpoint, huggingface, llamacpp
 from kqv.errors import UsageError, UserError, first_line, run
+from kqv.files import remove, sync_folder
+from kqv.formats import gguf, huggingface, loading
+from kqv.formats.card import card
+from kqv.formats.loading import ModelSettings
 from kqv.settings import parse, setting
 from model import GPT, GPTConfig
-from sample import ModelSettings
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -45,12 +46,12 @@ def main(argv):
         raise UsageError("--dtype=q8_0 is for --format=gguf: a Hugging Face folder has f32, f16 or bf16")
     target = Path(config.to).resolve()
     require_free(target, config)
-    path, contents = checkpoint.chosen(config)
+    path, contents = loading.chosen(config)
     try:
         gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
-    tokenizer = checkpoint.tokenizer_of(contents)
+    tokenizer = loading.tokenizer_of(contents)
     weights = exported(gpt, tokenizer)
     shape = {**asdict(gpt.config), "vocab_size": tokenizer.vocab_size}
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
@@ -63,7 +64,7 @@ def main(argv):
                 huggingface.save(beside, weights, shape, tokenizer, text)
             else:
                 weights = huggingface.with_biases(weights)
-                llamacpp.save(beside, target.stem, weights, shape, tokenizer, config.dtype)
+                gguf.save(beside, target.stem, weights, shape, tokenizer, config.dtype)
     except OSError as error:
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
     print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
@@ -76,7 +77,7 @@ def require_free(target, config):
         ours = target.is_dir() and huggingface.is_our_export(target)
     else:
         free = not target.exists()
-        ours = target.is_file() and llamacpp.is_our_export(target)
+        ours = target.is_file() and gguf.is_our_export(target)
     if not free and not ours:
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
 
@@ -99,7 +100,7 @@ def replacing(target):
     """
     beside, earlier = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.remove(beside)
+    remove(beside)
     try:
         yield beside
         for path in sorted(beside.iterdir()) if beside.is_dir() else [beside]:
@@ -108,68 +109,10 @@ def replacing(target):
         if target.is_dir():  # a folder with content can't be replaced in one step
             os.replace(target, earlier)
         os.replace(beside, target)
-        checkpoint.sync_folder(target.parent)
-        checkpoint.remove(earlier)
+        sync_folder(target.parent)
+        remove(earlier)
     finally:
-        checkpoint.remove(beside)
-
-
-def card(name, contents, shape, size, tokenizer):
-    """
-    The text of a model card: what it is and how it was trained. Of the settings it has those that are
-    numbers, and the data set's own name: a text may be a path.
-    """
-    config = contents.get("config", {})
-    numbers = {
-        key: value
-        for key, value in config.items()
-        if str(key).isidentifier() and isinstance(value, (bool, int, float)) and key not in shape
-    }
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"A GPT of GPT-2's architecture with {size}, trained with kqv.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        "```",
-        "",
-        f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} ids. " + reads(tokenizer),
-        "",
-        "## Training",
-        "",
-    ]
-    dataset = config.get("dataset")
-    if isinstance(dataset, str) and Path(dataset).name:
-        lines += [f"Data: {Path(dataset).name}.", ""]
-    for label, value in (
-        ("Steps", contents.get("iter_num")),
-        ("Validation loss", contents.get("best_val_loss")),
-    ):
-        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            unit = "" if label == "Steps" else " nats per token, the lowest of the run so far"
-            lines += [f"{label}: {value if isinstance(value, int) else format(value, '.4f')}{unit}.", ""]
-    lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in {**shape, **numbers}.items()]
-    return "\n".join(lines) + "\n"
-
-
-def reads(tokenizer):
-    """What to know of texts that it is given."""
-    if tokenizer.kind == "chat":
-        return "Conversations go through `apply_chat_template`; in a text, its marks are read as such."
-    if tokenizer.kind == "char":
-        return "Characters that it does not know are left out."
-    return "It reads any text; no text is read as a special id."
+        remove(beside)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from loss import next_token_loss
+from kqv.training.loss import next_token_loss
 
 
 @dataclass(frozen=True)

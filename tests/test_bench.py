@@ -8,8 +8,10 @@ import torch
 
 import bench
 import train
-from kqv import dataset
-from kqv.dataset import Dataset
+from kqv.measuring import machine
+from kqv.measuring.training import PRESETS, Preset, own_step, plain_step, training_settings, write_random_set
+from kqv.text import dataset_writer
+from kqv.text.dataset import Dataset
 from model import GPT, GPTConfig
 
 TINY = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=100", "--rounds=1"]
@@ -21,7 +23,7 @@ TINY += ["--device=cpu", "--compile=False", "--dtype=float32"]
 def small_machine(monkeypatch):
     """A Machine whose ceilings are measured on little, which takes no time."""
 
-    class Smaller(bench.Machine):
+    class Smaller(machine.Machine):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             assert (self.much.nbytes, self.side) == (2**28, 2048)
@@ -97,7 +99,7 @@ def test_figures_are_positive_and_add_up(figures):
 
 
 def test_operations_of_a_prefill_are_counted_as_they_are_done(figures, monkeypatch):
-    monkeypatch.setattr(bench.Machine, "matmul", lambda self: 1e9)
+    monkeypatch.setattr(machine.Machine, "matmul", lambda self: 1e9)
     prefill = figures()["prefill"]
     weights, scores, head = 16 * (12 * 32**2 + 13 * 32), 16 * 16 * 32, 32 * 100
     expected = 2 * (weights + scores + head) / (prefill["ms"] / 1e3) / 1e9
@@ -120,7 +122,7 @@ def test_time_is_measured_where_the_work_is_done(figures, monkeypatch):
 def test_the_first_round_does_not_count_and_of_the_others_the_median_does():
     rounds = iter([100.0, 1.0, 5.0, 3.0])
     machine = SimpleNamespace(rounds=3, seconds=lambda work: work())
-    assert bench.Machine.median(machine, lambda: next(rounds)) == 3.0
+    assert machine.Machine.median(machine, lambda: next(rounds)) == 3.0
 
 
 def test_the_cache_is_measured_on_request(figures):
@@ -129,7 +131,7 @@ def test_the_cache_is_measured_on_request(figures):
 
 def test_cached_and_uncached_tokens_come_from_the_same_text(figures, monkeypatch):
     """Both give the same answer, with a model whose answer hangs on the position."""
-    answers, median = [], bench.Machine.median
+    answers, median = [], machine.Machine.median
 
     def gpt_of(shape):
         gpt = GPT(shape)
@@ -140,7 +142,7 @@ def test_cached_and_uncached_tokens_come_from_the_same_text(figures, monkeypatch
         answers.append(work())
         return median(self, work)
 
-    monkeypatch.setattr(bench.Machine, "median", kept)
+    monkeypatch.setattr(machine.Machine, "median", kept)
     monkeypatch.setattr(bench, "GPT", gpt_of)
     figures("--batch_sizes=1")
     *_, uncached, (cached,) = answers
@@ -161,9 +163,9 @@ def test_precision_and_sizes_are_those_asked_for(figures):
 
 
 def test_the_memory_is_looked_at_after_every_16_steps(figures, monkeypatch):
-    looks, bandwidth = [], bench.Machine.bandwidth
+    looks, bandwidth = [], machine.Machine.bandwidth
     monkeypatch.setattr(
-        bench.Machine, "bandwidth", lambda self, once=False: looks.append(once) or bandwidth(self, once)
+        machine.Machine, "bandwidth", lambda self, once=False: looks.append(once) or bandwidth(self, once)
     )
     found = figures("--max_new_tokens=38", "--batch_sizes=1")  # the first token, 16, 16 and 5
     assert looks == [False, True, True, True]
@@ -215,7 +217,7 @@ def test_too_little_memory_is_said_in_a_line(refusal, monkeypatch):
 def trained(cli, small_machine, monkeypatch):
     """Call bench.py train on a tiny model: trained("--compare") -> {what: its figures}."""
     shape = GPTConfig(block_size=16, vocab_size=30, n_layer=1, n_head=2, n_embd=32, bias=False)
-    monkeypatch.setitem(bench.PRESETS, "tiny", bench.Preset(shape, (2, 3)))
+    monkeypatch.setitem(PRESETS, "tiny", Preset(shape, (2, 3)))
 
     def figures(*argv):
         options = ["--device=cpu", "--compile=False", "--rounds=1", "--steps=2", "--format=jsonl"]
@@ -228,7 +230,7 @@ def trained(cli, small_machine, monkeypatch):
 
 
 def test_training_has_a_line_for_each_batch_size_and_its_figures_add_up(trained, monkeypatch):
-    monkeypatch.setattr(bench.Machine, "matmul", lambda self: 1e9)
+    monkeypatch.setattr(machine.Machine, "matmul", lambda self: 1e9)
     found = trained("--compare")
     assert list(found) == ["machine", "tiny, batch 2", "tiny, batch 3"]
     for batch_size in (2, 3):
@@ -269,25 +271,25 @@ def test_rounds_are_measured_in_turns_without_the_first_steps(trained, monkeypat
 def step_of(make, folder, shape, settings):
     machine = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     options = SimpleNamespace(activation_checkpointing=False)
-    config = bench.training_settings(options, shape, 2, folder)
+    config = training_settings(options, shape, 2, folder)
     return make(train.replace(config, **settings), shape, machine, False)
 
 
-@pytest.mark.parametrize("make", [bench.own_step, bench.plain_step])
+@pytest.mark.parametrize("make", [own_step, plain_step])
 def test_both_steps_train(make, tmp_path, monkeypatch):
     """On tokens of which there are only a few, though the model knows more."""
     shape = GPTConfig(block_size=16, vocab_size=30, n_layer=1, n_head=2, n_embd=32, bias=False)
-    bench.write_random_set(tmp_path, shape)
+    write_random_set(tmp_path, shape)
     assert Dataset(tmp_path).splits["train"][:].max() == 29
     splits = {split: torch.arange(1000).numpy() % 3 for split in ("train", "val")}
-    dataset.write(tmp_path, splits, Dataset(tmp_path).tokenizer, {})
+    dataset_writer.write(tmp_path, splits, Dataset(tmp_path).tokenizer, {})
     step = step_of(make, tmp_path, shape, {})
     losses = [step().item() for _ in range(300)]
     assert losses[0] == pytest.approx(3.4, abs=0.1) and losses[-1] < 0.8 * losses[0]
 
 
 def test_where_memory_is_short_the_other_batch_sizes_are_measured_all_the_same(trained, monkeypatch):
-    make = bench.own_step
+    make = own_step
 
     def greedy(settings, *arguments):
         if settings.batch_size == 2:

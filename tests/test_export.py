@@ -24,10 +24,13 @@ from hypothesis import strategies as st
 import export
 import sample
 import train
-from generate import Engine, Sampling, stream
-from kqv import checkpoint, huggingface, llamacpp, tokenizer_files
-from kqv.builtin import GPT2_WHEEL, unpacked_wheel
-from kqv.tokenizer import (
+from kqv.formats import checkpoint, gguf, huggingface, loading, tokenizer_json
+from kqv.generation.engine import Engine
+from kqv.generation.sampling import Sampling
+from kqv.generation.stream import stream
+from kqv.text.built_in import GPT2_WHEEL
+from kqv.text.download import unpacked_wheel
+from kqv.text.tokenizers import (
     PATTERNS,
     BPETokenizer,
     ByteTokenizer,
@@ -266,7 +269,7 @@ def test_biases_that_a_model_lacks_are_zeros(of_kind, tmp_path):
 def test_biases_that_a_model_has_are_written(tmp_path):
     save_run(tmp_path / "run", ByteTokenizer(), random_gpt(vocab_size=257, bias=True, **SHAPE))
     export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}"])
-    saved, back = checkpoint.load(tmp_path / "run/ckpt.pt"), huggingface.load(tmp_path / "hf")
+    saved, back = loading.load(tmp_path / "run/ckpt.pt"), huggingface.load(tmp_path / "hf")
     assert back["model"].keys() == saved["model"].keys()
     assert all(torch.equal(back["model"][name], weight) for name, weight in saved["model"].items())
     assert back["model_args"] == {k: v for k, v in saved["model_args"].items() if k != "dropout"}
@@ -289,10 +292,10 @@ def test_a_folder_in_half_precision(of_kind, tmp_path, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_exported_comes_back_bit_for_bit(of_kind, tmp_path, kind):
     ours = of_kind(kind)
-    first = checkpoint.load_start(str(ours.folder))
+    first = loading.load_start(str(ours.folder))
     assert first["tokenizer"] == ours.tokenizer.to_json()
     export.main([f"--init_from={ours.folder}", f"--to={tmp_path / 'again'}"])
-    second = checkpoint.load_start(str(tmp_path / "again"))
+    second = loading.load_start(str(tmp_path / "again"))
     assert first["model_args"] == second["model_args"] and first["tokenizer"] == second["tokenizer"]
     assert all(torch.equal(first["model"][name], weight) for name, weight in second["model"].items())
     with open(ours.folder / "tokenizer.json") as one, open(tmp_path / "again/tokenizer.json") as other:
@@ -304,7 +307,7 @@ def test_a_tokenizer_that_transformers_saved_again_is_still_ours(of_kind, theirs
     model, tokenizer = theirs(kind)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert checkpoint.load_start(str(tmp_path))["tokenizer"] == of_kind(kind).tokenizer.to_json()
+    assert loading.load_start(str(tmp_path))["tokenizer"] == of_kind(kind).tokenizer.to_json()
 
 
 def gpt2_files():
@@ -331,12 +334,12 @@ def test_gpt2s_own_tokenizer_is_known_in_both_its_forms(tmp_path):
     a_folder(tmp_path, 50257, end=50256)
     shutil.copy(gpt2_files() / "encoder.json", tmp_path / "vocab.json")
     shutil.copy(gpt2_files() / "vocab.bpe", tmp_path / "merges.txt")
-    assert checkpoint.load_start(str(tmp_path))["tokenizer"] == {"kind": "gpt2"}
+    assert loading.load_start(str(tmp_path))["tokenizer"] == {"kind": "gpt2"}
     whole = ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     whole.add_special_tokens(["<|endoftext|>"])
     whole.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "vocab.json").unlink()
-    assert checkpoint.load_start(str(tmp_path))["tokenizer"] == {"kind": "gpt2"}
+    assert loading.load_start(str(tmp_path))["tokenizer"] == {"kind": "gpt2"}
 
 
 def another_tokenizer(specials=("<|endoftext|>",), size=330, **options):
@@ -370,7 +373,7 @@ def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials
     ids = model.generate(idx, max_new_tokens=60, do_sample=False, **options)
     assert out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n" and len(out) > 60
 
-    ours = checkpoint.tokenizer_of(checkpoint.load_start(str(tmp_path / "hf")))
+    ours = loading.tokenizer_of(loading.load_start(str(tmp_path / "hf")))
     assert ours.vocab_size == 330 - len(specials) + 1
     for text in [*TRICKY, TEXT]:
         if "<|" not in text:
@@ -378,7 +381,7 @@ def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials
             assert ours.encode(text).tolist() == expected
 
     export.main([f"--init_from={tmp_path / 'hf'}", f"--to={tmp_path / 'again'}"])
-    first, second = (checkpoint.load_start(str(tmp_path / name)) for name in ("hf", "again"))
+    first, second = (loading.load_start(str(tmp_path / name)) for name in ("hf", "again"))
     rows = first["model"]["lm_head.weight"][: ours.vocab_size]
     assert torch.equal(rows, model.lm_head.weight[[*range(len(specials), 330), end]])
     assert torch.equal(second["model"]["lm_head.weight"], rows) and first["tokenizer"] == second["tokenizer"]
@@ -394,9 +397,9 @@ def write_json(path, content):
 
 def test_gpt2s_pieces_of_other_words_are_no_gpt2(of_kind):
     content = json.loads((of_kind("gpt2").folder / "tokenizer.json").read_text("utf-8"))
-    assert tokenizer_files.definition_of(content, 50256, 50257) == ({"kind": "gpt2"}, None)
-    other = tokenizer_files.words_of(BPETokenizer.pattern)
-    found, _ = tokenizer_files.definition_of(edited(content, pre_tokenizer=other), 50256, 50257)
+    assert tokenizer_json.definition_of(content, 50256, 50257) == ({"kind": "gpt2"}, None)
+    other = tokenizer_json.words_of(BPETokenizer.pattern)
+    found, _ = tokenizer_json.definition_of(edited(content, pre_tokenizer=other), 50256, 50257)
     assert found["kind"] == "bpe" and found["pattern"] == BPETokenizer.pattern
 
 
@@ -406,7 +409,7 @@ def test_a_chats_marks_come_right_behind_the_others(of_kind):
     content = json.loads((of_kind("chat-bpe").folder / "tokenizer.json").read_text("utf-8"))
     vocabulary, last = content["model"]["vocab"], len(ours.base.pieces) - 1
     vocabulary[next(name for name, number in vocabulary.items() if number == last)] = ours.vocab_size
-    found, order = tokenizer_files.definition_of(content, ours.separator, ours.vocab_size + 1)
+    found, order = tokenizer_json.definition_of(content, ours.separator, ours.vocab_size + 1)
     assert found == ours.base.to_json() and order[last : last + 2] == [ours.vocab_size, ours.separator]
 
 
@@ -467,11 +470,11 @@ def test_a_tokenizer_in_another_file_is_refused(cli, tmp_path, name):
 def test_data_of_a_folders_tokenizer_trains_its_model_and_other_data_does_not(of_kind, cli, tiny_set):
     result = cli(train.main, *TINY_RUN, f"--dataset={tiny_set}", f"--init_from={of_kind('bpe').folder}")
     assert_one_line(result, "another tokenizer", of_kind("bpe").folder)
-    save_run(Path("run"), checkpoint.tokenizer_of({"tokenizer": meta_of(tiny_set)}))
+    save_run(Path("run"), loading.tokenizer_of({"tokenizer": meta_of(tiny_set)}))
     export.main(["--out_dir=run", "--to=theirs"])
     status, _, err = cli(train.main, *TINY_RUN, f"--dataset={tiny_set}", "--init_from=theirs", "--out_dir=on")
     assert status == 0, err
-    assert checkpoint.load(Path("on/ckpt.pt"))["tokenizer"] == meta_of(tiny_set)
+    assert loading.load(Path("on/ckpt.pt"))["tokenizer"] == meta_of(tiny_set)
 
 
 def meta_of(name):
@@ -507,7 +510,7 @@ def test_weights_in_parts_and_in_torchs_own_format_are_read(tmp_path, parts, old
     assert (len(files) > 1) == parts and {path.suffix for path in files} == {
         ".bin" if old else ".safetensors"
     }
-    contents = checkpoint.load_start(str(tmp_path))
+    contents = loading.load_start(str(tmp_path))
     gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"]).eval()
     idx = random_ids(2, 24, below=61)
     with torch.no_grad():
@@ -671,7 +674,7 @@ def left_in(folder):
 def test_an_earlier_export_is_replaced_and_nothing_else_is(cli, run, format):
     status, out, err = cli(export.main, *targets(format))
     assert status == 0 and "here/it" in out and "byte" in out, err
-    changed = checkpoint.load(run / "ckpt.pt")
+    changed = loading.load(run / "ckpt.pt")
     changed["model"]["transformer.wpe.weight"] += 1
     checkpoint.save(run / "ckpt.pt", changed)
     before = content_of("here/it")
@@ -773,7 +776,7 @@ def test_an_interrupted_export_leaves_nothing(cli, run, monkeypatch):
 
 
 def test_the_checkpoint_can_be_chosen(cli, run):
-    other = checkpoint.load(run / "ckpt.pt")
+    other = loading.load(run / "ckpt.pt")
     other["iter_num"] = 2
     checkpoint.save(run / "best.pt", other)
     shutil.copy(run / "best.pt", "copy.pt")
@@ -808,7 +811,7 @@ def test_weights_for_fewer_ids_than_the_tokenizers_are_refused(cli, tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(cli, run):
-    broken = checkpoint.load(run / "ckpt.pt")
+    broken = loading.load(run / "ckpt.pt")
     checkpoint.save(run / "ckpt.pt", {**broken, "model_args": {**broken["model_args"], "n_embd": 32}})
     assert_one_line(cli(export.main, "--to=x"), "ckpt.pt", "no weights of a GPT")
 
@@ -993,7 +996,7 @@ def test_a_vocabulary_in_gpt2s_way_is_the_same_in_llama_cpp(tmp_path):
     another_tokenizer().save(str(tmp_path / "hf/tokenizer.json"))
     export.main([f"--init_from={tmp_path / 'hf'}", "--format=gguf", f"--to={tmp_path / 'x'}"])
     other = LlamaCpp(tmp_path / "x")
-    ours = checkpoint.tokenizer_of(checkpoint.load_start(str(tmp_path / "hf")))
+    ours = loading.tokenizer_of(loading.load_start(str(tmp_path / "hf")))
     for text in [*TRICKY, TEXT]:
         found = other.ask("/tokenize", content=text, parse_special=False)["tokens"]
         assert found == ours.encode(text).tolist()
@@ -1003,7 +1006,7 @@ def test_a_vocabulary_in_gpt2s_way_is_the_same_in_llama_cpp(tmp_path):
 
 
 def test_every_way_to_make_a_piece_is_a_merge():
-    assert tokenizer_files.merges_of([b"a", b"b", b"ab", b"ba", b"aba", b"x!"]) == [
+    assert tokenizer_json.merges_of([b"a", b"b", b"ab", b"ba", b"aba", b"x!"]) == [
         (b"a", b"b"),
         (b"b", b"a"),
         (b"a", b"ba"),
@@ -1013,8 +1016,8 @@ def test_every_way_to_make_a_piece_is_a_merge():
 
 def test_an_export_is_known_by_its_first_key(of_kind, llama):
     llama("byte")
-    assert llamacpp.is_our_export(of_kind("byte").file)
-    assert not llamacpp.is_our_export(of_kind("byte").folder / "config.json")
+    assert gguf.is_our_export(of_kind("byte").file)
+    assert not gguf.is_our_export(of_kind("byte").folder / "config.json")
 
 
 def test_no_piece_of_a_line_without_words_is_endless():

@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import TINY_RUN, logits_of, random_gpt, random_ids
 
-import loss
 import train
-from generate import Engine, Sampling, beam_search, generate, stream
-from kqv import checkpoint
+from kqv.formats import loading
+from kqv.generation.beams import beam_search
+from kqv.generation.engine import Engine
+from kqv.generation.sampling import Sampling
+from kqv.generation.stream import generate, stream
+from kqv.training import loss
 
 DEVICE = "cuda"
 pytestmark = [
@@ -22,7 +25,7 @@ RUN = [*TINY_RUN, "--dataset=tiny", f"--device={DEVICE}", "--compile=False"]
 
 
 def weights(out_dir):
-    return checkpoint.load(f"{out_dir}/ckpt.pt")["model"]
+    return loading.load(f"{out_dir}/ckpt.pt")["model"]
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -31,7 +34,7 @@ def test_every_precision_trains(cli, tiny_set, dtype, compiled):
     steps = ["--max_iters=100", "--lr_decay_iters=100", "--eval_interval=100"]
     status, _, err = cli(train.main, *RUN, *steps, f"--dtype={dtype}", f"--compile={compiled}")
     assert status == 0, err
-    assert checkpoint.load("out/ckpt.pt")["best_val_loss"] < 0.7 * math.log(20)  # about 20 characters
+    assert loading.load("out/ckpt.pt")["best_val_loss"] < 0.7 * math.log(20)  # about 20 characters
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -72,7 +75,7 @@ def test_activation_checkpointing_learns_the_same_with_less_memory(cli, tiny_set
         options = [f"--activation_checkpointing={again}", f"--compile={compiled}", f"--out_dir=out{again}"]
         assert cli(train.main, *RUN, *shape, *options)[0] == 0
         peaks.append(torch.cuda.max_memory_allocated())
-        losses.append(checkpoint.load(f"out{again}/ckpt.pt")["best_val_loss"])
+        losses.append(loading.load(f"out{again}/ckpt.pt")["best_val_loss"])
     assert losses[1] == pytest.approx(losses[0], abs=1e-3) and peaks[1] < 0.6 * peaks[0]
 
 

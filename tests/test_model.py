@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kqv import huggingface
+from kqv.formats import huggingface
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache
 
 GPT2_SIZES = {"124M": (12, 12), "350M": (24, 16), "774M": (36, 20), "1558M": (48, 25)}  # (n_layer, n_head)

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from kqv import builtin, dataset, sources
-from kqv.dataset import SPLITS, Dataset
-from kqv.sources import Source
+from kqv.text import built_in, dataset_writer, encoding, sources
+from kqv.text.dataset import SPLITS, Dataset
+from kqv.text.sources import Source
 
 UNHURRIED = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -41,14 +41,15 @@ UNHURRIED = settings(
 DRIVER = """
 import json, sys, time
 import prepare
-from kqv import dataset, errors, sources
+from kqv import errors
+from kqv.text import dataset_writer, encoding, sources
 
 if __name__ == "__main__":
     small = json.loads(sys.argv.pop(1))
-    sources.PIECE = prepare.PIECE = small["PIECE"]
-    prepare.PART, prepare.BEFORE_WORKERS = small["PART"], 1
-    append = dataset.Writer.append
-    dataset.Writer.append = lambda *arguments: (time.sleep(small["pause"]), append(*arguments))
+    sources.PIECE = encoding.PIECE = small["PIECE"]
+    encoding.PART, encoding.BEFORE_WORKERS = small["PART"], 1
+    append = dataset_writer.Writer.append
+    dataset_writer.Writer.append = lambda *arguments: (time.sleep(small["pause"]), append(*arguments))
     errors.run(prepare.main)
 """
 SMALL = {"PART": 3000, "PIECE": 200, "pause": 0.0}
@@ -202,8 +203,8 @@ def test_documents_in_any_pieces_and_parts_have_separators_between_them_alone(
         patch.chdir(folder)
         for module, name, value in (
             (sources, "PIECE", piece),
-            (prepare, "PIECE", piece),
-            (prepare, "PART", part),
+            (encoding, "PIECE", piece),
+            (encoding, "PART", part),
         ):
             patch.setattr(module, name, value)
         patch.setattr(sources, "FEW", few)
@@ -412,22 +413,22 @@ def test_a_full_disk_is_one_line_and_what_was_finished_stays(documents):
 
 
 def test_a_disk_that_fills_up_leaves_the_parts_before(documents, refusal, monkeypatch):
-    append, calls = dataset.Writer.append, itertools.count()
+    append, calls = dataset_writer.Writer.append, itertools.count()
 
     def full(*arguments):
         if next(calls) > 60:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         append(*arguments)
 
-    monkeypatch.setattr(dataset.Writer, "append", full)
-    for module in (sources, prepare):
+    monkeypatch.setattr(dataset_writer.Writer, "append", full)
+    for module in (sources, encoding):
         monkeypatch.setattr(module, "PIECE", 200)
-    monkeypatch.setattr(prepare, "PART", 3000)
+    monkeypatch.setattr(encoding, "PART", 3000)
     line = refusal(prepare.main, *COMMAND, "--tokenizer=byte")
     assert "data/docs" in line and "No space left" in line and "same command" in line
     assert parts_done() > 1
     before = {path.name: facts_of(path) for path in Path("data/docs/.new").glob("*_0000.bin")}
-    monkeypatch.setattr(dataset.Writer, "append", append)
+    monkeypatch.setattr(dataset_writer.Writer, "append", append)
     prepare.main([*COMMAND, "--tokenizer=byte"])
     assert rewritten(before) == []
 
@@ -488,7 +489,7 @@ def test_the_help_names_every_source_and_setting(cli):
     status, out, _ = cli(prepare.main, "--help")
     names = [field.name for field in dataclasses.fields(prepare.PrepareSettings) if field.name != "sources"]
     words = [
-        *builtin.BUILT_IN,
+        *built_in.BUILT_IN,
         "hf:ORG/NAME",
         ".tsv",
         ".jsonl",
@@ -541,7 +542,7 @@ def test_a_set_is_named_after_where_it_is_from(pattern, tokenizer, name):
 def test_a_vocabulary_is_learnt_from_so_much_text_at_most(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 100)
     for limit in (10**9, 1000):
-        monkeypatch.setattr(prepare, "LEARN_FROM", limit)
+        monkeypatch.setattr(encoding, "LEARN_FROM", limit)
         (tmp_path / "text.txt").write_text("keys and values " * 100 + "queries " * 100)
         assert cli(prepare.main, "text.txt", "--tokenizer=bpe:400", f"--name=at_most_{limit}")[0] == 0
         pieces = Dataset(tmp_path / f"data/at_most_{limit}").tokenizer.pieces
@@ -718,7 +719,7 @@ RECIPES = {
 
 
 def test_recipes_of_the_hub_name_their_sets():
-    on_hub = {name: found for name, found in builtin.BUILT_IN.items() if isinstance(found.documents, str)}
+    on_hub = {name: found for name, found in built_in.BUILT_IN.items() if isinstance(found.documents, str)}
     assert {
         name: (found.documents, found.settings["val_fraction"]) for name, found in on_hub.items()
     } == RECIPES
@@ -727,8 +728,8 @@ def test_recipes_of_the_hub_name_their_sets():
 
 def test_a_recipe_of_the_hub_is_prepared_with_its_settings(hub, cli, monkeypatch):
     folder = hub("theirs.jsonl", "text", [f"story {number}\n" for number in range(3000)])
-    found = builtin.BUILT_IN["tinystories"]._replace(documents=f"hf:{folder}")
-    monkeypatch.setitem(builtin.BUILT_IN, "tinystories", found)
+    found = built_in.BUILT_IN["tinystories"]._replace(documents=f"hf:{folder}")
+    monkeypatch.setitem(built_in.BUILT_IN, "tinystories", found)
     status, out, err = cli(prepare.main, "tinystories")
     if "package index" in err:
         pytest.skip(err)

@@ -20,9 +20,12 @@ import torch
 from conftest import ROOT, process_environment, random_gpt, train_in
 
 import sample
-import train
-from kqv import checkpoint, device
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, ChatTokenizer
+from kqv import device
+from kqv.formats import checkpoint, loading
+from kqv.generation import writer
+from kqv.generation.engine import COMPILE_FROM, compiling_pays, generation_dtype
+from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, ChatTokenizer
+from kqv.training.start import padded
 from model import GPT, GPTConfig
 
 SEPARATOR = "\n---------------\n"
@@ -130,9 +133,9 @@ def test_a_single_sample_is_the_text_alone(write):
 
 
 def test_temperature_zero_takes_the_likeliest_token(write, trained):
-    contents = checkpoint.load(trained / "best.pt")
+    contents = loading.load(trained / "best.pt")
     gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"]).eval()
-    tok = checkpoint.tokenizer_of(contents)
+    tok = loading.tokenizer_of(contents)
     ids = torch.tensor([tok.encode("keys").tolist()])  # (1, T)
     for _ in range(12):  # up to block_size, so that nothing is forgotten
         ids = torch.cat([ids, gpt(ids)[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
@@ -220,7 +223,7 @@ def test_nothing_but_the_checkpoint_is_needed(write, tmp_path):
 @pytest.mark.parametrize("draw", ["--temperature=0", "--temperature=1.5", "--top_k=3", "--top_k=0"])
 def test_ids_beyond_the_vocabulary_are_never_written(cli, tmp_path, draw):
     chars = "".join(map(chr, range(0x4E00, 0x4E00 + 1100)))
-    assert train.padded(len(chars)) == 1152
+    assert padded(len(chars)) == 1152
     save(gpt_that_likes(range(1100, 1152), 1152), CharTokenizer(chars), tmp_path / "out")
     for samples in (1, 2):
         argv = [
@@ -356,14 +359,14 @@ def test_a_character_model_stops_too(write):
 
 
 def test_what_may_begin_a_stop_is_held_back_until_that_is_known(recite, monkeypatch):
-    shown, events = [], sample.Writer.events
+    shown, events = [], writer.Writer.events
 
     def observed(*arguments):
         for event in events(*arguments):
             shown.append(event[2])
             yield event
 
-    monkeypatch.setattr(sample.Writer, "events", observed)
+    monkeypatch.setattr(writer.Writer, "events", observed)
     assert recite(b"a<|b<|en", "--stop=<|end|>") == ">a<|b<|en\n"
     assert shown == ["a", "", "", "<|b", "", "", "", "", "<|en"]  # the last: when no token comes any more
 
@@ -426,9 +429,9 @@ def test_jsonl_of_one_text_that_ends_by_its_length(write):
 @pytest.fixture(scope="module")
 def model(trained):
     """(the trained GPT, its tokenizer)"""
-    contents = checkpoint.load(trained / "best.pt")
+    contents = loading.load(trained / "best.pt")
     gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"]).eval()
-    return gpt, checkpoint.tokenizer_of(contents)
+    return gpt, loading.tokenizer_of(contents)
 
 
 @torch.no_grad()
@@ -711,12 +714,12 @@ def test_large_models_are_read_in_bfloat16_by_a_cpu_that_has_it(monkeypatch, siz
     monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: has_bfloat16)
     cpu, (small, large) = torch.device("cpu"), sizes
     fast = torch.bfloat16 if has_bfloat16 else torch.float32
-    assert sample.generation_dtype("auto", cpu, small) == torch.float32
-    assert sample.generation_dtype("auto", cpu, large) == fast
-    assert sample.generation_dtype("auto", torch.device("mps"), large) == torch.float32
+    assert generation_dtype("auto", cpu, small) == torch.float32
+    assert generation_dtype("auto", cpu, large) == fast
+    assert generation_dtype("auto", torch.device("mps"), large) == torch.float32
     for name in ("float32", "float16", "bfloat16"):
         for gpt in sizes:
-            assert sample.generation_dtype(name, cpu, gpt) == getattr(torch, name)
+            assert generation_dtype(name, cpu, gpt) == getattr(torch, name)
 
 
 def test_the_precision_asked_for_is_the_engines(write, monkeypatch):
@@ -744,14 +747,14 @@ def test_the_precision_asked_for_is_the_engines(write, monkeypatch):
 )
 def test_compiling_pays_for_many_steps(monkeypatch, sizes, device, prompts, argv, pays):
     config = sample.parse(sample.SampleSettings, argv)
-    batches = sample.batched([[0]] * prompts, config)
+    batches = writer.batched([[0]] * prompts, config)
     device, (small, large) = torch.device(device), sizes
-    assert sample.COMPILE_FROM == 2000
+    assert COMPILE_FROM == 2000
     for found in (True, False):
         monkeypatch.setattr(sample, "has_compiler", lambda found=found: found)
         on_gpu = device.type == "cuda"
-        assert sample.compiling_pays(batches, device, large, config) == (pays and (found or on_gpu))
-        assert sample.compiling_pays(batches, device, small, config) == (pays and on_gpu)
+        assert compiling_pays(batches, device, large, config) == (pays and (found or on_gpu))
+        assert compiling_pays(batches, device, small, config) == (pays and on_gpu)
 
 
 @pytest.mark.parametrize(

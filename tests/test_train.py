@@ -40,10 +40,13 @@ from torch.nn import functional as F
 import prepare
 import sample
 import train
-from kqv import device, tokenizer
-from kqv.dataset import Dataset
+from kqv import device
 from kqv.device import PEAK_TFLOPS, peak_flops
 from kqv.settings import parse
+from kqv.text import tokenizers
+from kqv.text.dataset import Dataset
+from kqv.training.optimizer import learning_rate_at
+from kqv.training.start import checkpoint_activations, set_precision
 from model import GPT, Block, GPTConfig
 
 TINY = [*TINY_RUN, "--dataset=tiny"]
@@ -211,10 +214,10 @@ def test_a_cpu_trains_in_bfloat16_where_it_has_it(run, monkeypatch, has_bfloat16
 def test_a_cpu_attends_over_few_tokens_by_plain_products(before):
     for block_size, fused in ((128, False), (129, True), (16, False)):
         torch.backends.cuda.enable_flash_sdp(before)
-        train.set_precision(schedule(block_size=block_size), torch.device("cpu"))
+        set_precision(schedule(block_size=block_size), torch.device("cpu"))
         assert torch.backends.cuda.flash_sdp_enabled() == fused
     torch.backends.cuda.enable_flash_sdp(before)
-    train.set_precision(schedule(block_size=16), torch.device("mps"))
+    set_precision(schedule(block_size=16), torch.device("mps"))
     assert torch.backends.cuda.flash_sdp_enabled() == before
 
 
@@ -254,7 +257,7 @@ def test_activation_checkpointing_keeps_one_tensor_of_a_block():
             gpt = random_gpt(n_layer=n_layer, dropout=0.1).train()
             names = list(gpt.state_dict())
             if checkpointed:
-                train.checkpoint_activations(gpt)
+                checkpoint_activations(gpt)
             kept[n_layer, checkpointed] = kept_for_backward(gpt, idx)
             assert list(gpt.state_dict()) == names
     a_block = [(kept[3, checkpointed] - kept[1, checkpointed]) / 2 for checkpointed in (False, True)]
@@ -298,7 +301,7 @@ def schedule(**settings):
 
 def test_learning_rate_warms_up_and_decays_along_a_cosine():
     config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
-    rates = [train.learning_rate_at(step, config) for step in range(30)]
+    rates = [learning_rate_at(step, config) for step in range(30)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0
     assert rates[9] == pytest.approx(0.55)  # half-way down
@@ -308,14 +311,14 @@ def test_learning_rate_warms_up_and_decays_along_a_cosine():
 
 def test_learning_rate_is_constant_without_decay():
     config = schedule(learning_rate=0.5, decay_lr=False, warmup_iters=4, lr_decay_iters=8)
-    assert {train.learning_rate_at(step, config) for step in (0, 3, 5, 8, 100)} == {0.5}
+    assert {learning_rate_at(step, config) for step in (0, 3, 5, 8, 100)} == {0.5}
 
 
 def test_learning_rate_needs_neither_warm_up_nor_decay():
     config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=0, lr_decay_iters=0)
-    assert train.learning_rate_at(0, config) == 0.1
+    assert learning_rate_at(0, config) == 0.1
     config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=5, lr_decay_iters=5)
-    assert train.learning_rate_at(5, config) == 0.1
+    assert learning_rate_at(5, config) == 0.1
 
 
 @given(
@@ -327,9 +330,7 @@ def test_learning_rate_needs_neither_warm_up_nor_decay():
 )
 def test_learning_rate_is_nanogpts(step, warmup, decay, peak, end):
     config = schedule(learning_rate=peak, min_lr=end, warmup_iters=warmup, lr_decay_iters=warmup + decay)
-    assert train.learning_rate_at(step, config) == pytest.approx(
-        nanogpt_learning_rate(step, config), abs=1e-12
-    )
+    assert learning_rate_at(step, config) == pytest.approx(nanogpt_learning_rate(step, config), abs=1e-12)
 
 
 # What a run leaves behind
@@ -355,7 +356,7 @@ def test_metrics_hold_one_object_for_each_logged_step_and_evaluation(run):
         bits = record["val_loss"] / math.log(2) * len(val) / len(val.encode("utf-8"))
         assert record["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6) and "é" in val
     config = parse(train.TrainSettings, TINY)
-    assert logged("lr") == {step: train.learning_rate_at(step, config) for step in (0, 2, 4)}
+    assert logged("lr") == {step: learning_rate_at(step, config) for step in (0, 2, 4)}
     assert all(record["tokens_per_second"] > 0 and record["grad_norm"] > 0 for record in steps)
 
 
@@ -423,7 +424,7 @@ def test_checkpoint_is_self_contained(run):
     assert best.keys() >= {"model", "model_args", "config", "tokenizer", "iter_num", "best_val_loss"}
     assert best.keys() == newest.keys() - {"optimizer", "scaler"}
     text = "keys and queries, é"[:16]
-    tok = tokenizer.from_json(newest["tokenizer"])
+    tok = tokenizers.from_json(newest["tokenizer"])
     assert tok.decode(tok.encode(text)) == text
     gpt = GPT.from_weights(GPTConfig(**newest["model_args"]), newest["model"])
     assert gpt.config.vocab_size == tok.vocab_size == 21

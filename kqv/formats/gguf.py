@@ -9,8 +9,7 @@ names, and an id is what it has joined when nothing is left to join. Characters 
 import numpy as np
 
 from kqv.errors import UserError
-from kqv.tokenizer import PATTERNS
-from kqv.tokenizer_files import (
+from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
     END,
     base_of,
@@ -21,6 +20,7 @@ from kqv.tokenizer_files import (
     specials_of,
     spelled,
 )
+from kqv.text.tokenizers import PATTERNS
 
 EXPORTED = "kqv.export"  # the first key of the file, so that a later export may take its place
 

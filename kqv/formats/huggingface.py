@@ -11,17 +11,29 @@ from pathlib import Path
 
 import torch
 
-from kqv import tokenizer_files
 from kqv.errors import UserError, first_line
+from kqv.formats import tokenizer_json
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 # Where weights may be, the best first: whole, or in parts that an index names.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
 BESIDE = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+
+
 # OpenAI's code keeps these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
 # What a GPT-2 config may say otherwise and the model here is always: (the default, its other spellings).
 AS_TRAINED = {
     "model_type": ("gpt2",),
@@ -31,8 +43,14 @@ AS_TRAINED = {
     "scale_attn_by_inverse_layer_idx": (False,),
     "tie_word_embeddings": (True,),
 }
+
+
 EXPORTED = "exported_by"  # in config.json, so that a later export may take the folder's place
+
+
 FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md")
+
+
 FILES += ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -74,7 +92,7 @@ def load(source):
         ) from None
     contents = {"model": weights, "model_args": model_args}
     rows = weights["lm_head.weight"]
-    definition, order = tokenizer_files.from_huggingface(folder, config.get("eos_token_id", 50256), len(rows))
+    definition, order = tokenizer_json.from_huggingface(folder, config.get("eos_token_id", 50256), len(rows))
     if order:  # our ids are others: the rows of the embedding move with them
         weights["lm_head.weight"] = weights["transformer.wte.weight"] = rows[order]
     if definition is None and config["vocab_size"] == 50257:
@@ -206,9 +224,9 @@ def save(folder, weights, shape, tokenizer, card):
         "torch_dtype": dtype,
         EXPORTED: "kqv",
     }
-    texts = tokenizer_files.to_huggingface(tokenizer, shape["block_size"])
-    texts["config.json"] = tokenizer_files.to_text(config)
-    texts["generation_config.json"] = tokenizer_files.to_text(ids)
+    texts = tokenizer_json.to_huggingface(tokenizer, shape["block_size"])
+    texts["config.json"] = tokenizer_json.to_text(config)
+    texts["generation_config.json"] = tokenizer_json.to_text(ids)
     texts["README.md"] = card
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")

@@ -10,22 +10,23 @@ checkpoint, in the place of a file. Any number of processes reads it again, and 
 import io
 import warnings
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from kqv.checkpoint import REST, Saver, put_in_place, remove, save
-from kqv.dataset import PlainUnpickler, sha256_of_file
 from kqv.errors import UserError, first_line
+from kqv.files import PlainUnpickler, sha256_of_file
+from kqv.formats.checkpoint import REST
 
 METADATA = ".metadata"
+
+
 PARTS = ("model", "optimizer")  # what is in parts
+
+
 # Classes that .metadata may name; what is in them are numbers, names and shapes. BytesStorageMetadata is none
 # of them: what it stands for, torch would unpickle.
 HARMLESS = {
@@ -137,48 +138,3 @@ def load_moments(optimizer, path):
     with damage_of(path):
         moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
         load_into({"optimizer": moments}, Reader(path))
-
-
-class ShardedSaver(Saver):
-    """
-    A Saver of a sharded model: every process writes its own part, in a thread beside training, and the main
-    one puts the folder in its place when all are done.
-    """
-
-    def __init__(self, out_dir, is_new_run, world):
-        super().__init__(out_dir, is_new_run)
-        self.world = world
-        self.stager = BlockingAsyncStager()
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.9's own code
-
-    def stage(self, contents):
-        parts = {"model": contents["model"], "optimizer": contents["optimizer"]["state"]}
-        rest = {name: value for name, value in contents.items() if name not in parts}
-        staged = self.stager.stage(parts)
-        self.stager.cache_staged_state_dict = True  # its memory is used again at the next save
-        self.stager.state_dict_cache = staged
-        return {**self.copy(rest), **staged}
-
-    def save_file(self, path, contents):
-        beside = path.with_name(f".{path.name}.new")
-        if self.world.is_main:
-            with suppress(OSError):  # it is there for the barrier, whatever happens
-                remove(beside)
-        dist.barrier(self.world.saving)  # nobody writes there before
-        parts = {name: value for name, value in contents.items() if name in PARTS}
-        rest = {name: value for name, value in contents.items() if name not in PARTS}
-        try:
-            dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
-            if self.world.is_main:
-                rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
-                save(beside / REST, rest)
-                put_in_place(beside, path)
-        except CheckpointException as error:
-            raise RuntimeError(first_line(first_cause(error))) from None
-        finally:
-            if self.world.is_main:
-                remove(beside)
-
-    def forget_older_run(self):
-        if self.world.is_main:
-            super().forget_older_run()

@@ -9,16 +9,24 @@ import json
 from hashlib import sha256
 from types import SimpleNamespace
 
-from kqv import tokenizer as tokenizers
 from kqv.errors import UserError, first_line
-from kqv.tokenizer import PATTERNS, ChatTokenizer
+from kqv.text import tokenizers
+from kqv.text.tokenizers import PATTERNS, ChatTokenizer
 
 END = "<|endoftext|>"
+
+
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
 # The sha256 of GPT-2's pieces, a line each.
 GPT2_PIECES = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
+
+
 # What a tokenizer.json may have and ours have nothing like.
 CHANGES = ("normalizer", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+
+
 # In Jinja, what ChatTokenizer.encode_chat says of messages.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|system|>{% endif %}"
@@ -92,9 +100,6 @@ def require_unique(names):
         seen.add(name)
 
 
-# Out
-
-
 def to_huggingface(tokenizer, block_size):
     """{file name: content} for `AutoTokenizer.from_pretrained`. Raises UserError."""
     base, specials = base_of(tokenizer), specials_of(tokenizer)
@@ -159,9 +164,6 @@ def words_of(pattern):
         return {**BYTES, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, BYTES]}
-
-
-# In
 
 
 def from_huggingface(folder, end, rows):

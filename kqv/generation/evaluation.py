@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kqv.dataset import Dataset
 from kqv.errors import UsageError, UserError
+from kqv.text.dataset import Dataset
 
 WORDS = {  # what is said where a number is there and not 0
     "split": "{dataset}, {split} split",

@@ -11,7 +11,7 @@ V vocabulary; g GPUs with a process each, m of them in a node, s that share one 
 import math
 from dataclasses import dataclass, replace
 
-import loss
+from kqv.training import loss
 from model import GPTConfig
 
 LARGE = {  # shapes beyond those that bench.py measures (GPT-3's, Brown et al. 2020, table 2.1)

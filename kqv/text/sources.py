@@ -26,12 +26,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from kqv.builtin import BUILT_IN, prompted
 from kqv.errors import UserError, first_line
+from kqv.text.built_in import BUILT_IN, prompted
 
 PIECE = 2**20  # bytes of text at once
+
+
 FEW = 100  # text files of which each is cut in two, rather than being in one split as a whole
+
+
 ROLES = ("system", "user", "assistant")
+
+
 STANDARD_INPUT = "standard input"
 
 
@@ -240,9 +246,6 @@ def files_in(folder):
     return sorted(paths)
 
 
-# Texts
-
-
 def stretches(file, name, cut=None):
     """
     (whether it lies behind byte `cut`, text) for all of a UTF-8 file, at most PIECE bytes at a time.
@@ -302,9 +305,6 @@ def behind(content, place):
     line, offset = place
     lines = content.count(b"\n")
     return line + lines, len(content) - (content.rfind(b"\n") + 1) + (0 if lines else offset)
-
-
-# Tables: each reader yields a file's documents
 
 
 def jsonl_documents(file, name, text_column):
@@ -394,6 +394,8 @@ def hub_rows(pattern):
 
 
 READERS = {".jsonl": jsonl_documents, ".parquet": parquet_documents, ".tsv": tsv_documents}
+
+
 IN_FOLDERS = (".txt", ".md", ".jsonl", ".parquet", ".tsv", ".txt.gz", ".jsonl.gz", ".tsv.gz")
 
 

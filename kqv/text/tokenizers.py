@@ -9,7 +9,6 @@ Ids are cut from UTF-8 bytes, so `decode_bytes` is the exact inverse; a stream o
 character, and `TextStream` puts it together. No text, whatever it says, is read as a special id.
 """
 
-import codecs
 import re
 import reprlib
 from contextlib import suppress
@@ -149,7 +148,8 @@ def gpt2_encoding():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    from kqv.builtin import GPT2_WHEEL, unpacked_wheel
+    from kqv.text.built_in import GPT2_WHEEL
+    from kqv.text.download import unpacked_wheel
 
     files = unpacked_wheel(GPT2_WHEEL, download=False)
     if files is None:
@@ -347,52 +347,3 @@ def from_nanogpt(meta):
             "meta.pkl maps ids to more than single characters: prepare the data again with prepare.py"
         )
     return CharTokenizer("".join(itos[i] for i in range(len(itos))))
-
-
-class TextStream:
-    """
-    Text out of ids as they come: a character when it is whole, and nothing after the end of the text.
-
-    A text ends at the tokenizer's separator, and before the first string of `stops` to be complete, wherever
-    the borders of its tokens are. What may be the beginning of such a string is held back until that is
-    known.
-    """
-
-    def __init__(self, tokenizer, stops=()):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.held = ""
-        self.ended = None  # why the text has ended: "end_of_text" or "stop"
-
-    def feed(self, token):
-        """The text that is certain now that `token` has come."""
-        if self.ended:
-            return ""
-        if token == self.tokenizer.separator:
-            text = self.finish()
-            self.ended = self.ended or "end_of_text"
-            return text
-        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
-        return self.release()
-
-    def finish(self):
-        """The text that is left when no token comes any more."""
-        if self.ended:
-            return ""
-        self.held += self.decoder.decode(b"", final=True)
-        text, self.held = self.release() + self.held, ""
-        return text
-
-    def release(self):
-        found = [(start + len(stop), start) for stop in self.stops if (start := self.held.find(stop)) >= 0]
-        if found:
-            _, end = min(found)  # the first to be complete; of several at once the longest
-            text, self.held, self.ended = self.held[:end], "", "stop"
-            return text
-        end = len(self.held) - max(map(self.begun, self.stops), default=0)
-        text, self.held = self.held[:end], self.held[end:]
-        return text
-
-    def begun(self, stop):
-        """How many characters of `stop` may have begun at the end of what is held."""
-        return next((n for n in range(len(stop) - 1, 0, -1) if self.held.endswith(stop[:n])), 0)

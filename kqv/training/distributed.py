@@ -28,6 +28,8 @@ from kqv.errors import UsageError, UserError, first_line, warn
 from kqv.settings import setting
 
 BYTES_A_PARAMETER = 16  # the float32 weight, its gradient and AdamW's two moments
+
+
 GRACE = 2  # seconds that a process has to show that it lives
 
 

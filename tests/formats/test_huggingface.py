@@ -10,7 +10,7 @@ from conftest import TINY_RUN, logits_of, script, write_text
 import prepare
 import sample
 import train
-from kqv import checkpoint, huggingface
+from kqv.formats import huggingface, loading
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def refused(cli, source, *named):
 def test_a_folder_gives_the_logits_of_transformers(tmp_path, vocab_size):
     theirs = random_gpt2(vocab_size)
     theirs.save_pretrained(tmp_path)
-    contents = checkpoint.load_start(str(tmp_path))
+    contents = loading.load_start(str(tmp_path))
     gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"]).eval()
     idx = torch.randint(vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_folder_gives_the_logits_of_transformers(tmp_path, vocab_size):
 
 def test_weights_in_half_precision_are_read(tmp_path):
     random_gpt2(vocab_size=61).half().save_pretrained(tmp_path)
-    contents = checkpoint.load_start(str(tmp_path))
+    contents = loading.load_start(str(tmp_path))
     gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"])
     assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
 
@@ -116,7 +116,7 @@ def test_evaluation_only_reports_the_loss_of_the_folders_weights(cli, folder, bp
 def test_training_goes_on_from_the_folders_weights(cli, folder, bpe_set, tmp_path):
     status, _, err = cli(train.main, *QUICK, f"--init_from={folder}", "--learning_rate=0", "--min_lr=0")
     assert status == 0, err
-    saved, start = checkpoint.load(tmp_path / "out/ckpt.pt"), checkpoint.load_start(str(folder))
+    saved, start = loading.load(tmp_path / "out/ckpt.pt"), loading.load_start(str(folder))
     assert saved["model_args"] == {**start["model_args"], "block_size": 16, "dropout": 0.0}  # cropped from 24
     for name, tensor in start["model"].items():
         kept = tensor[:16] if name == "transformer.wpe.weight" else tensor
@@ -124,7 +124,7 @@ def test_training_goes_on_from_the_folders_weights(cli, folder, bpe_set, tmp_pat
 
     status, _, err = cli(train.main, *QUICK, f"--init_from={folder}", "--out_dir=tuned")
     assert status == 0, err
-    tuned = checkpoint.load(tmp_path / "tuned/ckpt.pt")
+    tuned = loading.load(tmp_path / "tuned/ckpt.pt")
     assert tuned["iter_num"] == 2 and tuned["best_val_loss"] < saved["best_val_loss"]
     status, out, err = cli(sample.main, "--out_dir=tuned", "--max_new_tokens=3", "--start=keys")
     assert status == 0 and out.startswith("keys"), err
@@ -135,7 +135,7 @@ def test_sampling_from_a_folder_writes_what_transformers_writes(cli, folder):
     arguments = [f"--init_from={folder}", f"--start={prompt}", "--max_new_tokens=8", "--device=cpu"]
     status, out, err = cli(sample.main, *arguments, "--temperature=0")
     assert status == 0, err
-    tokenizer = checkpoint.tokenizer_of(checkpoint.load_start(str(folder)))
+    tokenizer = loading.tokenizer_of(loading.load_start(str(folder)))
     idx = torch.tensor(tokenizer.encode(prompt).astype("int64"))[None]
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     options = {"attention_mask": torch.ones_like(idx), "min_new_tokens": 8, "pad_token_id": 0}
@@ -200,7 +200,7 @@ def test_gpt2_with_other_parts_is_refused(cli, folder, change):
 
 def test_either_name_of_gpt2s_activation_is_read(folder):
     edit_config(folder, activation_function="gelu_pytorch_tanh")
-    assert checkpoint.load_start(str(folder))["model_args"]["n_layer"] == 2
+    assert loading.load_start(str(folder))["model_args"]["n_layer"] == 2
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(cli, folder, bpe_set):

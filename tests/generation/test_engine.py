@@ -12,7 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from generate import Engine, MatVec, Reader, Sampler, Sampling, beam_search, draw, generate, stream, uniforms
+from kqv.generation.beams import beam_search
+from kqv.generation.engine import Engine, MatVec
+from kqv.generation.sampling import Sampler, Sampling, draw, uniforms
+from kqv.generation.stream import Reader, generate, stream
 
 MODES = {
     "greedy": Sampling(temperature=0),

@@ -16,8 +16,8 @@ from test_sample import gpt_that_likes, gpt_that_writes, parsed, save
 import prepare
 import sample
 import train
-from kqv import dataset
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, ChatTokenizer
+from kqv.text import dataset, dataset_writer
+from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, ChatTokenizer
 from model import GPT
 
 TOK = ChatTokenizer(CharTokenizer("abcd789"))
@@ -40,7 +40,7 @@ def write_set(val, train=TALKS, tok=TOK, name="talk", **about):
     encode = tok.encode_chat if tok.kind == "chat" else tok.encode
     splits = {"train": train, "val": val}
     ids = {split: np.concatenate([encode(document) for document in some]) for split, some in splits.items()}
-    dataset.write(Path("data") / name, ids, tok, about)
+    dataset_writer.write(Path("data") / name, ids, tok, about)
     return f"--dataset={name}"
 
 

@@ -15,10 +15,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import loss
-import plan
 import train
-from kqv.distributed import World, is_sharded
+from kqv.measuring import plan
+from kqv.measuring.training import PRESETS
+from kqv.training import loss
+from kqv.training.distributed import World, is_sharded
+from kqv.training.start import checkpoint_activations, start_state
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
@@ -52,9 +54,9 @@ def training(job, world):
     torch.manual_seed(0)
     gpt = GPT(job.shape)
     gpt = world.place(gpt, gpt.transformer.h, "fsdp" if job.sharded else "ddp", dtype)
-    state = train.start_state(config, gpt, None, dtype)
+    state = start_state(config, gpt, None, dtype)
     if job.checkpointing:
-        train.checkpoint_activations(gpt)
+        checkpoint_activations(gpt)
     model = world.wrap(torch.compile(gpt) if job.compiled else gpt, gpt)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
@@ -134,7 +136,7 @@ def test_memory_is_what_a_step_of_train_py_holds(job):
     assert plan.total(job) == pytest.approx(measured(job), rel=0.07 if rough else 0.015)
 
 
-GPT2 = {name: bench.PRESETS[name].shape for name in ("124M", "350M", "774M")}
+GPT2 = {name: PRESETS[name].shape for name in ("124M", "350M", "774M")}
 LARGE_VOCABULARY = GPTConfig(1024, 50304, 2, 4, 256, bias=False)
 LARGE_JOBS = {
     "124M, float32, batch 1": plan.Job(GPT2["124M"], itemsize=4),

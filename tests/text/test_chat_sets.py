@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 import prepare
 import train
-from kqv import checkpoint, dataset
-from kqv.dataset import SPLITS, Dataset
-from kqv.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
+from kqv.formats import loading
+from kqv.text import dataset, dataset_writer
+from kqv.text.dataset import SPLITS, Dataset
+from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
+from kqv.training.start import build_model, checkpoint_activations
 
 UNHURRIED = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -55,7 +57,7 @@ def written_out(conversation):
 
 def chat_set(folder, conversations):
     ids = np.concatenate([CHAT.encode_chat(messages_of(conversation)) for conversation in conversations])
-    dataset.write(folder, {split: ids for split in SPLITS}, CHAT, {})
+    dataset_writer.write(folder, {split: ids for split in SPLITS}, CHAT, {})
     return Dataset(folder)
 
 
@@ -203,7 +205,7 @@ def test_a_rows_loss_and_gradient_are_those_of_its_conversations(packed):
 def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed):
     gpt, (idx, targets, positions), _ = packed
     if how == "checkpointed":
-        train.checkpoint_activations(gpt)
+        checkpoint_activations(gpt)
     end = ends_of(idx)[4]
     losses, gradients = [], []
     for length in (end, 48):
@@ -246,7 +248,7 @@ def write_sums(name, count):
 
 
 def weights(folder="out", name="ckpt.pt"):
-    return checkpoint.load(Path(folder) / name)["model"]
+    return loading.load(Path(folder) / name)["model"]
 
 
 def same(a, b):
@@ -306,7 +308,7 @@ def test_evaluation_is_the_mean_over_all_rows(run):
     run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
     config = train.parse(train.TrainSettings, [*TINY, "--batch_size=1"])
     data = Dataset("sums")
-    _, gpt = train.build_model(config, None, data.tokenizer)
+    _, gpt = build_model(config, None, data.tokenizer)
     rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
     with torch.no_grad():
         expected = np.mean(
@@ -337,7 +339,9 @@ def test_where_no_conversation_fits_the_size_that_does_is_named(run, refusal):
 
 
 def test_a_set_that_begins_with_no_conversation_is_refused(tmp_path, refusal):
-    dataset.write(tmp_path / "data/x", {split: np.array([0, 3, 4, 5, 1, 6]) for split in SPLITS}, CHAT, {})
+    dataset_writer.write(
+        tmp_path / "data/x", {split: np.array([0, 3, 4, 5, 1, 6]) for split in SPLITS}, CHAT, {}
+    )
     line = refusal(train.main, *TINY, "--dataset=x")
     assert "begins with no conversation" in line and "prepare.py again" in line
 
@@ -380,7 +384,7 @@ def test_what_was_trained_on_texts_goes_on_with_conversations(source, base, cli)
     assert cli(prepare.main, "sums.tsv", "--name=chat", f"--tokenizer={source}")[0] == 0
     frozen = ["--learning_rate=0", "--min_lr=0", "--max_iters=1"]
     base(*TINY, "--dataset=chat", "--init_from=base", "--out_dir=tuned", *frozen)
-    old, new = checkpoint.load("base/best.pt"), checkpoint.load("tuned/ckpt.pt")
+    old, new = loading.load("base/best.pt"), loading.load("tuned/ckpt.pt")
     known = old["model_args"]["vocab_size"]
     assert new["model_args"] == {**old["model_args"], "vocab_size": known + 4}
     assert new["tokenizer"] == {"kind": "chat", "base": old["tokenizer"]}

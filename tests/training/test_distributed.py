@@ -27,10 +27,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import export
 import sample
 import train
-from kqv import checkpoint, distributed
-from kqv.dataset import sha256_of_file
-from kqv.distributed import World
 from kqv.errors import UserError, warn
+from kqv.files import sha256_of_file
+from kqv.formats import checkpoint, loading
+from kqv.training import distributed
+from kqv.training.distributed import World
 from model import GPT, GPTConfig
 
 # Each step four micro-batches, for 1, 2 or 4 processes; three batches to evaluate on, unequal shares.
@@ -102,14 +103,14 @@ def run_ranks(count, *argv, **how):
 
 
 def weights(folder, name="ckpt.pt"):
-    return checkpoint.load(Path(folder, name))["model"]
+    return loading.load(Path(folder, name))["model"]
 
 
 def moments(folder, name="ckpt.pt"):
     """AdamW's state in a run's checkpoint, whole: {"number.name": tensor}."""
-    contents = checkpoint.load(Path(folder, name))
+    contents = loading.load(Path(folder, name))
     if "folder" in contents:
-        from kqv import sharded
+        from kqv.formats import sharded
 
         return sharded.load_whole(contents["folder"], "optimizer")
     states = contents["optimizer"]["state"]
@@ -191,7 +192,7 @@ from collections import Counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.distributed.tensor import DTensor
 import train
-from kqv.distributed import in_one_voice
+from kqv.training.distributed import in_one_voice
 from kqv.errors import run
 
 class Collectives(TorchDispatchMode):
@@ -309,7 +310,7 @@ def test_sharded_processes_go_on_from_a_file(stopped):
 
 def test_a_sharded_checkpoint_writes_text_starts_runs_and_is_exported(stopped, cli):
     assert Path("four/best.pt").is_dir()
-    checkpoint.save("whole.pt", {**checkpoint.load(Path("four/best.pt")), "folder": ""})
+    checkpoint.save("whole.pt", {**loading.load(Path("four/best.pt")), "folder": ""})
     texts = [
         cli(sample.main, "--device=cpu", "--start=keys", "--max_new_tokens=20", *argv)
         for argv in (["--out_dir=four"], ["--checkpoint=four/best.pt"], ["--checkpoint=whole.pt"])
@@ -335,8 +336,8 @@ def test_a_sample_of_a_sharded_model_is_that_of_a_whole_one(here, cli):
 LATE = """
 import time
 import train
-from kqv import sharded
-from kqv.distributed import in_one_voice
+from kqv.training import sharded_saver as sharded
+from kqv.training.distributed import in_one_voice
 from kqv.errors import run
 
 save = sharded.dcp.save
@@ -354,7 +355,7 @@ def test_what_is_written_beside_sharded_training_is_the_state_of_its_step(here, 
     assert cli(train.main, *argv, "--max_iters=3", "--out_dir=one")[0] == 0
     for name, step in (("ckpt.prev.pt", 2), ("ckpt.pt", 3)):
         for run in ("out", "one"):
-            assert checkpoint.load(Path(run, name))["iter_num"] == step
+            assert loading.load(Path(run, name))["iter_num"] == step
         assert_close(weights("out", name), weights("one", name))
         assert_close(moments("out", name), moments("one", name))
 
@@ -370,7 +371,7 @@ def test_best_weights_are_saved_without_the_optimizer(stopped):
 def test_auto_begins_and_goes_on(here, cli):
     for _ in range(2):
         assert cli(train.main, *RUN, "--dropout=0.1", "--init_from=auto", "--max_iters=3")[0] == 0
-        assert checkpoint.load(Path("out/ckpt.pt"))["iter_num"] == 3
+        assert loading.load(Path("out/ckpt.pt"))["iter_num"] == 3
     Path("out/ckpt.pt").unlink()  # the run was killed between the two renames of a save
     Path("out/ckpt.prev.pt").write_bytes(Path("alone/ckpt.pt").read_bytes())
     status, out, _ = cli(train.main, "--init_from=auto")
@@ -391,7 +392,7 @@ def test_kills_at_any_moment_of_sharded_saves_lose_nothing(here, cli):
             further = reached[-1] + 2 if reached else 2
             ranks.wait_for(f'"step": {further},', here / "out/metrics.jsonl")
             time.sleep(moment.uniform(0, 0.2))
-        reached.append(checkpoint.load(Path("out/ckpt.pt"))["iter_num"])
+        reached.append(loading.load(Path("out/ckpt.pt"))["iter_num"])
     assert reached == sorted(reached) and 0 < reached[0] < reached[-1] < 120
     run_ranks(2, *argv)
     assert cli(train.main, *steps, "--out_dir=one")[0] == 0
@@ -425,7 +426,7 @@ def test_a_damaged_sharded_checkpoint_is_refused_or_its_predecessor_used(two_sav
     else:
         content[where] ^= data.draw(st.integers(1, 255))
     file.write_bytes(content)
-    contents = checkpoint.load(run / "ckpt.pt")
+    contents = loading.load(run / "ckpt.pt")
     assert contents["iter_num"] in (2, 3)  # its predecessor, or what is damaged is of no consequence
     name = contents["folder"].name
     assert (name == "ckpt.pt") == (contents["iter_num"] == 3)
@@ -443,7 +444,7 @@ def test_a_sharded_checkpoint_without_a_part_of_it_is_refused(stopped, cli, file
 
 def test_damaged_moments_are_refused(stopped, cli):
     """Weights are whole, so the checkpoint is chosen; what only training needs is read later."""
-    from kqv import sharded
+    from kqv.formats import sharded
 
     places = sharded.Reader("four/ckpt.pt").metadata.storage_data
     place = next(place for index, place in places.items() if index.fqn == "optimizer.3.exp_avg")
@@ -463,7 +464,7 @@ class Hostile:
 
 def test_a_sharded_checkpoint_runs_no_code(stopped, cli):
     """In .metadata, and in an entry that torch itself would unpickle; nor are other folders read."""
-    from kqv import sharded
+    from kqv.formats import sharded
 
     shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
     folder = Path("four/ckpt.pt")

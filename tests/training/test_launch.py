@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, free_port, process_environment, train_in
 
-from kqv import checkpoint
+from kqv.formats import loading
 
 RUN = ["--dataset=tiny", "--dtype=float32", "--dropout=0.1", "--gradient_accumulation_steps=4"]
 # Seconds long, so that there is time to stop it.
@@ -102,7 +102,7 @@ def assert_same_run(found, expected):
         records[-1] = [line for line in records[-1] if line.keys() != {"step"}]
     for one, other in zip(*records, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    weights = [checkpoint.load(Path(folder, "ckpt.pt"))["model"] for folder in (found, expected)]
+    weights = [loading.load(Path(folder, "ckpt.pt"))["model"] for folder in (found, expected)]
     for name, weight in weights[1].items():
         torch.testing.assert_close(weights[0][name], weight, atol=1e-5, rtol=0, msg=name)
 
@@ -159,7 +159,7 @@ def test_a_signal_to_one_machine_stops_all_and_the_same_command_goes_on(machines
     assert [status for status, _, _ in found] == [0, 0], found
     assert "".join(out for _, out, _ in found).count("stopped by ") == 1
     assert not any("error: " in err or "Traceback" in err for _, _, err in found), found
-    assert 7 < checkpoint.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
+    assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
     assert [status for status, _, _ in ends(*two(machines, *LONG))] == [0, 0]
     assert_same_run(machines.folder / "out", straight / "long")
 
@@ -294,7 +294,7 @@ def test_a_job_near_its_time_limit_saves_is_queued_again_and_goes_on_to_the_end(
     job.send_signal(signal.SIGUSR1)
     ((status, out, err),) = ends(job)
     assert (status, err) == (0, "") and "stopped by SIGUSR1" in out
-    assert 7 < checkpoint.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
+    assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
     assert requeues(machines) == ["requeue 77"]
     ((status, out, err),) = ends(slurm(*argv, SLURM_RESTART_COUNT="1"))
     assert (status, err) == (0, "") and "done: step 120" in out
@@ -308,7 +308,7 @@ def test_a_job_that_is_preempted_saves_and_leaves_the_queue_to_slurm(machines, s
     job.send_signal(signal.SIGTERM)
     ((status, out, err),) = ends(job)
     assert (status, err) == (0, "") and "stopped by" in out
-    assert 7 < checkpoint.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
+    assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
     assert requeues(machines) == []
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import loss
+from kqv.training import loss
 
 N, V, C = 64, 128, 8  # tokens, vocabulary, channels
 IN_CHUNKS = N * V // 8

@@ -11,9 +11,9 @@ from conftest import TINY_RUN, script
 
 import prepare
 import train
-from kqv import metrics
-from kqv.dataset import Dataset
 from kqv.errors import UserError
+from kqv.text.dataset import Dataset
+from kqv.training import metrics
 
 TINY = [*TINY_RUN, "--dataset=tiny"]
 

@@ -25,9 +25,12 @@ from hypothesis import strategies as st
 import prepare
 import sample
 import train
-from kqv import checkpoint
-from kqv.distributed import World
 from kqv.errors import UserError
+from kqv.formats import checkpoint, loading
+from kqv.training.batches import micro_batches
+from kqv.training.distributed import World
+from kqv.training.saver import Saver
+from kqv.training.start import build_model, smaller_batch, start_state
 
 RUN = [*TINY_RUN, "--dataset=tiny", "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=1"]
 
@@ -94,7 +97,7 @@ def test_resume_continues_the_gradient_scaler(cli, tiny_set):
     half = [*RUN, "--dtype=float16"]
     assert cli(train.main, *half, "--out_dir=straight")[0] == 0
     assert cli(train.main, *half, "--out_dir=stopped", "--max_iters=3")[0] == 0
-    assert checkpoint.load("stopped/ckpt.pt")["scaler"]["_growth_tracker"] == 3
+    assert loading.load("stopped/ckpt.pt")["scaler"]["_growth_tracker"] == 3
     assert cli(train.main, "--init_from=resume", "--out_dir=stopped", "--max_iters=6")[0] == 0
     assert same(weights("stopped"), weights("straight"))
 
@@ -105,7 +108,7 @@ def test_resume_takes_changed_optimizer_settings_and_says_so(cli, tiny_set):
     status, out, _ = cli(train.main, "--init_from=resume", "--out_dir=a", *changed)
     assert status == 0
     assert "weight_decay 0.1 -> 0.5" in out and "beta2 0.95 -> 0.9" in out
-    groups = checkpoint.load("a/ckpt.pt")["optimizer"]["param_groups"]
+    groups = loading.load("a/ckpt.pt")["optimizer"]["param_groups"]
     assert groups[0]["weight_decay"] == 0.5 and groups[0]["betas"] == (0.9, 0.9)
 
 
@@ -126,7 +129,7 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(cli, tiny_set, tmp_
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert f"stopped by {name}" in out and "Traceback" not in err
-    step = checkpoint.load("stopped/ckpt.pt")["iter_num"]
+    step = loading.load("stopped/ckpt.pt")["iter_num"]
     assert max(key[0] for key in metrics("stopped")) == step - 1  # nothing done was lost
     further = [f"--max_iters={step + 2}", "--eval_interval=1000"]
     assert cli(train.main, "--init_from=resume", "--out_dir=stopped", *further)[0] == 0
@@ -161,7 +164,7 @@ def test_two_ranks_stop_at_the_same_step_and_resume(cli, tiny_set, tmp_path):
     wait_for_step(tmp_path / "stopped", 5, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=90)
-    step = checkpoint.load("stopped/ckpt.pt")["iter_num"]
+    step = loading.load("stopped/ckpt.pt")["iter_num"]
     further = [f"--max_iters={step + 3}", "--eval_interval=1000"]
     command = [sys.executable, *launcher, str(ROOT / "train.py")]
     resumed = [*command, "--init_from=resume", "--out_dir=stopped", *further]
@@ -201,7 +204,7 @@ def test_twenty_kills_change_nothing(cli, tiny_set, tmp_path):
         process.kill()
         process.communicate()
         if (out_dir / "ckpt.pt").exists() or (out_dir / "ckpt.prev.pt").exists():
-            saved = checkpoint.load(out_dir / "ckpt.pt")["iter_num"]
+            saved = loading.load(out_dir / "ckpt.pt")["iter_num"]
         lost.append(steps_logged(out_dir) - saved)
     process = start(tmp_path, *steps, "--out_dir=killed", "--init_from=resume")
     _, err = process.communicate(timeout=300)
@@ -239,11 +242,11 @@ def test_a_torn_checkpoint_is_refused_or_its_predecessor_used(two_checkpoints, t
     (tmp_path / "ckpt.pt").write_bytes(torn)
     (tmp_path / "ckpt.prev.pt").unlink(missing_ok=True)
     try:
-        contents = checkpoint.load(tmp_path / "ckpt.pt")
+        contents = loading.load(tmp_path / "ckpt.pt")
     except UserError as error:
         assert "ckpt.pt" in str(error)
         shutil.copy(two_checkpoints / "ckpt.prev.pt", tmp_path)
-        assert is_step(checkpoint.load(tmp_path / "ckpt.pt"), two_checkpoints, "ckpt.prev.pt")
+        assert is_step(loading.load(tmp_path / "ckpt.pt"), two_checkpoints, "ckpt.prev.pt")
     else:  # the bit was in padding, which nothing reads
         assert is_step(contents, two_checkpoints, "ckpt.pt")
 
@@ -270,7 +273,7 @@ def test_a_save_that_breaks_off_leaves_a_whole_checkpoint(two_checkpoints, tmp_p
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(tmp_path / "ckpt.pt", {"model": {}, "model_args": {}, "iter_num": 3})
     monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "ckpt.pt")["iter_num"] == 2
+    assert loading.load(tmp_path / "ckpt.pt")["iter_num"] == 2
 
 
 def test_training_goes_on_when_the_disk_is_full(cli, tiny_set, tmp_path):
@@ -289,7 +292,7 @@ def test_training_goes_on_when_the_disk_is_full(cli, tiny_set, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "done: step 6" in done.stdout
     assert "warning:" in done.stderr and "ckpt.pt" in done.stderr and "Traceback" not in done.stderr
-    assert checkpoint.load("out/ckpt.pt")["iter_num"] == 3
+    assert loading.load("out/ckpt.pt")["iter_num"] == 3
     assert not list((tmp_path / "out").glob(".*")), "something half-written was left"
 
 
@@ -306,12 +309,12 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(cli, tiny_s
 def test_a_skipped_step_changes_no_weight_and_no_moment(cli, tiny_set):
     config = train.parse(train.TrainSettings, [*RUN, "--dropout=0.0"])
     data = train.Dataset("tiny")
-    config, gpt = train.build_model(config, None, data.tokenizer)
-    state = train.start_state(config, gpt, None, torch.float32)
+    config, gpt = build_model(config, None, data.tokenizer)
+    state = start_state(config, gpt, None, torch.float32)
     world = World(torch.device("cpu"))
 
     def step(number):
-        batches = train.micro_batches(data, config, world, number)
+        batches = micro_batches(data, config, world, number)
         train.train_step(gpt, state, batches, 1e-3, config, world, nullcontext())
         return [p.detach().clone() for p in gpt.parameters()], state.optimizer.state_dict()["state"][0][
             "step"
@@ -343,7 +346,7 @@ def test_out_of_memory_proposes_a_smaller_batch_of_the_same_total(cli, tiny_set)
 
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_out_of_memory_with_one_sequence_proposes_a_smaller_model(checkpointed):
-    line = train.smaller_batch(train.TrainSettings(batch_size=1, activation_checkpointing=checkpointed))
+    line = smaller_batch(train.TrainSettings(batch_size=1, activation_checkpointing=checkpointed))
     assert ("--activation_checkpointing=True" in line) != checkpointed
     assert all(name in line for name in ("--block_size", "--n_layer", "--n_embd"))
 
@@ -458,16 +461,16 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path, monk
     monkeypatch.setattr(checkpoint, "save", lambda *arguments: begin.wait(10) and write(*arguments))
     weight = torch.zeros(100_000)
     contents = {"model": {"wte": weight, "head": weight}, "model_args": {}, "optimizer": [weight + 5]}
-    saver = checkpoint.Saver(tmp_path, is_new_run=True)
+    saver = Saver(tmp_path, is_new_run=True)
     for step in range(2):
         begin.clear()
         saver.save({**contents, "iter_num": step}, best=True)
         weight += 1
         begin.set()
         saver.wait()
-        saved = checkpoint.load(tmp_path / "ckpt.pt")
+        saved = loading.load(tmp_path / "ckpt.pt")
         assert saved["iter_num"] == step and saved["model"]["head"].eq(step).all()
-        assert "optimizer" in saved and "optimizer" not in checkpoint.load(tmp_path / "best.pt")
+        assert "optimizer" in saved and "optimizer" not in loading.load(tmp_path / "best.pt")
     assert (tmp_path / "best.pt").stat().st_size < 500_000  # 100,000 numbers, not twice that
 
 

@@ -1,0 +1,52 @@
+"""Text out of ids as they come."""
+
+import codecs
+
+
+class TextStream:
+    """
+    Text out of ids as they come: a character when it is whole, and nothing after the end of the text.
+
+    A text ends at the tokenizer's separator, and before the first string of `stops` to be complete, wherever
+    the borders of its tokens are. What may be the beginning of such a string is held back until that is
+    known.
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.held = ""
+        self.ended = None  # why the text has ended: "end_of_text" or "stop"
+
+    def feed(self, token):
+        """The text that is certain now that `token` has come."""
+        if self.ended:
+            return ""
+        if token == self.tokenizer.separator:
+            text = self.finish()
+            self.ended = self.ended or "end_of_text"
+            return text
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        return self.release()
+
+    def finish(self):
+        """The text that is left when no token comes any more."""
+        if self.ended:
+            return ""
+        self.held += self.decoder.decode(b"", final=True)
+        text, self.held = self.release() + self.held, ""
+        return text
+
+    def release(self):
+        found = [(start + len(stop), start) for stop in self.stops if (start := self.held.find(stop)) >= 0]
+        if found:
+            _, end = min(found)  # the first to be complete; of several at once the longest
+            text, self.held, self.ended = self.held[:end], "", "stop"
+            return text
+        end = len(self.held) - max(map(self.begun, self.stops), default=0)
+        text, self.held = self.held[:end], self.held[end:]
+        return text
+
+    def begun(self, stop):
+        """How many characters of `stop` may have begun at the end of what is held."""
+        return next((n for n in range(len(stop) - 1, 0, -1) if self.held.endswith(stop[:n])), 0)

@@ -1,0 +1,62 @@
+"""A run's evaluation: losses of both splits, and a sample of what the model writes."""
+
+import numpy as np
+import torch
+
+from kqv.generation.engine import Engine
+from kqv.generation.sampling import Sampling
+from kqv.generation.stream import generate
+from kqv.text.dataset import SPLITS
+from kqv.text.text_stream import TextStream
+from kqv.training.batches import to_device
+from kqv.training.distributed import is_sharded, whole
+from model import GPT
+
+
+@torch.no_grad()
+def evaluate(model, data, config, world, autocast):
+    """{split: mean loss in nats per token} over fixed batches, shared among the processes."""
+    model.eval()
+    losses = {}
+    for split in SPLITS:
+        count = min(config.eval_iters, data.batches(split, config.batch_size, config.block_size))
+        total = torch.zeros((), device=world.device)
+        rounds = -(-count // world.size)  # the same in each process: sharded, they compute together
+        for index in range(world.rank, rounds * world.size, world.size):
+            batch = data.evaluation_batch(split, config.batch_size, config.block_size, index % count, count)
+            with autocast:
+                loss = model(*to_device(batch, world.device))
+            total += loss if index < count else 0
+        losses[split] = world.sum(total).item() / count
+    model.train()
+    return losses
+
+
+def write_sample(gpt, data, config, world):
+    """
+    What the model makes of the beginning of the validation split, or answers to its first question: in the
+    main process, which for that holds a sharded model whole.
+    """
+    if is_sharded(gpt):
+        weights = {name: whole(weight) for name, weight in gpt.state_dict().items()}
+        gpt = GPT.from_weights(gpt.config, weights)
+    if not world.is_main:
+        return ""
+    if data.is_chat:
+        ids = next(data.conversations("val"))
+        prompt = ids[: np.flatnonzero(ids == data.tokenizer.assistant)[0] + 1]
+    else:
+        prompt = data.splits["val"][:16]
+    prompt = prompt[-config.block_size :].tolist()
+    gpt.eval()
+    (ids,) = generate(
+        Engine(gpt),
+        [prompt],
+        config.sample_tokens,
+        sampling=Sampling(temperature=0.8, top_k=200),
+        seed=config.seed,
+        vocab_size=data.tokenizer.vocab_size,
+    )
+    gpt.train()
+    text = TextStream(data.tokenizer)
+    return data.tokenizer.decode(prompt) + "".join(map(text.feed, ids[len(prompt) :])) + text.finish()

@@ -1,0 +1,60 @@
+"""Saves a sharded model: each process its own part."""
+
+import warnings
+from contextlib import suppress
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from kqv.errors import first_line
+from kqv.files import remove, sha256_of_file
+from kqv.formats.checkpoint import REST, put_in_place, save
+from kqv.formats.sharded import METADATA, PARTS, first_cause
+from kqv.training.saver import Saver
+
+
+class ShardedSaver(Saver):
+    """
+    A Saver of a sharded model: every process writes its own part, in a thread beside training, and the main
+    one puts the folder in its place when all are done.
+    """
+
+    def __init__(self, out_dir, is_new_run, world):
+        super().__init__(out_dir, is_new_run)
+        self.world = world
+        self.stager = BlockingAsyncStager()
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.9's own code
+
+    def stage(self, contents):
+        parts = {"model": contents["model"], "optimizer": contents["optimizer"]["state"]}
+        rest = {name: value for name, value in contents.items() if name not in parts}
+        staged = self.stager.stage(parts)
+        self.stager.cache_staged_state_dict = True  # its memory is used again at the next save
+        self.stager.state_dict_cache = staged
+        return {**self.copy(rest), **staged}
+
+    def save_file(self, path, contents):
+        beside = path.with_name(f".{path.name}.new")
+        if self.world.is_main:
+            with suppress(OSError):  # it is there for the barrier, whatever happens
+                remove(beside)
+        dist.barrier(self.world.saving)  # nobody writes there before
+        parts = {name: value for name, value in contents.items() if name in PARTS}
+        rest = {name: value for name, value in contents.items() if name not in PARTS}
+        try:
+            dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
+            if self.world.is_main:
+                rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
+                save(beside / REST, rest)
+                put_in_place(beside, path)
+        except CheckpointException as error:
+            raise RuntimeError(first_line(first_cause(error))) from None
+        finally:
+            if self.world.is_main:
+                remove(beside)
+
+    def forget_older_run(self):
+        if self.world.is_main:
+            super().forget_older_run()
