@@ -8,37 +8,39 @@ think about what it has seen.
 
     idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
+Training compares the logits with the tokens that did come next (`next_token_loss`). Writing draws the next
+token from them, again and again, with a `KVCache`.
+
 Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary,
-S slots of the cache looked at, these T tokens among them.
+S slots of the cache that are looked at.
 """
 
 import math
 from dataclasses import dataclass, fields, replace
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-
-from kqv.training.loss import next_token_loss
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a GPT; by default that of GPT-2 124M, its 50257 ids rounded up to a multiple of 64."""
 
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in linear layers and LayerNorms, as in GPT-2
+    block_size: Annotated[int, "the longest context, in tokens"] = 1024
+    vocab_size: Annotated[int, "token ids"] = 50304
+    n_layer: Annotated[int, "blocks"] = 12
+    n_head: Annotated[int, "attention heads in a block"] = 12
+    n_embd: Annotated[int, "channels of the residual stream"] = 768
+    dropout: Annotated[float, "share of activations dropped in training"] = 0.0
+    bias: Annotated[bool, "biases in linear layers and LayerNorms, as in GPT-2"] = True
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or not 1 <= value < 2**31:
-                raise ValueError(f"{name} is {value!r}, but it must be a whole number of at least 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(field.default) is int and (type(value) is not int or not 1 <= value < 2**31):
+                raise ValueError(f"{field.name} is {value!r}, but it must be a whole number of at least 1")
         if self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
             raise ValueError(
@@ -48,7 +50,7 @@ class GPTConfig:
 
     @classmethod
     def from_args(cls, args):
-        """The shape in a checkpoint's `model_args`; names that are no part of one are passed over."""
+        """The shape in a checkpoint's `model_args`; names that are no part of a shape are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in args.items() if name in known})
 
@@ -90,20 +92,22 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads found
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.head_size = config.n_embd // config.n_head
 
-    def forward(self, x, mask=None, cache=None, places=None):
+    def forward(self, x, mask=None, positions=None, cache=None):
+        """
+        x (B, T, C) -> (B, T, C). `mask` (B, 1, T, S) is True where token t may look at token s; None means
+        the causal triangle, S = T. With a LayerCache, keys and values are kept there at `positions` (B, T).
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
         if cache is not None:
-            cache.write(k, v, places)
-            if mask is not None:  # there are older tokens to look at
-                k, v = cache.read(mask.size(-1))  # (B, T, C) -> (B, S, C), these T among them
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = k.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
-        v = v.view(B, -1, self.n_head, C // self.n_head).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
+            k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # -> 2 x (B, S, C)
+        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
+        k = k.view(B, -1, self.n_head, self.head_size).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
+        v = v.view(B, -1, self.n_head, self.head_size).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.resid_dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
         )
@@ -137,56 +141,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, cache=None, places=None):
-        x = x + self.attn(self.ln_1(x), mask, cache, places)  # (B, T, C)
+    def forward(self, x, mask=None, positions=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, positions, cache)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))  # (B, T, C)
         return x
-
-
-class LayerCache(nn.Module):
-    """
-    The keys and values of one layer, in buffers made once: the slot of a token is its position.
-
-    So rows of different lengths lie side by side. What stands behind a row's end is masked until the row's
-    own tokens take those slots.
-    """
-
-    def __init__(self, config, batch_size, slots, device, dtype):
-        super().__init__()
-        shape = (batch_size, slots, config.n_embd)
-        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype))  # (B, slots, C)
-        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype))
-
-    def write(self, k, v, places):
-        """Put keys and values (B, T, C) at their places (B * T,) among all B * slots, each within its row."""
-        self.k.flatten(0, 1).index_copy_(0, places, k.flatten(0, 1))  # (B * slots, C)
-        self.v.flatten(0, 1).index_copy_(0, places, v.flatten(0, 1))
-
-    def read(self, span):
-        """The keys and values of the first `span` positions, 2 x (B, S, C)."""
-        return self.k[:, :span], self.v[:, :span]
-
-
-class KVCache(nn.Module):
-    """
-    The keys and values of the tokens seen so far, of every layer.
-
-    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them
-    means that a new token costs one token's work, not the whole context's. Queries are not kept: only the
-    newest token asks.
-
-    `length` (B,) counts the tokens seen of each row; whoever calls the model adds to it after each call.
-    `slots` is the longest text that fits, by default block_size.
-    """
-
-    def __init__(self, config, batch_size, slots=None, device=None, dtype=None):
-        super().__init__()
-        slots = slots or config.block_size
-        self.layers = nn.ModuleList(
-            [LayerCache(config, batch_size, slots, device, dtype) for _ in range(config.n_layer)]
-        )
-        self.register_buffer("length", torch.zeros(batch_size, device=device, dtype=torch.long))
-        self.register_buffer("rows", slots * torch.arange(batch_size, device=device))  # where each begins
 
 
 class GPT(nn.Module):
@@ -221,6 +179,43 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
+    def forward(self, idx, positions=None, cache=None):
+        """
+        idx (B, T) token ids -> logits (B, T, V): row t scores every id as the one that comes after token t.
+        A softmax turns a row into probabilities. The other arguments are those of `hidden`.
+        """
+        return self.lm_head(self.hidden(idx, positions, cache))  # (B, T, C) -> (B, T, V)
+
+    def hidden(self, idx, positions=None, cache=None):
+        """
+        idx (B, T) token ids -> the residual stream behind the last block, normalised (B, T, C).
+
+        Without more, each row is one text from its beginning. With `positions` (B, T), each token's place in
+        its own example, a row holds several examples side by side, and no token looks beyond its example.
+        With a `cache`, each row goes on with the text that the cache holds of it.
+
+        Raises ValueError for more than block_size tokens, or for both `positions` and a `cache`.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}: shorten the input")
+        mask = None  # the causal triangle
+        if cache is not None:
+            if positions is not None:
+                raise ValueError("positions and a cache exclude each other: the cache knows the positions")
+            positions, mask = cache.place(T)  # (B, T), (B, 1, T, S)
+        elif positions is not None:
+            mask = mask_of_examples(positions)  # (B, 1, T, T)
+        else:
+            positions = torch.arange(T, device=idx.device)  # (T,)
+        # Attention alone knows no order: what a token is and where it stands are added into one vector.
+        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
+        x = self.transformer.drop(x)
+        layers = cache.layers if cache is not None else [None] * len(self.transformer.h)
+        for block, layer_cache in zip(self.transformer.h, layers, strict=True):
+            x = block(x, mask, positions, layer_cache)  # (B, T, C)
+        return self.transformer.ln_f(x)  # (B, T, C)
+
     @classmethod
     def from_weights(cls, config, weights):
         """A GPT with the given weights {parameter name: tensor}. Raises ValueError where they don't fit."""
@@ -236,55 +231,6 @@ class GPT(nn.Module):
         model.transformer.wte.weight = model.lm_head.weight  # tied again
         return model.float()
 
-    def forward(self, idx, targets=None, positions=None, cache=None, span=0):
-        """
-        idx (B, T) token ids -> the logits of what comes after the last token (B, 1, V).
-
-        With targets (B, T), the ids that should have come next (-1: don't care): the loss instead, how much
-        they surprise the model: their mean cross-entropy in nats. The others as in `hidden`.
-        """
-        x = self.hidden(idx, positions, cache, span)  # (B, T, C)
-        if targets is None:
-            return self.lm_head(x[:, -1:])  # (B, 1, V)
-        return next_token_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
-
-    def hidden(self, idx, positions=None, cache=None, span=0):
-        """
-        idx (B, T) token ids -> what the blocks make of them (B, T, C); lm_head turns that into logits.
-
-        `positions` (B, T) is given where a row holds several examples side by side: each token's place within
-        its own. Then no token looks beyond the beginning of its example.
-
-        With a KVCache, row b of idx continues the cache.length[b] tokens that the cache has seen of it, and
-        looks at its first `span` slots: enough to reach the newest token, or 0 where the cache is empty.
-        Raises ValueError where idx or span is longer than block_size.
-        """
-        T = idx.size(1)
-        if max(T, span) > self.config.block_size:
-            raise ValueError(
-                f"{max(T, span)} tokens, but block_size is {self.config.block_size}: shorten the input"
-            )
-        # Without a past the mask is the plain causal triangle, which attention applies by itself.
-        mask = places = None
-        order = torch.arange(T, device=idx.device)  # (T,)
-        if positions is not None:  # a token may look back as far as its example reaches
-            begin = (order - positions)[:, None, :, None]  # (B, 1, T, 1): where its example begins
-            mask = (begin <= order) & (order <= order[:, None])  # (B, 1, T, T) of bool, the heads all alike
-        elif cache is not None:
-            positions = cache.length[:, None] + order  # (B, T)
-            places = (cache.rows[:, None] + positions).flatten()  # (B * T,)
-            if span:  # a token may look at every slot up to its own position
-                slots = torch.arange(span, device=idx.device)  # (S,)
-                mask = slots <= positions[:, None, :, None]  # (B, 1, T, S) of bool
-        else:
-            positions = order
-        # Attention alone knows no order: what a token is and where it stands are added into one vector.
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
-        x = self.transformer.drop(x)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, mask, cache.layers[layer] if cache is not None else None, places)  # (B, T, C)
-        return self.transformer.ln_f(x)  # (B, T, C)
-
     def num_parameters(self, without_positions=True):
         """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""
         total = sum(parameter.numel() for parameter in self.parameters())
@@ -294,12 +240,12 @@ class GPT(nn.Module):
         """
         Floating-point operations to train on one token of a full context, forward and backward.
 
-        6 for each parameter (a multiply and an add forward, twice that backward) and 12 n_layer C T for the
-        attention scores and their use (PaLM, Chowdhery et al. 2022, appendix B). The causal mask's saving is
-        not taken off, as is usual.
+        6 for each parameter (a multiply and an add forward, twice that backward), and for each channel of a
+        head 12 T, for the attention scores and their use (PaLM, Chowdhery et al. 2022, appendix B). The
+        causal mask's saving is not taken off, as is usual.
         """
-        config = self.config
-        return 6 * self.num_parameters() + 12 * config.n_layer * config.n_embd * config.block_size
+        channels = sum(block.attn.n_head * block.attn.head_size for block in self.transformer.h)
+        return 6 * self.num_parameters() + 12 * channels * self.config.block_size
 
     def crop_block_size(self, block_size):
         """Shorten the longest context, for fine-tuning at less. Raises ValueError where it would grow."""
@@ -313,7 +259,7 @@ class GPT(nn.Module):
         self.transformer.wpe.num_embeddings = block_size
 
     def grow_vocab_size(self, vocab_size):
-        """Make room for ids behind the known ones, which stay as they are; new ones begin at random."""
+        """Add ids after the known ones, which stay as they are; the rows of new ids begin at random."""
         new = torch.empty(vocab_size - self.config.vocab_size, self.config.n_embd)
         nn.init.normal_(new, mean=0.0, std=0.02)
         self.config = replace(self.config, vocab_size=vocab_size)
@@ -328,3 +274,106 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
+
+
+def mask_of_examples(positions):
+    """
+    positions (B, T), which begin at 0 with each example of a row -> (B, 1, T, T): True where token t may look
+    at token s, which is not later and not before the example's beginning. All heads share it.
+    """
+    order = torch.arange(positions.size(1), device=positions.device)  # (T,)
+    begin = (order - positions)[:, None, :, None]  # (B, 1, T, 1): where the example of token t begins
+    return (begin <= order) & (order <= order[:, None])  # (B, 1, T, T)
+
+
+# Training
+
+
+def next_token_loss(x, head, targets):
+    """
+    x (N, C) of N tokens, head (V, C), the lm_head's weight, and targets (N,), the ids that did come next
+    (-1: this token does not count) -> the loss, one number.
+
+    It is the mean cross-entropy in nats: -log of the probability that the model gave to the right id. A model
+    that knows nothing gives every id 1/V, which is a loss of log V.
+    """
+    logits = F.linear(x, head)  # (N, C) @ (C, V) -> (N, V)
+    return F.cross_entropy(logits, targets, ignore_index=-1)
+
+
+class NextToken(nn.Module):
+    """
+    A GPT with its loss, which is what training computes. `loss` may be any function that computes what
+    `next_token_loss` does; a faster one is kqv/training/loss.py's.
+    """
+
+    def __init__(self, gpt, loss=next_token_loss):
+        super().__init__()
+        self.gpt, self.loss = gpt, loss
+
+    def forward(self, idx, targets, positions=None):
+        """idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1."""
+        x = self.gpt.hidden(idx, positions)  # (B, T, C)
+        return self.loss(x.flatten(0, 1), self.gpt.lm_head.weight, targets.flatten())
+
+
+# Generation
+
+
+class LayerCache(nn.Module):
+    """The keys and values of one layer, in buffers made once. A token's slot is its position."""
+
+    def __init__(self, config, batch_size, slots, device, dtype):
+        super().__init__()
+        shape = (batch_size, slots, config.n_embd)
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype))  # (B, slots, C)
+        self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype))
+
+    def update(self, k, v, positions, span):
+        """Keep k and v (B, T, C) at `positions` (B, T) -> those of the first `span` slots, (B, S, C)."""
+        rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
+        self.k[rows, positions] = k
+        self.v[rows, positions] = v
+        return self.k[:, :span], self.v[:, :span]
+
+
+class KVCache(nn.Module):
+    """
+    The keys and values of the tokens seen so far, of every layer.
+
+    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them
+    means that a new token costs one token's work, not the whole context's. Queries are not kept: only the
+    newest token asks.
+
+    Rows may hold texts of different lengths: `length` (B,) counts the tokens of each. Slots past a row's
+    length hold garbage; the mask hides them until they are overwritten. Tokens look at the first `span`
+    slots, by default all; less is faster, and right as long as the longest row fits.
+    """
+
+    def __init__(self, config, batch_size, slots=None, device=None, dtype=None):
+        """`slots` is the longest text that fits, by default and at most block_size."""
+        super().__init__()
+        self.span = slots = min(slots or config.block_size, config.block_size)
+        self.layers = nn.ModuleList(
+            [LayerCache(config, batch_size, slots, device, dtype) for _ in range(config.n_layer)]
+        )
+        self.register_buffer("length", torch.zeros(batch_size, device=device, dtype=torch.long))
+
+    def place(self, T):
+        """
+        Add T tokens to each row -> their positions (B, T), and the mask (B, 1, T, S): a token may look at
+        every slot up to its own. Where the T tokens fill the span, they are the first, and the mask is None,
+        the causal triangle.
+
+        Raises ValueError where a row has no room for them. (Not on a GPU, nor compiled, where looking at
+        `length` would wait for the device: there an index is out of bounds.)
+        """
+        positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
+        if self.length.device.type == "cpu" and not torch.compiler.is_compiling():
+            if (longest := int(positions.max()) + 1) > self.span:
+                raise ValueError(f"the cache has room for {self.span} tokens of a row, not for {longest}")
+        self.length.add_(T)
+        if T == self.span:
+            return positions, None
+        slots = torch.arange(self.span, device=positions.device)  # (S,)
+        return positions, slots <= positions[:, None, :, None]  # (B, 1, T, S)

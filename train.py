@@ -16,6 +16,7 @@ from kqv.training.batches import DataSettings, micro_batches, tokens_per_step
 from kqv.training.distributed import ParallelSettings, in_one_voice, is_sharded, join_world, whole
 from kqv.training.evaluation import evaluate, write_sample
 from kqv.training.log import Log, LogSettings, start_tracking
+from kqv.training.loss import next_token_loss
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
@@ -30,6 +31,7 @@ from kqv.training.start import (
     start_of,
     start_state,
 )
+from model import NextToken
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,15 @@ def train(config, source, world, stop):
         for line in data.left_out(config.block_size):
             warn(line)
     set_precision(config, world.device)
-    gpt = world.place(gpt, gpt.transformer.h, config.parallel, dtype)
+    objective = world.place(NextToken(gpt, next_token_loss), gpt.transformer.h, config.parallel, dtype)
     state = start_state(config, gpt, source, dtype)
     if compiled and is_sharded(gpt):  # what gathers a block's weights can't be compiled
         for block in gpt.transformer.h:
             block.forward = torch.compile(block.forward)
     if config.activation_checkpointing:
         checkpoint_activations(gpt)
-    model = torch.compile(gpt) if compiled else gpt
-    wrapped = world.wrap(model, gpt)
+    model = torch.compile(objective) if compiled else objective
+    wrapped = world.wrap(model, objective)
 
     log = Log(config, world, state, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
@@ -160,7 +162,7 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     for micro_step, (batch, seed) in enumerate(batches, start=1):
         if config.dropout:
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
-        with world.reduce_gradients(model, state.model, micro_step == share):
+        with world.reduce_gradients(model, micro_step == share):
             with autocast:
                 loss = model(*batch)
             state.scaler.scale(loss / share).backward()

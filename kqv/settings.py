@@ -246,3 +246,20 @@ def help_text(cls):
             head = f"  --{field.name}={kind_name(types_of[field.name])}"
             lines.append(f"{head:<52} {field.metadata['help']} [{field.default!r}]")
     return "\n".join(lines)
+
+
+def group(name, title, source, without=(), at_least=1, **defaults):
+    """
+    A settings group made of another dataclass's fields, which are Annotated[type, "help"], so that a field
+    that is added there is a setting here: all of `source` but `without`, with `defaults` in place of its own.
+    A whole number must be `at_least` that.
+    """
+    fields = []
+    for field in dataclasses.fields(source):
+        if field.name not in without:
+            hint = typing.get_type_hints(source, include_extras=True)[field.name]
+            kind, help = hint.__origin__, hint.__metadata__[0]
+            default = defaults.get(field.name, field.default)
+            bound = at_least if kind is int else None
+            fields.append((field.name, kind, setting(default, help, at_least=bound)))
+    return dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": title})

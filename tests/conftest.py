@@ -54,7 +54,7 @@ def random_ids(*shape, below=SMALL["vocab_size"], seed=0):
 @torch.no_grad()
 def logits_of(gpt, idx):
     """The logits of every position, (B, T, V)."""
-    return gpt.lm_head(gpt.hidden(idx))
+    return gpt(idx)
 
 
 def write_text(path, words=3000):

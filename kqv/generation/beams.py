@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kqv.generation.stream import Reader
+from kqv.generation.stream import ContextWindow
 
 
 class Hypothesis(NamedTuple):
@@ -33,15 +33,15 @@ def beam_search(
     makes up for (Wu et al. 2016, section 7). The search ends where no beam can catch up with those finished.
     """
     vocab_size = vocab_size or engine.gpt.config.vocab_size
-    reader = Reader(engine, [text for text in texts for _ in range(beams)], max_new_tokens)
+    window = ContextWindow(engine, [text for text in texts for _ in range(beams)], max_new_tokens)
     alive = [[Hypothesis([], 0.0, 0.0)] for _ in texts]
     finished = [[] for _ in texts]
     for _ in range(max_new_tokens):
-        if reader.full:
-            tokens = reader.refill()
+        if window.must_refill:
+            tokens = window.refill()
         # Where fewer go on than there are rows, the rest of the rows can't be chosen.
         scores = [[h.logprob for h in some] + [-math.inf] * (beams - len(some)) for some in alive]
-        chosen = reader.step(tokens, extensions, torch.tensor(scores, device=engine.device), vocab_size)
+        chosen = window.step(tokens, extensions, torch.tensor(scores, device=engine.device), vocab_size)
         parents, newest = [], []
         for number, (logprobs, indices) in enumerate(zip(*(part.tolist() for part in chosen), strict=True)):
             going = []  # (the beam that it extends, hypothesis)
@@ -68,8 +68,8 @@ def beam_search(
         if not any(alive):
             break
         if parents != list(range(len(parents))):
-            reader.reorder(parents)
-        reader.texts = [[*reader.texts[row], token] for row, token in zip(parents, newest, strict=True)]
+            window.reorder(parents)
+        window.texts = [[*window.texts[row], token] for row, token in zip(parents, newest, strict=True)]
         tokens = torch.tensor(newest, device=engine.device)[:, None]  # (P N, 1)
     return [best(ended + some, beams) for ended, some in zip(finished, alive, strict=True)]
 

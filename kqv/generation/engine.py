@@ -1,13 +1,11 @@
 """
-Text from a GPT: tokens drawn one after another, or searched for with beams.
+How a GPT runs when it generates text: prefill, decoding, and what of them is compiled.
 
-Writing has two parts with costs of their own. *Prefill* reads all of a text but its newest token at once:
-large matrix products, limited by arithmetic. *Decoding* reads one token to make the next, and for that moves
-every weight and every kept key and value once through the processor: limited by memory. Both are
-`GPT.forward`. No step of drawing waits for the device: what depends on the drawn numbers stays there, and the
-host looks at a token while the device makes the next.
+*Prefill* reads a prompt, all but its newest token, in one pass: large matrix products, limited by arithmetic.
+*Decoding* reads one token to choose the next. For that every weight and every key and value in the cache is
+read once: limited by the speed of memory. Both run the same `GPT.hidden`.
 
-Shapes: B rows of text, V vocabulary, N beams.
+Shapes: B rows of text, T tokens, V vocabulary.
 """
 
 import copy
@@ -20,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kqv.device import find_dtype, has_compiler
 from model import KVCache
 
-COMPILE_FROM = 2000  # decoding steps from which compiling has paid for itself
+COMPILE_FROM = 2000  # decoding steps from which compiling saves more time than it takes
 
 
 def compiling_pays(batches, device, gpt, config):
@@ -31,13 +29,14 @@ def compiling_pays(batches, device, gpt, config):
 
 
 def is_large(gpt):
-    """Whether a model is too large for the caches of a CPU, which then waits for its weights from memory."""
+    """Whether the weights are larger than a CPU's caches, so that decoding waits for memory."""
     return gpt.num_parameters() > 16e6
 
 
 def generation_dtype(name, device, gpt):
     """
-    The precision of the weights. "auto" on a CPU: float32 for a small model, whose tokens wait for no memory.
+    The precision of the weights. "auto" on a CPU is float32 for a small model, whose decoding does not wait
+    for memory.
     """
     if name == "auto" and device.type == "cpu" and not is_large(gpt):
         return torch.float32
@@ -46,10 +45,9 @@ def generation_dtype(name, device, gpt):
 
 class MatVec(nn.Linear):
     """
-    A Linear that spells out the product of its matrix with one vector.
+    Linear as multiply-and-sum for a single vector, so that the compiler fuses it.
 
-    A compiler makes that one pass over the weights at the speed of memory; the BLAS of some CPUs takes twice
-    as long.
+    The result is one pass over the weights at the speed of memory; the BLAS of some CPUs takes twice as long.
     """
 
     def forward(self, x):
@@ -61,73 +59,74 @@ class MatVec(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def twin_for_one_token(gpt):
+def compiled_for_decoding(gpt):
     """A GPT on the same weights, compiled for decoding on a CPU. All blocks share one compilation."""
     twin = copy.deepcopy(gpt, {id(parameter): parameter for parameter in gpt.parameters()})
     for module in twin.modules():
         if type(module) is nn.Linear:
             module.__class__ = MatVec
-    # What a matrix is multiplied with is computed once, not anew for each of its rows.
+    # The vector that a matrix is multiplied with is computed once, not anew for each row of the matrix.
     options = {"realize_reads_threshold": 1, "realize_opcount_threshold": 1}
     for module in (*twin.transformer.h, twin.lm_head):
         module.compile(fullgraph=True, dynamic=True, options=options)
     return twin
 
 
-def decode(gpt, cache, tokens, span, choose, *inputs):
-    """Read the newest token of each row, (B, 1), and choose the next from the logits: `choose`'s tensors."""
-    logits = gpt(tokens, cache=cache, span=span)
-    cache.length.add_(1)
-    return choose(logits[:, 0].float(), *inputs)
+def decode(gpt, cache, tokens, sampler, *inputs):
+    """Read the newest token of each row, (B, 1) -> the tensors that `sampler` makes of the logits (B, V)."""
+    return sampler(gpt(tokens, cache=cache)[:, 0].float(), *inputs)
 
 
 class Engine:
     """
-    How a GPT runs: plain, or compiled for many tokens.
+    Runs a GPT: plain, or compiled, which pays for many tokens.
 
-    Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step, for which
-    shapes must repeat. So the cache always has block_size slots, and lengths are rounded up to powers of two.
-    Compiled on a CPU, only decoding differs.
+    Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step. A graph
+    needs the same shapes and addresses again, so the cache always has block_size slots, and lengths are
+    rounded up to powers of two. Compiled on a CPU, only decoding differs.
     """
 
     def __init__(self, gpt, compiled=False):
         self.gpt = self.decoder = gpt
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
-        self.prefill, self.decode = gpt.forward, decode
-        self.graphs = compiled and self.device.type == "cuda"
-        self.by_formula = compiled and self.device.type == "cpu"
+        self.prefill, self.decode = gpt.hidden, decode
+        self.use_cuda_graphs = compiled and self.device.type == "cuda"
+        self.compile_for_cpu = compiled and self.device.type == "cpu"
         if compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
-        if self.graphs:
+        if self.use_cuda_graphs:
             self.prefill, self.decode = (
                 torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
                 for function in (self.prefill, self.decode)
             )
-        elif self.by_formula:
-            self.decoder = twin_for_one_token(gpt)
+        elif self.compile_for_cpu:
+            self.decoder = compiled_for_decoding(gpt)
         self.caches = {}
 
     def rounded(self, length):
-        """A length that the engine has a shape for, at least `length` and at most block_size."""
-        if not self.graphs:
-            return length
-        return min(max(256, 1 << (length - 1).bit_length()), self.gpt.config.block_size)
+        """The next length, from `length` to block_size, that there is a compiled shape for."""
+        if self.compile_for_cpu:
+            length = max(length, 2)  # one slot alone has no mask, which would be one more shape to compile
+        elif self.use_cuda_graphs:
+            length = max(256, 1 << (length - 1).bit_length())
+        return min(length, self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
-        if self.by_formula:
+        """An empty KVCache for texts of at most `slots` tokens."""
+        if self.compile_for_cpu:
             slots = None  # block_size: the compiler takes the shape of a cache for a constant
-        if not self.graphs:
+        if not self.use_cuda_graphs:
             return KVCache(self.gpt.config, batch_size, slots, self.device, self.dtype)
         if batch_size not in self.caches:  # kept for the next texts, since a graph knows addresses
             self.caches[batch_size] = KVCache(self.gpt.config, batch_size, None, self.device, self.dtype)
         return self.caches[batch_size]
 
     def fill(self, cache, texts):
-        """Prefill: make the cache hold the B lists `texts`, from their first tokens on."""
+        """Prefill: make the cache hold the B lists of ids `texts`, and nothing else."""
         lengths = torch.tensor(list(map(len, texts)))
         longest = int(lengths.max())
         unique = list(dict.fromkeys(map(tuple, texts)))
-        if longest and len(unique) < len(texts):  # many continuations of a prompt: it is read once
+        if longest and len(unique) < len(texts):  # several continuations of one prompt: it is read once
             once = self.new_cache(len(unique), longest)
             self.fill(once, unique)
             rows = torch.tensor([unique.index(tuple(text)) for text in texts], device=self.device)
@@ -135,22 +134,27 @@ class Engine:
                 layer.k[:, :longest] = read.k[rows, :longest]
                 layer.v[:, :longest] = read.v[rows, :longest]
         elif longest:
-            length = self.rounded(longest)
+            # Padding on the right: what it leaves in the cache lies past a row's length.
+            cache.span = length = self.rounded(longest)
             idx = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])  # (B, T)
             cache.length.zero_()
             self.run(self.prefill, idx.to(self.device), cache=cache)
         cache.length.copy_(lengths)
 
-    def step(self, cache, tokens, span, choose, *inputs):
-        """One decoding step, (B, 1) tokens -> tuple of `choose`'s tensors."""
+    def step(self, cache, tokens, length, sampler, *inputs):
+        """
+        One decoding step, tokens (B, 1) -> a tuple of the `sampler`'s tensors. `length` is the number of
+        tokens in the longest row, the new one among them.
+        """
+        cache.span = self.rounded(length)
         # In plain operations, attention is fused with what is around it.
-        with sdpa_kernel(SDPBackend.MATH) if self.by_formula else nullcontext():
-            chosen = self.run(self.decode, self.decoder, cache, tokens, self.rounded(span), choose, *inputs)
-        if self.graphs:
+        with sdpa_kernel(SDPBackend.MATH) if self.compile_for_cpu else nullcontext():
+            chosen = self.run(self.decode, self.decoder, cache, tokens, sampler, *inputs)
+        if self.use_cuda_graphs:
             chosen = tuple(part.clone() for part in chosen)  # the next replay overwrites what it returned
         return chosen
 
     def run(self, function, *arguments, **options):
-        if self.graphs:
+        if self.use_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         return function(*arguments, **options)

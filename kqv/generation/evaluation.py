@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from kqv.errors import UsageError, UserError
 from kqv.text.dataset import Dataset
+from model import NextToken
 
 WORDS = {  # what is said where a number is there and not 0
     "split": "{dataset}, {split} split",
@@ -77,12 +78,13 @@ def mean_loss(gpt, data, split, batch_size):
     """(nats per token, number of tokens) of all that is to be learnt of a split."""
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
+    objective = NextToken(gpt)
     block_size, losses, counts = gpt.config.block_size, [], []
     batches = whole_split(data, split, batch_size, block_size)
     for batch in shown(batches, data.batches(split, batch_size, block_size)):
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
         with autocast:
-            losses.append(gpt(*arrays))
+            losses.append(objective(*arrays))
         counts.append(int((batch.targets >= 0).sum()))
     if not counts:
         raise UserError(f"the {split} split of {data.folder} is too short to predict anything: use more text")

@@ -1,4 +1,8 @@
-"""Token by token: texts that are continued until there are enough tokens."""
+"""
+Generation token by token: B texts grow by one token in each step.
+
+Sampling stays on the device, so that nothing waits for the host between two steps.
+"""
 
 from collections import deque
 from typing import NamedTuple
@@ -7,16 +11,16 @@ import torch
 
 from kqv.generation.sampling import Sampler, Sampling, uniforms
 
-PLAIN = Sampling()
+PLAIN = Sampling()  # draws from the model's own probabilities
 
 
-class Reader:
+class ContextWindow:
     """
-    B texts, and how far the model has read them. It sees each through a window of at most block_size tokens,
-    whose keys and values are in the cache.
+    B texts, and how much of them is in the cache. The model sees the last tokens of each text, at most
+    block_size of them.
 
-    When a window is full, the oldest quarter is forgotten and the rest read again. (A key holds its token's
-    position, so the kept keys can't be moved along.)
+    When a window is full, its oldest quarter is dropped and the rest is read again. (A key holds its token's
+    position, so the keys in the cache can't be moved along.)
     """
 
     def __init__(self, engine, texts, max_new_tokens):
@@ -28,39 +32,38 @@ class Reader:
                 )
         self.engine, self.block_size = engine, block_size
         self.texts = [list(text) for text in texts]
-        self.first = [0] * len(texts)  # where each window begins
-        # Tokens of each row in the cache: full, so that the windows are read first.
-        self.read = [block_size] * len(texts)
+        self.window_start = [0] * len(texts)  # of each row, in tokens
+        self.n_cached = None  # the tokens of the longest row in the cache; None: not read yet
         slots = min(block_size, max(map(len, texts)) + max_new_tokens)
         self.cache = engine.new_cache(len(texts), slots)
 
     @property
-    def full(self):
-        """Whether a row has no slot left for another token."""
-        return max(self.read) >= self.block_size
+    def must_refill(self):
+        """Whether nothing is read yet, or a row has no slot left for another token."""
+        return self.n_cached is None or self.n_cached >= self.block_size
 
     def refill(self):
-        """Read all windows, all but their newest token; returns that, (B, 1). `texts` must be up to date."""
+        """Read all of the windows but their newest tokens; returns those, (B, 1)."""
         keep = self.block_size - max(1, self.block_size // 4)
         for row, text in enumerate(self.texts):
-            if len(text) - self.first[row] > self.block_size:
-                self.first[row] = len(text) - keep
-        windows = [text[first:-1] for text, first in zip(self.texts, self.first, strict=True)]
-        self.read = list(map(len, windows))
+            if len(text) - self.window_start[row] > self.block_size:
+                self.window_start[row] = len(text) - keep
+        windows = [text[start:-1] for text, start in zip(self.texts, self.window_start, strict=True)]
         self.engine.fill(self.cache, windows)
+        self.n_cached = max(map(len, windows))
         return torch.tensor([text[-1:] for text in self.texts], device=self.engine.device)
 
-    def step(self, tokens, choose, *inputs):
-        """Read one more token of each row, (B, 1), and choose what comes next: `choose`'s tensors."""
-        self.read = [count + 1 for count in self.read]
-        return self.engine.step(self.cache, tokens, max(self.read), choose, *inputs)
+    def step(self, tokens, sampler, *inputs):
+        """Read one more token of each row, (B, 1) -> what `sampler` chooses to come next: its tensors."""
+        self.n_cached += 1
+        return self.engine.step(self.cache, tokens, self.n_cached, sampler, *inputs)
 
     def reorder(self, rows):
-        """Let row b go on from what row rows[b] has read; the two must be of one length."""
+        """Let row b go on from what is in the cache of row rows[b]; the two must have the same length."""
         index = torch.tensor(rows, device=self.engine.device)
         for layer in self.cache.layers:
             for kept in (layer.k, layer.v):  # (B, slots, C)
-                kept[:, : max(self.read)] = kept[index, : max(self.read)]
+                kept[:, : self.n_cached] = kept[index, : self.n_cached]
 
 
 class Drawn(NamedTuple):
@@ -77,48 +80,48 @@ def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, voc
     """
     Continue B texts, lists of ids: an iterator of max_new_tokens steps, each a Drawn.
 
-    Row b draws by (seed, rows[b]), by default (seed, b), and ids from `vocab_size` on are never drawn. Raises
+    Row b draws by (seed, rows[b]), by default (seed, b), and ids from `vocab_size` on are never drawn. On a
+    GPU the host is one token behind: it looks at a token while the device computes the next. Raises
     ValueError where a text has no token or more than block_size.
     """
-    reader = Reader(engine, texts, max_new_tokens)
+    window = ContextWindow(engine, texts, max_new_tokens)
     sampler = Sampler(sampling, texts, vocab_size or engine.gpt.config.vocab_size, engine.device)
     numbers = uniforms(seed, range(len(texts)) if rows is None else rows, engine.device)
-    ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device may be ahead of the reader
-    flying = deque()
+    ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device may be ahead of the host
+    pending = deque()  # steps whose tokens the host has not looked at
 
-    def landed():
-        drawn = flying.popleft()()
-        for text, token in zip(reader.texts, drawn.ids, strict=True):
+    def pop_drawn():
+        drawn = pending.popleft()()
+        for text, token in zip(window.texts, drawn.ids, strict=True):
             text.append(token)
         return drawn
 
     for _ in range(max_new_tokens):
-        if reader.full:
-            while flying:
-                yield landed()
-            tokens = reader.refill()
-        chosen = reader.step(tokens, sampler, next(numbers))
+        if window.must_refill:
+            while pending:
+                yield pop_drawn()
+            tokens = window.refill()
+        chosen = window.step(tokens, sampler, next(numbers))
         tokens = chosen[0]
-        flying.append(on_the_way(chosen))
-        if len(flying) > ahead:
-            yield landed()
-    while flying:
-        yield landed()
+        pending.append(copy_to_host(chosen))
+        if len(pending) > ahead:
+            yield pop_drawn()
+    while pending:
+        yield pop_drawn()
 
 
-def on_the_way(chosen):
+def copy_to_host(chosen):
     """
     A function that returns the tensors as a Drawn. Their copy to the host begins now; the function waits for
     this step alone, not for those after it.
     """
+    done = None
     if chosen[0].device.type == "cuda":
         chosen = [part.to("cpu", non_blocking=True) for part in chosen]
         done = torch.cuda.Event()
         done.record()
-    else:
-        done = None
 
-    def arrived():
+    def drawn():
         if done:
             done.synchronize()
         ids, *report = (part.tolist() for part in chosen)
@@ -127,7 +130,7 @@ def on_the_way(chosen):
             return Drawn(ids)
         return Drawn(ids, [row[0] for row in report[0]], *report[1:])
 
-    return arrived
+    return drawn
 
 
 def generate(engine, texts, max_new_tokens, **options):

@@ -8,7 +8,7 @@ import torch
 from kqv.device import DeviceSettings, find_compile, find_dtype
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
-from kqv.generation.stream import Reader, stream
+from kqv.generation.stream import ContextWindow, stream
 from kqv.measuring.machine import Machine, ReportSettings, print_table, profiled, say, say_machine
 from kqv.settings import setting
 from model import GPT
@@ -78,10 +78,8 @@ def measure_prefill(engine, config, machine):
     cache = engine.new_cache(1, length)
     taken = machine.median(lambda: engine.fill(cache, texts))
     in_blocks = sum(parameter.numel() for parameter in engine.gpt.transformer.h.parameters())
-    # A multiply and an add for each weight and token; Q K^T and its use, half of which the mask saves; the
-    # head.
+    # A multiply and an add for each weight and token; Q K^T and its use, half of which the mask saves.
     flops = 2 * in_blocks * length + 2 * shape.n_layer * shape.n_embd * length**2
-    flops += 2 * shape.n_embd * shape.vocab_size
     return {
         "tokens": length,
         "ms": taken * 1e3,
@@ -129,14 +127,14 @@ def measure_uncached(gpt, engine, config, machine):
     """Write a token after a long text, with the cache and by reading it all again."""
     (text,) = random_texts(1, config.prefill_length, gpt.config.vocab_size)
     idx = torch.tensor([text], device=engine.device)
-    reader = Reader(engine, [text], 0)
-    tokens = reader.refill()
-    again = machine.median(lambda: gpt(idx)[0].argmax())
+    window = ContextWindow(engine, [text], 0)
+    tokens = window.refill()
+    again = machine.median(lambda: gpt.lm_head(gpt.hidden(idx)[:, -1]).argmax())
 
     def once():
-        reader.cache.length.fill_(len(text) - 1)
-        reader.read = [len(text) - 1]
-        return reader.step(tokens, lambda logits: (logits.argmax(dim=-1),))
+        window.cache.length.fill_(len(text) - 1)
+        window.n_cached = len(text) - 1
+        return window.step(tokens, lambda logits: (logits.argmax(dim=-1),))
 
     cached = machine.median(once)
     return {

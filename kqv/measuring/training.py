@@ -32,8 +32,9 @@ from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches, to_device
 from kqv.training.distributed import World
+from kqv.training.loss import next_token_loss
 from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision, start_state
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, NextToken
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,8 @@ def own_step(settings, shape, machine, compiled):
     state = start_state(settings, gpt, None, machine.dtype)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
-    model = torch.compile(gpt) if compiled else gpt
+    objective = NextToken(gpt, next_token_loss)
+    model = torch.compile(objective) if compiled else objective
     autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 
     def step():

@@ -155,13 +155,13 @@ class World:
             gradient_as_bucket_view=True,  # a gradient is held once
         )
 
-    def reduce_gradients(self, model, placed, last):
+    def reduce_gradients(self, model, last):
         """
         A context for one micro-batch's forward and backward: gradients are averaged only at a step's last
         one.
         """
-        if is_sharded(placed):
-            placed.set_requires_gradient_sync(last)
+        if is_sharded(model):
+            model.set_requires_gradient_sync(last)
         elif self.size > 1 and not last:
             return model.no_sync()
         return nullcontext()
@@ -233,7 +233,7 @@ def heart(store, rank):
 
 def is_sharded(model):
     """Whether each process holds a part of the model (FSDP)."""
-    return hasattr(model, "set_requires_gradient_sync")
+    return hasattr(next(model.parameters()), "device_mesh")
 
 
 def whole(tensor):

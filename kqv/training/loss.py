@@ -17,18 +17,18 @@ from torch.nn import functional as F
 LOGITS_AT_ONCE = 2**28  # 512 MB in bfloat16, and enough tokens to keep a GPU's matrix units busy
 
 
-def next_token_loss(x, weight, targets):
+def next_token_loss(x, head, targets):
     """
-    The mean cross-entropy, in nats, of the logits x @ weight.T (N, V).
+    The mean cross-entropy, in nats, of the logits x @ head.T (N, V).
 
-    x (N, C), weight (V, C), targets (N,) ids, -1 where a token does not count.
+    x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count.
     """
-    chunks = -(-x.size(0) * weight.size(0) // LOGITS_AT_ONCE)
+    chunks = -(-x.size(0) * head.size(0) // LOGITS_AT_ONCE)
     if chunks == 1:
-        return F.cross_entropy(F.linear(x, weight), targets, ignore_index=-1)
+        return F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return in_chunks(x, weight, targets, chunks, torch.compiler.is_compiling())
+    return in_chunks(x, head, targets, chunks, torch.compiler.is_compiling())
 
 
 @torch.compiler.disable  # which would unroll the chunks, and hold some of them at the same time

@@ -15,7 +15,7 @@ from torch import nn
 from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine, MatVec
 from kqv.generation.sampling import Sampler, Sampling, draw, uniforms
-from kqv.generation.stream import Reader, generate, stream
+from kqv.generation.stream import ContextWindow, generate, stream
 
 MODES = {
     "greedy": Sampling(temperature=0),
@@ -425,10 +425,10 @@ def test_samples_of_one_prompt_read_it_once():
 
 def test_a_short_text_needs_a_short_cache():
     engine = Engine(random_gpt(block_size=500).bfloat16())
-    cache = Reader(engine, texts_of(3, 7), 20).cache
+    cache = ContextWindow(engine, texts_of(3, 7), 20).cache
     assert {kept.numel() for layer in cache.layers for kept in (layer.k, layer.v)} == {2 * 27 * 16}
     assert cache.layers[0].k.dtype == torch.bfloat16
-    assert Reader(engine, texts_of(490), 20).cache.layers[0].v.numel() == 500 * 16
+    assert ContextWindow(engine, texts_of(490), 20).cache.layers[0].v.numel() == 500 * 16
 
 
 # The stream
@@ -501,11 +501,14 @@ def test_shapes_repeat_where_each_costs_a_graph():
     shape, spans = {"n_layer": 1, "block_size": 600}, []
     gpt, eager = exact_gpt(**shape), Engine(exact_gpt(**shape))
     engine = Engine(gpt)
-    engine.graphs = True
+    engine.use_cuda_graphs = True
     rounded = [engine.rounded(length) for length in (1, 256, 257, 512, 513, 600)]
     assert rounded == [256, 256, 512, 512, 600, 600]
     shapes = positions_read(gpt)
-    gpt.register_forward_pre_hook(lambda module, args, kw: spans.append(kw["span"]), with_kwargs=True)
+    (block,) = gpt.transformer.h
+    block.register_forward_pre_hook(
+        lambda module, args: spans.append(args[0].size(1) if args[1] is None else args[1].size(-1))
+    )
     for lengths in ([250], [1], [258, 3], [3] * 3, [600, 520], [3, 4], [7]):  # the caches hold older texts
         texts = texts_of(*lengths)
         assert generate(engine, texts, 12, seed=3) == generate(eager, texts, 12, seed=3)
@@ -517,7 +520,7 @@ def test_shapes_repeat_where_each_costs_a_graph():
 def test_the_code_that_is_compiled_for_a_gpu_has_no_constant_that_changes(mode):
     gpt, texts = exact_gpt(n_layer=1), texts_of(3, 5)
     engine = Engine(gpt)
-    engine.graphs = True
+    engine.use_cuda_graphs = True
     engine.prefill, engine.decode = (
         torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
         for function in (engine.prefill, engine.decode)
@@ -558,15 +561,15 @@ def test_compiled_on_a_cpu_the_engine_writes_what_the_eager_one_writes(compiler,
 def test_compiled_on_a_cpu_the_logits_are_the_eager_ones(compiler, dtype, tolerance, lengths):
     gpt, texts = random_gpt(std=0.2).to(getattr(torch, dtype)), texts_of(*lengths)
     engines = Engine(gpt), Engine(gpt, compiled=True)
-    readers = [Reader(engine, texts, 12) for engine in engines]
+    windows = [ContextWindow(engine, texts, 12) for engine in engines]
     newest = torch.tensor([text[-1:] for text in texts])
     for tokens in random_ids(12, len(texts), 1):
         logits = []
-        for reader in readers:
-            if reader.full:
-                reader.refill()
-            logits.append(reader.step(newest, lambda logits: (logits,))[0])
-            for text, (token,) in zip(reader.texts, tokens.tolist(), strict=True):
+        for window in windows:
+            if window.must_refill:
+                window.refill()
+            logits.append(window.step(newest, lambda logits: (logits,))[0])
+            for text, (token,) in zip(window.texts, tokens.tolist(), strict=True):
                 text.append(token)
         scale = logits[0].abs().max().item()
         torch.testing.assert_close(logits[1], logits[0], atol=tolerance * scale, rtol=0)

@@ -23,6 +23,7 @@ from kqv.text import dataset, dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
 from kqv.training.start import build_model, checkpoint_activations
+from model import NextToken
 
 UNHURRIED = settings(
     deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
@@ -187,7 +188,7 @@ def test_a_rows_loss_and_gradient_are_those_of_its_conversations(packed):
         total = 0.0
         for idx, targets, positions in batches:
             share = (targets >= 0).sum().item() / count
-            loss = gpt(idx, targets, positions) * share
+            loss = NextToken(gpt)(idx, targets, positions) * share
             loss.backward()
             total += loss.item()
         return total, {name: parameter.grad.clone() for name, parameter in gpt.named_parameters()}
@@ -210,7 +211,7 @@ def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed):
     losses, gradients = [], []
     for length in (end, 48):
         gpt.zero_grad()
-        loss = gpt(idx[:, :length], targets[:, :length], positions[:, :length])
+        loss = NextToken(gpt)(idx[:, :length], targets[:, :length], positions[:, :length])
         loss.backward()
         losses.append(loss.item())
         gradients.append([parameter.grad.clone() for parameter in gpt.parameters()])
@@ -222,7 +223,7 @@ def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed):
 def test_positions_of_one_example_are_those_of_no_positions(packed):
     gpt, (idx, targets, _), _ = packed
     torch.testing.assert_close(
-        gpt(idx, targets, torch.arange(48)[None]), gpt(idx, targets), atol=1e-12, rtol=0
+        NextToken(gpt)(idx, targets, torch.arange(48)[None]), NextToken(gpt)(idx, targets), atol=1e-12, rtol=0
     )
 
 
@@ -310,9 +311,13 @@ def test_evaluation_is_the_mean_over_all_rows(run):
     data = Dataset("sums")
     _, gpt = build_model(config, None, data.tokenizer)
     rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
+    loss = NextToken(gpt)
     with torch.no_grad():
         expected = np.mean(
-            [gpt(*(torch.from_numpy(part[i : i + 1]) for part in rows)).item() for i in range(len(rows.idx))]
+            [
+                NextToken(gpt)(*(torch.from_numpy(part[i : i + 1]) for part in rows)).item()
+                for i in range(len(rows.idx))
+            ]
         )
     found = run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
     assert f"val loss {expected:.4f}" in found

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from kqv.training import loss
+from model import NextToken
 
 N, V, C = 64, 128, 8  # tokens, vocabulary, channels
 IN_CHUNKS = N * V // 8
@@ -175,10 +176,10 @@ def test_no_tensor_is_as_large_as_all_logits(dtype):
 def test_a_gpt_learns_from_chunks_what_it_learns_from_all_logits(bias):
     gpt, idx, targets = random_gpt(bias=bias).train(), random_ids(3, 8), random_ids(3, 8, seed=1)
     targets[0, :3] = targets[2, 7] = -1
-    expected, found = gpt(idx, targets), None
+    expected, objective = NextToken(gpt)(idx, targets), NextToken(gpt, loss.next_token_loss)
     with logits_at_once(100), pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "cross_entropy", None)  # the plain way
-        found = gpt(idx, targets)
+        found = objective(idx, targets)
     assert found.shape == () and found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(one, list(gpt.parameters())) for one in (found, expected))
@@ -198,10 +199,11 @@ def test_compiled_the_chunks_give_what_they_give_eagerly(monkeypatch, backend, d
     )
     gpt, idx, targets = random_gpt(n_layer=1), random_ids(3, 8), random_ids(3, 8, seed=1)
     targets[1, 2] = -1
+    objective = NextToken(gpt, loss.next_token_loss)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     found = []
     with logits_at_once(100):
-        for model in (gpt, torch.compile(gpt, backend=backend)):
+        for model in (objective, torch.compile(objective, backend=backend)):
             assert graphs.frame_count == 0  # uncompiled, the model compiles nothing
             with autocast:
                 mean = model(idx, targets)
