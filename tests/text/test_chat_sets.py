@@ -311,7 +311,6 @@ def test_evaluation_is_the_mean_over_all_rows(run):
     data = Dataset("sums")
     _, gpt = build_model(config, None, data.tokenizer)
     rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
-    loss = NextToken(gpt)
     with torch.no_grad():
         expected = np.mean(
             [
