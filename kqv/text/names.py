@@ -1,0 +1,61 @@
+"""What a set is called, after its source and its tokenizer; and back: the command that makes a set."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from kqv.errors import UsageError
+from kqv.text import hub, tokenizers
+from kqv.text.built_in import BUILT_IN
+from kqv.text.file_formats import COMPRESSED
+from kqv.text.sources import STDIN
+
+USUAL = "char"  # the tokenizer where the user names none
+
+
+def usual_tokenizer(source):
+    """The tokenizer of a source where the user names none, which is not in the set's name."""
+    found = BUILT_IN.get(source)
+    return found.settings.get("tokenizer", USUAL) if found else USUAL
+
+
+def default_name(sources, tokenizer):
+    """The name of the set of such sources. Raises UsageError where several files leave it open."""
+    source = sources[0]
+    suffix = "" if tokenizer == usual_tokenizer(source) else f"_{short(tokenizer)}"
+    if source in BUILT_IN:
+        return source + suffix
+    if len(sources) > 1 or source == STDIN or any(letter in source for letter in "*?["):
+        raise UsageError("several files, or standard input, need a name for their set: --name=mytext")
+    if source.startswith(hub.PREFIX):
+        return source.removeprefix(hub.PREFIX).rstrip("/").split("/")[-1].replace(":", "_") + suffix
+    path = Path(source).resolve()
+    return (path.name if path.is_dir() else Path(path.name.removesuffix(COMPRESSED)).stem) + suffix
+
+
+def short(tokenizer):
+    """The name of a tokenizer as a part of a set's name."""
+    return Path(tokenizer).stem.replace(":", "")
+
+
+def how_to_prepare(name):
+    """The command that makes the set of this name."""
+    source, tokenizer = name, ""
+    if name not in BUILT_IN:
+        source, _, suffix = name.rpartition("_")
+        tokenizer = tokenizer_of(suffix)
+        if source not in BUILT_IN or not tokenizer:
+            return f"make it with: python prepare.py YOUR_TEXT.txt --name={name}"
+    options = f" --tokenizer={tokenizer} --name={name}" if tokenizer else ""
+    return f"make it with: python prepare.py {source}{options}"
+
+
+def tokenizer_of(suffix):
+    """The tokenizer that has this part of a set's name; empty where none has."""
+    if suffix in BUILT_IN:
+        return f"data/{suffix}"
+    name = re.sub("^bpe(?=[0-9])", "bpe:", suffix)
+    with suppress(UsageError):
+        tokenizers.by_name(name)
+        return name
+    return ""
