@@ -52,7 +52,8 @@ def open_set(config, trained_on, tokenizer):
             + ("--max_examples" if config.max_examples else "--bleu")
         )
     if config.max_examples:
-        data.borders[config.evaluate] = data.borders[config.evaluate][: config.max_examples + 1]
+        starts = data.conversation_starts
+        starts[config.evaluate] = starts[config.evaluate][: config.max_examples + 1]
     return data
 
 
@@ -123,7 +124,7 @@ def report(config, gpt, data, examples, records):
     if examples:
         matches = sum(map(str.__eq__, texts, expected))
         numbers |= {"max_examples": config.max_examples, "block_size": gpt.config.block_size}
-        numbers |= {"examples": len(examples), "left_out": len(data.borders[split]) - 1 - len(examples)}
+        numbers |= {"examples": len(examples), "left_out": len(data.lengths(split)) - len(examples)}
         numbers |= {"matches": matches, "exact_match": matches / len(examples)}
     if bleu:
         score = bleu.corpus_score(texts, [expected]).score
