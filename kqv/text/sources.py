@@ -18,8 +18,6 @@ import zlib
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from kqv.errors import UserError, first_line
 from kqv.text import hub, utf8
 from kqv.text.built_in import BUILT_IN
@@ -194,8 +192,12 @@ class Source:
 
 def with_progress(source, what):
     """The pieces of a Source, with a progress bar on a terminal."""
-    bar = tqdm(total=source.size, desc=what, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
-    with bar:
+    if not sys.stderr.isatty():
+        yield from source
+        return
+    from tqdm import tqdm  # slow: only for a terminal
+
+    with tqdm(total=source.size, desc=what, unit="B", unit_scale=True) as bar:
         for piece in source:
             bar.update((source.position if source.size else bar.n + len(piece.content)) - bar.n)
             yield piece
