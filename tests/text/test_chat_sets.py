@@ -19,8 +19,9 @@ from torch.nn import functional as F
 import prepare
 import train
 from kqv.formats import loading
-from kqv.text import dataset, dataset_writer
+from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
+from kqv.text.order import packed
 from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
 from kqv.training.start import build_model, checkpoint_activations
 from model import NextToken
@@ -104,7 +105,7 @@ def test_rows_are_packed_with_whole_conversations_and_only_answers_are_learnt(
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 20))
 def test_packing_leaves_out_what_is_too_long_and_nothing_else(sizes, longest):
     borders = np.cumsum([0, *sizes])
-    rows = dataset.packed(borders, longest).tolist()
+    rows = packed(borders, longest).tolist()
     assert rows == sorted(rows) and all(0 < end - start <= longest for start, end in rows)
     kept = [i for start, end in rows for i, border in enumerate(borders[:-1]) if start <= border < end]
     assert kept == [i for i, size in enumerate(sizes) if size <= longest]
@@ -137,7 +138,7 @@ SIDE_BY_SIDE = [
 
 
 @pytest.fixture
-def packed(tmp_path):
+def packed_row(tmp_path):
     """(float64 model, one row with four conversations and some filling, the conversations alone)."""
     data = chat_set(tmp_path, SIDE_BY_SIDE)
     row = data.batch("train", np.array([0]), 48)
@@ -157,8 +158,8 @@ def ends_of(idx):
     return [*torch.nonzero(idx[0] == 3).flatten().tolist(), idx.size(1)]
 
 
-def test_a_conversation_in_a_row_has_the_logits_that_it_has_alone(packed):
-    gpt, (idx, _, positions), alone = packed
+def test_a_conversation_in_a_row_has_the_logits_that_it_has_alone(packed_row):
+    gpt, (idx, _, positions), alone = packed_row
     logits = gpt.lm_head(gpt.hidden(idx, positions))[0]
     ends = ends_of(idx)
     assert len(ends) > len(alone) + 1  # there is filling
@@ -168,8 +169,8 @@ def test_a_conversation_in_a_row_has_the_logits_that_it_has_alone(packed):
         torch.testing.assert_close(gpt.lm_head(gpt.hidden(its_idx))[0], logits[start:end], atol=1e-12, rtol=0)
 
 
-def test_what_is_in_a_row_beside_a_conversation_does_not_matter(packed):
-    gpt, (idx, _, positions), _ = packed
+def test_what_is_in_a_row_beside_a_conversation_does_not_matter(packed_row):
+    gpt, (idx, _, positions), _ = packed_row
     ends = ends_of(idx)
     start, end = ends[1], ends[2]
     other = idx.clone()
@@ -179,8 +180,8 @@ def test_what_is_in_a_row_beside_a_conversation_does_not_matter(packed):
     assert torch.equal(before, after)
 
 
-def test_a_rows_loss_and_gradient_are_those_of_its_conversations(packed):
-    gpt, row, alone = packed
+def test_a_rows_loss_and_gradient_are_those_of_its_conversations(packed_row):
+    gpt, row, alone = packed_row
 
     def loss_and_gradients(batches):
         gpt.zero_grad()
@@ -203,8 +204,8 @@ def test_a_rows_loss_and_gradient_are_those_of_its_conversations(packed):
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpointed"])
-def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed):
-    gpt, (idx, targets, positions), _ = packed
+def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed_row):
+    gpt, (idx, targets, positions), _ = packed_row
     if how == "checkpointed":
         checkpoint_activations(gpt)
     end = ends_of(idx)[4]
@@ -220,8 +221,8 @@ def test_what_a_row_is_filled_up_with_teaches_nothing(how, packed):
         torch.testing.assert_close(short, long, atol=1e-12, rtol=1e-9)
 
 
-def test_positions_of_one_example_are_those_of_no_positions(packed):
-    gpt, (idx, targets, _), _ = packed
+def test_positions_of_one_example_are_those_of_no_positions(packed_row):
+    gpt, (idx, targets, _), _ = packed_row
     torch.testing.assert_close(
         NextToken(gpt)(idx, targets, torch.arange(48)[None]), NextToken(gpt)(idx, targets), atol=1e-12, rtol=0
     )
