@@ -121,6 +121,7 @@ def test_a_crash_leaves_the_old_set_or_the_new_one_or_none(
 
         return call
 
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # which takes its time
     for crash_at in itertools.count(1):
         folder = tmp_path / str(crash_at)
         write_in_parts(folder, old_parts, *OLD)

@@ -96,16 +96,25 @@ def start(*argv, tag="", limit=None, **small):
     )
 
 
-def finish(*argv, **options):
-    """prepare.py to its end: what it says."""
-    process = start(*argv, **options)
+def finish(*argv, **small):
+    """prepare.py to its end, in this process: what it says."""
+    small = {**SMALL, **small}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr(utf8, "PIECE", small["PIECE"])
+        patch.setattr(encoding, "PART", small["PART"])
+        prepare.main(list(map(str, argv)))
+    return out.getvalue()
+
+
+def finish_apart(*argv):
+    """prepare.py to its end, in a process of its own."""
+    process = start(*argv)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), err
-    return out
 
 
 def fail(*argv, **options):
-    """prepare.py to an end that must be a failure: the one line that it says."""
+    """prepare.py in a process of its own, to an end that must be a failure: the one line that it says."""
     process = start(*argv, **options)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (1, ""), err
@@ -177,7 +186,7 @@ def test_a_large_set_is_in_parts_that_are_read_as_one(documents):
 def test_the_files_are_the_same_whatever_the_workers_and_the_size_of_parts(tokenizer, documents):
     found = []
     for workers in (1, 2, 3):
-        finish(*COMMAND, f"--tokenizer={tokenizer}", f"--workers={workers}")
+        finish_apart(*COMMAND, f"--tokenizer={tokenizer}", f"--workers={workers}")
         found.append(files())
         shutil.rmtree("data")
     assert found[0] == found[1] == found[2] and len(found[0]) > 10
@@ -270,17 +279,30 @@ def facts_of(path):
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+@pytest.fixture(scope="module")
+def killed_after_three_parts(tmp_path_factory):
+    """A folder in which prepare.py was killed after three parts; and the files that it would have made."""
+    folder = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_documents(range(500))
+        finish(*COMMAND, "--tokenizer=byte")
+        straight = files()
+        shutil.rmtree("data")
+        process = start(*COMMAND, "--tokenizer=byte", pause=0.02)
+        wait_for_parts(process, 3)
+        process.kill()
+        process.communicate()
+        assert parts_done() == 3
+    return folder, straight
+
+
 @pytest.fixture
-def stopped(documents):
-    """A folder in which prepare.py was killed after three parts: the files that it would have made."""
-    finish(*COMMAND, "--tokenizer=byte")
-    straight = files()
-    shutil.rmtree("data")
-    process = start(*COMMAND, "--tokenizer=byte", pause=0.02)
-    wait_for_parts(process, 3)
-    process.kill()
-    process.communicate()
-    assert parts_done() == 3
+def stopped(killed_after_three_parts, tmp_path, monkeypatch):
+    """A copy of that folder to work in: the files that prepare.py would have made."""
+    folder, straight = killed_after_three_parts
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return straight
 
 
@@ -396,7 +418,7 @@ def test_what_a_worker_finds_wrong_is_the_same_line(workers, documents):
     line = fail(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}")
     assert "'☃' at position 9" in line and "--unknown=skip" in line
     assert parts_done() > 5  # the same command goes on from there, once the line is gone
-    finish(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}", "--unknown=skip")
+    finish_apart(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}", "--unknown=skip")
     decoded = Dataset(Path("data/docs").resolve()).tokenizer.decode
     assert "document " in decoded(all_ids("docs", "train")) + decoded(all_ids("docs", "val"))
 

@@ -19,7 +19,9 @@ from kqv.text import sources, utf8
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.sources import Source
 
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
+UNHURRIED = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 
 
 def ids(name, split):
