@@ -28,7 +28,7 @@ from kqv.formats import checkpoint, gguf, huggingface, loading, tokenizer_json
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import stream
-from kqv.text.built_in import GPT2_WHEEL
+from kqv.text.bpe import GPT2_WHEEL
 from kqv.text.download import unpacked_wheel
 from kqv.text.tokenizers import (
     PATTERNS,
