@@ -1,15 +1,15 @@
-"""Text out of ids as they come."""
+"""Ids -> text, as a stream."""
 
 import codecs
 
 
 class TextStream:
     """
-    Text out of ids as they come: a character when it is whole, and nothing after the end of the text.
+    Ids, one at a time -> text: a character comes when all of its bytes have come.
 
-    A text ends at the tokenizer's separator, and before the first string of `stops` to be complete, wherever
-    the borders of its tokens are. What may be the beginning of such a string is held back until that is
-    known.
+    The text ends at the tokenizer's separator, or before the first of the strings `stops` that is complete; a
+    token may hold more than that string. Text that may be the beginning of such a string is held back until
+    it is known.
     """
 
     def __init__(self, tokenizer, stops=()):
@@ -30,7 +30,7 @@ class TextStream:
         return self.release()
 
     def finish(self):
-        """The text that is left when no token comes any more."""
+        """The text that was held back, when no more tokens come."""
         if self.ended:
             return ""
         self.held += self.decoder.decode(b"", final=True)
@@ -38,6 +38,7 @@ class TextStream:
         return text
 
     def release(self):
+        """The part of the held text that no stop can take back; where a stop is complete, the text before it."""
         found = [(start + len(stop), start) for stop in self.stops if (start := self.held.find(stop)) >= 0]
         if found:
             _, end = min(found)  # the first to be complete; of several at once the longest

@@ -81,9 +81,7 @@ class Meta(NamedTuple):
 
 
 def read_meta(folder):
-    """
-    What a set's folder says of its files. Raises UserError.
-    """
+    """What a set's folder says of its files. Raises UserError."""
     ours, nanogpt = folder / META, folder / NANOGPT_META
     if ours.exists():
         try:
@@ -97,6 +95,8 @@ def read_meta(folder):
             if not parts:
                 raise ValueError("no parts")
             tokenizer = tokenizers.from_json(meta["tokenizer"])
+            if meta["vocab_size"] != tokenizer.vocab_size:
+                raise ValueError(f"{meta['vocab_size']} ids, but a tokenizer with {tokenizer.vocab_size}")
             return Meta(tokenizer, np.dtype(meta["dtype"]), parts, sizes, is_ours=True)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{ours} is damaged ({error}): run prepare.py again") from None

@@ -324,6 +324,8 @@ def damage(name):
         "another format": lambda: changed(format=99),
         "another tokenizer": lambda: changed(tokenizer={"kind": "bpe"}),
         "a tokenizer of two\nlines": lambda: changed(tokenizer="of two\nlines"),
+        "a tokenizer of fewer ids": lambda: changed(tokenizer={"kind": "char", "chars": "ab"}),
+        "another number of ids": lambda: changed(vocab_size=9999),
         "tokens in words": lambda: changed(parts=[{"tokens": {"train": "many", "val": 5}}]),
         "a part in words": lambda: changed(parts=["many"]),
         "no dtype": lambda: changed(dtype=None),
