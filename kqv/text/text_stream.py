@@ -38,7 +38,7 @@ class TextStream:
         return text
 
     def release(self):
-        """The part of the held text that no stop can take back; where a stop is complete, the text before it."""
+        """The part of the held text that no stop can take back; the text before a stop that is complete."""
         found = [(start + len(stop), start) for stop in self.stops if (start := self.held.find(stop)) >= 0]
         if found:
             _, end = min(found)  # the first to be complete; of several at once the longest
