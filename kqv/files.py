@@ -6,25 +6,65 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import contextmanager
 
 from kqv.errors import UserError
 
 
-def remove(path):
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+@contextmanager
+def replacing(path, previous=None):
+    """
+    A path beside `path` (a Path), to write a file or a folder to:
+
+        with replacing(path) as beside:
+            beside.write_text("...")
+
+    When the block ends, what was written goes to the disk and then takes the place of `path`. When the block
+    raises, or the process is killed in it, `path` is as it was. What was at `path` before is kept as
+    `previous` (a Path) if that is given. Two processes must not replace the same path at the same time.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    remove(beside)  # a killed process may have left one
+    try:
+        yield beside
+        for written in (*beside.rglob("*"), beside):
+            sync(written)
+        put_in_place(beside, path, previous)
+    finally:
+        remove(beside)
 
 
-def sync_folder(folder):
-    """Make renames in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def put_in_place(beside, path, previous=None):
+    """
+    Rename `beside`, a file or folder that is whole and on the disk, to `path`. What was at `path` before is
+    kept as `previous` if that is given. No rename replaces a folder: it is moved to `previous`, or aside,
+    first, so a process that is killed in between leaves nothing at `path`.
+    """
+    earlier = previous or path.with_name(f".{path.name}.old")
+    if path.exists() and (previous or path.is_dir() or beside.is_dir()):
+        remove(earlier)
+        os.replace(path, earlier)
+    os.replace(beside, path)
+    sync(path.parent)
+    if not previous:
+        remove(earlier)
+
+
+def sync(path):
+    """Make a file's content, or a folder's renames, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove(path):
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -51,13 +91,8 @@ def load_plain_pickle(path):
 
 
 def write_json(path, value):
-    """Write a JSON file beside its name first, so that it is there whole or not at all."""
-    beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def sha256_of_file(path):
