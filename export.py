@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from kqv.errors import UsageError, UserError, first_line, run
-from kqv.files import remove, sync_folder
+from kqv.files import remove, sync
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.card import card
 from kqv.formats.loading import WeightsSettings
@@ -105,7 +105,7 @@ def replacing(target):
         if target.is_dir():  # a folder with content can't be replaced in one step
             os.replace(target, earlier)
         os.replace(beside, target)
-        sync_folder(target.parent)
+        sync(target.parent)
         remove(earlier)
     finally:
         remove(beside)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.files import remove, sync_folder
+from kqv.files import remove, sync
 
 NEWEST = "ckpt.pt"
 
@@ -52,7 +52,7 @@ def put_in_place(beside, path):
         remove(earlier)
         os.replace(path, earlier)
     os.replace(beside, path)
-    sync_folder(path.parent)
+    sync(path.parent)
     if earlier.name != PREVIOUS:
         remove(earlier)
 
