@@ -8,7 +8,10 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import sys
+import threading
+import time
 import urllib.request
 from dataclasses import asdict
 from itertools import islice
@@ -24,7 +27,7 @@ from hypothesis import strategies as st
 import export
 import sample
 import train
-from kqv.formats import checkpoint, gguf, huggingface, loading, tokenizer_json
+from kqv.formats import checkpoint, families, gguf, huggingface, loading, tokenizer_json
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import stream
@@ -280,7 +283,7 @@ def test_a_folder_in_half_precision(of_kind, tmp_path, name):
     transformers = pytest.importorskip("transformers")
     export.main([f"--out_dir={of_kind('byte').run}", f"--to={tmp_path / 'hf'}", f"--dtype={name}"])
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype="auto")
-    assert model.dtype == export.DTYPES[name]
+    assert model.dtype == huggingface.DTYPES[name]
     assert torch.equal(
         model.transformer.wpe.weight, of_kind("byte").gpt.transformer.wpe.weight.to(model.dtype)
     )
@@ -725,7 +728,7 @@ def test_files_that_go_too_deep_are_one_line(cli, run, name):
 
 def test_biases_are_kept_in_any_order():
     weights = {"a.bias": torch.ones(2), "a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)}
-    whole = huggingface.with_biases(weights)
+    whole = families.with_biases(weights)
     assert torch.equal(whole["a.bias"], torch.ones(2)) and torch.equal(whole["b.bias"], torch.zeros(4))
 
 
@@ -763,13 +766,21 @@ def test_what_a_killed_export_left_is_no_hindrance(cli, run, format):
     assert left_in("here") == ["it"] and cli(export.main, *targets(format))[0] == 0
 
 
-def test_an_interrupted_export_leaves_nothing(cli, run, monkeypatch):
-    def interrupted(*arguments):
-        Path(arguments[0], "config.json").write_text("half")
-        raise KeyboardInterrupt
+def test_an_interrupted_export_leaves_nothing(cli, tmp_path):
+    """Interrupted by a real signal, when the first of its files is there and 25 MB are still to be written."""
+    save_run(tmp_path / "out", ByteTokenizer(), random_gpt(vocab_size=257, n_layer=2, n_embd=512))
 
-    monkeypatch.setattr(huggingface, "save", interrupted)
-    assert cli(export.main, *targets("hf"))[0] == 130 and left_in("here") == []
+    def interrupt():
+        until = time.monotonic() + 60
+        while not Path("here/.it.new/tokenizer.json").exists() and time.monotonic() < until:
+            time.sleep(0.0005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    status = cli(export.main, *targets("hf"))[0]
+    thread.join()
+    assert status == 130 and left_in("here") == []
 
 
 # Settings
@@ -1016,8 +1027,8 @@ def test_every_way_to_make_a_piece_is_a_merge():
 
 def test_an_export_is_known_by_its_first_key(of_kind, llama):
     llama("byte")
-    assert gguf.is_our_export(of_kind("byte").file)
-    assert not gguf.is_our_export(of_kind("byte").folder / "config.json")
+    assert gguf.is_ours(of_kind("byte").file)
+    assert not gguf.is_ours(of_kind("byte").folder / "config.json")
 
 
 def test_no_piece_of_a_line_without_words_is_endless():

@@ -1,4 +1,9 @@
-"""From the name of a run, a checkpoint, a folder or a model on the hub to its weights and tokenizer."""
+"""
+What a user names, a run, a checkpoint, a folder or a model on the hub -> its weights, model and tokenizer.
+
+All weights come in one form, the contents of a checkpoint: a dict with `model` {parameter name: tensor},
+`model_args` (fields of GPTConfig), and, where they are known, `tokenizer`, `config` and more.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +29,12 @@ class WeightsSettings:
 
 def load(path, mapped=False):
     """
-    A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was
-    saved. Of a sharded model's, `model` is whole, and `folder` stands for the `optimizer` that is in parts.
-    `mapped`: of a file, only what is used takes memory.
+    The contents of a checkpoint of kqv or nanoGPT, on the CPU. `path` is a file or a sharded model's folder;
+    a folder's contents have whole weights, and `folder`, its path, instead of `optimizer`. `mapped`: of a
+    file, only what is used takes memory.
 
-    Only tensors and plain values are read (`weights_only`). Where ckpt.pt is torn or missing and its
-    predecessor is whole, that one is returned, with a warning. Raises UserError for a file that is anything
-    else.
+    No code in a checkpoint is run. If ckpt.pt is damaged or missing and ckpt.prev.pt is not, the contents are
+    those of ckpt.prev.pt, with a warning. Raises UserError if there is no checkpoint that can be read.
     """
     path = Path(path)
     try:
@@ -45,8 +49,12 @@ def load(path, mapped=False):
 
 
 def load_file(path, mapped):
+    """The same of the file or folder `path` alone."""
     if (path / REST).is_file():
-        contents = load_folder(path)
+        from kqv.formats import sharded  # slow import: only for a sharded model
+
+        weights = sharded.load_whole(path, "model")
+        contents = {**sharded.load_rest(path, read), "model": weights, "folder": path}
     else:
         contents = read(path, mapped)
     if not is_checkpoint(contents):
@@ -57,17 +65,10 @@ def load_file(path, mapped):
     return contents
 
 
-def load_folder(path):
-    """The contents of a sharded model's checkpoint. Raises UserError."""
-    from kqv.formats import sharded
-
-    return {**sharded.load_rest(path, read), "model": sharded.load_whole(path, "model"), "folder": path}
-
-
 def find(out_dir, which):
     """
-    The path of a run's "best" or "newest" checkpoint (best falls back to newest), or of a file that `which`
-    names.
+    The path of a checkpoint: `which` is "best" or "newest" of the run in `out_dir`, or a path by itself. The
+    newest serves as the best if there is no best.pt.
     """
     if which not in ("best", "newest"):
         return Path(which)
@@ -76,7 +77,7 @@ def find(out_dir, which):
 
 
 def load_chosen(config):
-    """(name, contents) of the weights that the settings `init_from`, or `out_dir` and `checkpoint`, name."""
+    """(path or name, contents) of the weights that a WeightsSettings names. Raises UserError."""
     if config.init_from != "resume":
         return config.init_from, load_start(config.init_from)
     path = find(config.out_dir, config.checkpoint)
@@ -85,9 +86,9 @@ def load_chosen(config):
 
 def load_start(source):
     """
-    Weights to start from, in the form of a checkpoint: from `source`, a checkpoint file, a run's folder (its
-    best), a Hugging Face folder with GPT-2's architecture, or a model on the Hugging Face hub: gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises UserError where it is none.
+    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
+    GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
+    ORG/NAME. Raises UserError if it is none of them.
     """
     path = Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
@@ -102,7 +103,7 @@ def load_start(source):
 def model_of(contents, path, dropout=None):
     """
     The GPT of a checkpoint's contents (`model`, `model_args`); `dropout`, if given, in place of its own.
-    Raises UserError, which names `path`, where the contents are not those of a GPT.
+    Raises UserError, which names `path`, if the contents are not those of a GPT.
     """
     try:
         config = GPTConfig.from_args(contents["model_args"])
@@ -113,12 +114,27 @@ def model_of(contents, path, dropout=None):
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 
 
+def without_padding(gpt, vocab_size):
+    """
+    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary. Raises
+    UserError if it has fewer ids.
+    """
+    if gpt.config.vocab_size < vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} ids, but the weights are for {gpt.config.vocab_size}"
+        )
+    rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
+    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
+    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights)
+
+
 def tokenizer_of(contents):
     """
-    A checkpoint's own tokenizer; for nanoGPT's, which carry none, that of the data folder it was trained on.
+    The tokenizer of a checkpoint's contents. nanoGPT's checkpoints have none: then it is the one of the data
+    folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
     definition = contents.get("tokenizer")
-    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # of a Hugging Face folder
+    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_json
         raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)

@@ -10,7 +10,7 @@ from conftest import TINY_RUN, logits_of, script, write_text
 import prepare
 import sample
 import train
-from kqv.formats import huggingface, loading
+from kqv.formats import families, loading
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -94,7 +94,7 @@ def test_the_names_of_old_files_are_read_too():
     del old["lm_head.weight"]
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    ours, expected = huggingface.our_weights(old), huggingface.our_weights(theirs)
+    ours, expected = families.our_weights(old), families.our_weights(theirs)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
