@@ -767,7 +767,7 @@ def test_what_a_killed_export_left_is_no_hindrance(cli, run, format):
 
 
 def test_an_interrupted_export_leaves_nothing(cli, tmp_path):
-    """Interrupted by a real signal, when the first of its files is there and 25 MB are still to be written."""
+    """By a real signal, when the first of its files is there and 25 MB are still to be written."""
     save_run(tmp_path / "out", ByteTokenizer(), random_gpt(vocab_size=257, n_layer=2, n_embd=512))
 
     def interrupt():
