@@ -51,10 +51,7 @@ def load(path, mapped=False):
 def load_file(path, mapped):
     """The same of the file or folder `path` alone."""
     if (path / REST).is_file():
-        from kqv.formats import sharded  # slow import: only for a sharded model
-
-        weights = sharded.load_whole(path, "model")
-        contents = {**sharded.load_rest(path, read), "model": weights, "folder": path}
+        contents = load_folder(path)
     else:
         contents = read(path, mapped)
     if not is_checkpoint(contents):
@@ -63,6 +60,13 @@ def load_file(path, mapped):
         )
     contents["model"] = plain_names(contents["model"])
     return contents
+
+
+def load_folder(path):
+    """The contents of a sharded model's checkpoint. Raises UserError."""
+    from kqv.formats import sharded
+
+    return {**sharded.load_rest(path, read), "model": sharded.load_whole(path, "model"), "folder": path}
 
 
 def find(out_dir, which):
