@@ -91,7 +91,7 @@ class Exported:
 
     @torch.no_grad()
     def greedy(self, ids, count):
-        """(the `count` likeliest ids after `ids`, or up to the separator; the smallest lead of one of them)"""
+        """(the `count` likeliest ids after `ids`, fewer if one ends the text; the smallest lead of one)"""
         new, leads = [], []
         while len(new) < count and (not new or new[-1] != self.tokenizer.separator):
             x = self.gpt.hidden(torch.tensor([[*ids, *new]]))[0, -1]  # (C,)
@@ -101,7 +101,7 @@ class Exported:
         return new, min(leads)
 
     def clear(self, count, least):
-        """(prompt, what follows), both ids: at least `least` follow, each clearly likelier than the others."""
+        """(prompt, continuation) of ids: at least `least` follow, each clearly the likeliest."""
         for seed in range(200):
             ids = random_ids(20, below=self.tokenizer.vocab_size - 4, seed=seed).tolist()
             new, lead = self.greedy(ids, count)
