@@ -1,35 +1,38 @@
 """A trained model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp."""
 
-import os
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from kqv.errors import UsageError, UserError, first_line, run
-from kqv.files import remove, sync
+from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
-from kqv.formats.card import card
-from kqv.formats.loading import ModelSettings
+from kqv.formats.loading import WeightsSettings
 from kqv.settings import parse, setting
-from model import GPT, GPTConfig
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# A format is a module with HELP, DTYPES, save(path, ...) and is_ours(path): may an export replace `path`?
+FORMATS = {"hf": huggingface, "gguf": gguf}
+DTYPES = {  # dtype: the formats that have it
+    dtype: [name for name, other in FORMATS.items() if dtype in other.DTYPES]
+    for format in FORMATS.values()
+    for dtype in format.DTYPES
+}
+SPECIAL = [f"{dtype}: {' or '.join(names)} alone" for dtype, names in DTYPES.items() if names != [*FORMATS]]
 
 
 @dataclass(frozen=True)
 class TargetSettings:
     """What to write"""
 
-    format: Literal["hf", "gguf"] = setting("hf", "hf: a Hugging Face folder; gguf: a file for llama.cpp")
+    format: Literal[tuple(FORMATS)] = setting(
+        "hf", "; ".join(f"{name}: {format.HELP}" for name, format in FORMATS.items())
+    )
     to: str = setting("", "the folder or file to write; an earlier export there is replaced")
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] = setting("f32", "how weights are kept; q8_0: gguf alone")
+    dtype: Literal[tuple(DTYPES)] = setting("f32", "; ".join(["how weights are kept", *SPECIAL]))
 
 
 @dataclass(frozen=True)
-class ExportSettings(TargetSettings, ModelSettings):
+class ExportSettings(TargetSettings, WeightsSettings):
     """
     usage: python export.py --out_dir=out/plays_char --to=DIR [--format=gguf] [--name=value ...]
 
@@ -40,79 +43,29 @@ class ExportSettings(TargetSettings, ModelSettings):
 
 def main(argv):
     config = parse(ExportSettings, argv)
+    format = FORMATS[config.format]
     if not config.to:
         raise UsageError("--to is missing: name the folder (hf) or file (gguf) to write, as --to=exported")
-    if config.format == "hf" and config.dtype == "q8_0":
-        raise UsageError("--dtype=q8_0 is for --format=gguf: a Hugging Face folder has f32, f16 or bf16")
+    if config.dtype not in format.DTYPES:
+        *most, last = format.DTYPES
+        raise UsageError(
+            f"--dtype={config.dtype} is for --format={' or '.join(DTYPES[config.dtype])}: "
+            f"{format.HELP} has {', '.join(most)} or {last}"
+        )
     target = Path(config.to).resolve()
-    require_free(target, config)
-    path, contents = loading.chosen(config)
-    try:
-        gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
+    if target.exists() and not format.is_ours(target):
+        raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
+    path, contents = loading.load_chosen(config)
     tokenizer = loading.tokenizer_of(contents)
-    weights = exported(gpt, tokenizer)
-    shape = {**asdict(gpt.config), "vocab_size": tokenizer.vocab_size}
-    size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
+    gpt = loading.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:
-            if config.format == "hf":
-                beside.mkdir()
-                weights = {name: weight.to(DTYPES[config.dtype]) for name, weight in weights.items()}
-                text = card(target.name, contents, shape, size, tokenizer)
-                huggingface.save(beside, weights, shape, tokenizer, text)
-            else:
-                weights = huggingface.with_biases(weights)
-                gguf.save(beside, target.stem, weights, shape, tokenizer, config.dtype)
+            format.save(beside, target.name, gpt, tokenizer, config.dtype, contents)
     except OSError as error:
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
+    size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
-
-
-def require_free(target, config):
-    """Raise UserError where something is in the way that no export has written."""
-    if config.format == "hf":
-        free = not target.exists() or target.is_dir() and not any(target.iterdir())
-        ours = target.is_dir() and huggingface.is_our_export(target)
-    else:
-        free = not target.exists()
-        ours = target.is_file() and gguf.is_our_export(target)
-    if not free and not ours:
-        raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
-
-
-def exported(gpt, tokenizer):
-    """The weights without the rows that pad the vocabulary, whose ids stand for nothing."""
-    V = tokenizer.vocab_size
-    if gpt.config.vocab_size < V:
-        raise UserError(f"the tokenizer has {V} ids, but the weights are for {gpt.config.vocab_size}")
-    weights = gpt.state_dict()
-    rows = weights["lm_head.weight"][:V]  # (V, C)
-    return {**weights, "lm_head.weight": rows, "transformer.wte.weight": rows}
-
-
-@contextmanager
-def replacing(target):
-    """
-    A path beside `target` for what is to take its place, a file or a folder: it does so when all of it is on
-    disk, and otherwise leaves no trace.
-    """
-    beside, earlier = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove(beside)
-    try:
-        yield beside
-        for path in sorted(beside.iterdir()) if beside.is_dir() else [beside]:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        if target.is_dir():  # a folder with content can't be replaced in one step
-            os.replace(target, earlier)
-        os.replace(beside, target)
-        sync(target.parent)
-        remove(earlier)
-    finally:
-        remove(beside)
 
 
 if __name__ == "__main__":

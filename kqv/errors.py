@@ -23,7 +23,7 @@ class UsageError(UserError):
 
 def run(main):
     """
-    Run a script's `main(argv)` and turn what went wrong into one line on standard error and an exit status.
+    Run a command's `main(argv)`. Its error becomes one line on standard error and an exit status.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # any text shows, whatever the terminal's encoding
@@ -42,17 +42,18 @@ def run(main):
 
 
 def first_line(error, length=100):
-    """What an exception says, short enough for the middle of a line; its name where it says nothing."""
+    """The first line of an exception's message, cut to `length`; the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
 
 
 def warn(message):
-    """Say what went wrong where the program can go on; of many processes the main one does."""
+    """Print a warning: something is wrong, but the program goes on. Only the main process prints."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def fail(message, status):
+    """Print an error, unless it is empty, and exit."""
     if message:
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(status)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kqv.formats import huggingface
+from kqv.formats import families
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, NextToken
 
 GPT2_SIZES = {"124M": (12, 12), "350M": (24, 16), "774M": (36, 20), "1558M": (48, 25)}  # (n_layer, n_head)
@@ -70,7 +70,7 @@ def test_logits_equal_hugging_faces_gpt2(size):
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_positions=12, attn_implementation="eager", **shape)
     theirs = randomise(transformers.GPT2LMHeadModel(config), std=0.3).eval()
-    weights = huggingface.our_weights(theirs.state_dict())
+    weights = families.our_weights(theirs.state_dict())
     ours = GPT.from_weights(GPTConfig(block_size=12, **shape), weights).eval()
     idx = random_ids(3, 12, below=61)
     with torch.no_grad():

@@ -1,16 +1,19 @@
-"""The model card that an exported folder carries."""
+"""The model card of an exported folder: its README.md."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 
-def card(name, contents, shape, size, tokenizer):
+def card(name, gpt, tokenizer, contents):
     """
-    The text of a model card: what it is and how it was trained. Of the settings it has those that are
-    numbers, and the data set's own name: a text may be a path.
+    The text of a model card: what the model is, and how it was trained, from a checkpoint's `contents`.
+    Settings that are text are left out, since they may be paths; a data set is named without its folder.
     """
+    shape = asdict(gpt.config)
+    size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     config = contents.get("config", {})
     numbers = {
         key: value
@@ -34,7 +37,7 @@ def card(name, contents, shape, size, tokenizer):
         f'model = AutoModelForCausalLM.from_pretrained("{name}")',
         "```",
         "",
-        f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} ids. " + reads(tokenizer),
+        f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} ids. " + what_it_reads(tokenizer),
         "",
         "## Training",
         "",
@@ -55,8 +58,8 @@ def card(name, contents, shape, size, tokenizer):
     return "\n".join(lines) + "\n"
 
 
-def reads(tokenizer):
-    """What to know of texts that it is given."""
+def what_it_reads(tokenizer):
+    """A sentence for the card: which texts the tokenizer reads."""
     if tokenizer.kind == "chat":
         return "Conversations go through `apply_chat_template`; in a text, its marks are read as such."
     if tokenizer.kind == "char":

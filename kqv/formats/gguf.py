@@ -1,14 +1,17 @@
 """
-Weights and tokenizer as one GGUF file, for llama.cpp and what is built on it. The names are those of the gguf
-package; the architecture is its `gpt2`.
+Weights and tokenizer as one GGUF file, for llama.cpp and the programs built on it. The architecture is the
+gguf package's `gpt2`; the package also translates the names of weights.
 
-Every tokenizer of ours is a byte-level BPE there: llama.cpp joins those neighbours that the list of merges
-names, and an id is what it has joined when nothing is left to join. Characters are joined from their bytes.
+Each of our tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
+neighbours by the list of merges until it has none for them. A character is merged from its bytes.
 """
+
+from pathlib import Path
 
 import numpy as np
 
 from kqv.errors import UserError
+from kqv.formats import families
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
     END,
@@ -22,14 +25,20 @@ from kqv.formats.tokenizer_json import (
 )
 from kqv.text.tokenizers import PATTERNS
 
-EXPORTED = "kqv.export"  # the first key of the file, so that a later export may take its place
+HELP = "a file for llama.cpp"
 
 
-def save(path, name, weights, shape, tokenizer, dtype):
+DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+
+
+EXPORTED = "kqv.export"  # the file's first key says that a later export may replace the file
+
+
+def save(path, name, gpt, tokenizer, dtype, contents):
     """
-    Write one file: `weights` (all that GPT-2 has, biases too, float32), the model's `shape` (a GPTConfig's
-    fields) and the tokenizer. `dtype` is f32, f16, bf16 or q8_0. Raises UserError where the gguf package is
-    missing or the tokenizer has no counterpart.
+    Write one file: the weights of `gpt` in `dtype`, one of DTYPES, their tokenizer, and `name` without its
+    suffix. The checkpoint's `contents` are not used: a GGUF file has no model card. Raises UserError if the
+    gguf package is missing or the tokenizer can't be written.
     """
     try:
         import gguf
@@ -37,31 +46,29 @@ def save(path, name, weights, shape, tokenizer, dtype):
         raise UserError("writing a GGUF file needs: pip install gguf") from None
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_uint32(EXPORTED, 1)
-    writer.add_name(name)
-    writer.add_context_length(shape["block_size"])
-    writer.add_embedding_length(shape["n_embd"])
-    writer.add_feed_forward_length(4 * shape["n_embd"])
-    writer.add_block_count(shape["n_layer"])
-    writer.add_head_count(shape["n_head"])
-    writer.add_layer_norm_eps(1e-5)
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
+    writer.add_name(Path(name).stem)
+    writer.add_context_length(gpt.config.block_size)
+    writer.add_embedding_length(gpt.config.n_embd)
+    writer.add_feed_forward_length(4 * gpt.config.n_embd)
+    writer.add_block_count(gpt.config.n_layer)
+    writer.add_head_count(gpt.config.n_head)
+    writer.add_layer_norm_eps(families.LAYER_NORM_EPSILON)
+    writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, tokenizer, gguf.TokenType)
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, shape["n_layer"])
-    for ours, tensor in weights.items():
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, gpt.config.n_layer)
+    for ours, tensor in families.with_biases(gpt.state_dict()).items():
         if ours == "lm_head.weight":
-            continue  # the embedding again, which is what llama.cpp takes where there is no head
+            continue  # tied: llama.cpp uses the embedding if there is no head
         array = tensor.numpy()
         if ours == "transformer.wte.weight" and tokenizer.separator is None:
             array = np.concatenate([array, array.mean(0, keepdims=True)])  # see add_tokenizer
-        theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         kind = gguf.GGMLQuantizationType[dtype.upper()]
         if array.ndim == 1 or ours == "transformer.wpe.weight":
             kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32
         elif dtype == "q8_0" and array.shape[1] % 32:
-            kind = gguf.GGMLQuantizationType.F16  # q8_0 has blocks of 32
+            kind = gguf.GGMLQuantizationType.F16  # a block of q8_0 is 32 numbers
+        theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(theirs, gguf.quantize(array, kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
@@ -73,8 +80,8 @@ def save(path, name, weights, shape, tokenizer, dtype):
 
 def add_tokenizer(writer, tokenizer, types):
     """
-    llama.cpp can't do without an id that ends a text. Where we have none, it gets one behind ours, whose row
-    of the embedding is the mean of all: its logit is the mean of all logits, so it is never the likeliest.
+    llama.cpp needs an id that ends a text. A tokenizer without one gets it as its last id. That id's row of
+    the embedding is the mean of all rows: its logit is the mean of all logits, so it is never the likeliest.
     """
     base, specials = base_of(tokenizer), specials_of(tokenizer)
     pieces = pieces_of(tokenizer)
@@ -92,7 +99,7 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_tokenizer_pre(words)
     writer.add_token_list(tokens)
     writer.add_token_types([types.NORMAL] * len(pieces) + [types.CONTROL] * len(specials))
-    # It wants some merge; no text has the characters of this one, which would be spelled otherwise.
+    # The list can't be empty. No text has this merge, since a space is spelled as another character.
     writer.add_token_merges([f"{spelled(a)} {spelled(b)}" for a, b in merges] or ["  "])
     writer.add_bos_token_id(specials[END])
     writer.add_eos_token_id(specials[END])
@@ -102,8 +109,10 @@ def add_tokenizer(writer, tokenizer, types):
         writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def is_our_export(path):
-    """Whether a file is one that `save` wrote."""
+def is_ours(path):
+    """Whether an export may replace `path`: a file that `save` wrote."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         head = file.read(512)
     return head.startswith(b"GGUF") and EXPORTED.encode() in head

@@ -1,18 +1,26 @@
 """
-GPT-2's weights as Hugging Face stores them <-> ours. Knows both sides' names and shapes, and nothing of the
-model.
+A model as a Hugging Face folder, on disk or on the hub: read as the contents of a checkpoint, and written for
+transformers. What differs between their weights and ours is in families.py.
 """
 
 import json
 import re
 import shutil
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.formats import tokenizer_json
+from kqv.formats import families, tokenizer_json
+from kqv.formats.card import card
+
+HELP = "a Hugging Face folder"
+
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -20,7 +28,7 @@ NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-# Where weights may be, the best first: whole, or in parts that an index names.
+# Where weights may be, the best first: in one file, or in several that an index names.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -30,22 +38,7 @@ OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 BESIDE = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 
 
-# OpenAI's code keeps these matrices as (in, out), torch's nn.Linear as (out, in).
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-# What a GPT-2 config may say otherwise and the model here is always: (the default, its other spellings).
-AS_TRAINED = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # one function, two names
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
-}
-
-
-EXPORTED = "exported_by"  # in config.json, so that a later export may take the folder's place
+EXPORTED = "exported_by"  # this key in config.json says that a later export may replace the folder
 
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md")
@@ -56,11 +49,10 @@ FILES += ("tokenizer.json", "tokenizer_config.json")
 
 def load(source):
     """
-    A folder in Hugging Face's form, or a model of the hub (one of NAMES, or ORG/NAME), as the contents of a
-    checkpoint: `model`, `model_args`, `tokenizer`.
+    The contents of a checkpoint (`model`, `model_args`, `tokenizer`) from a Hugging Face folder or a model on
+    the hub: one of NAMES, or ORG/NAME.
 
-    Raises UserError where a package is missing, the hub is out of reach, or the folder holds another
-    architecture.
+    Raises UserError if a package is missing, the hub is out of reach, or the architecture is another one.
     """
     try:
         from safetensors import SafetensorError
@@ -71,21 +63,8 @@ def load(source):
     folder = local_folder(source)
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        model_args = {
-            "block_size": config["n_positions"],
-            "vocab_size": config["vocab_size"],
-            "n_layer": config["n_layer"],
-            "n_head": config["n_head"],
-            "n_embd": config["n_embd"],
-            "bias": True,
-        }
-        for name, allowed in {**AS_TRAINED, "n_inner": (None, 4 * config["n_embd"])}.items():
-            if config.get(name, allowed[0]) not in allowed:
-                raise UserError(
-                    f"{source} is not GPT-2's architecture ({name} is {config[name]}, not {allowed[0]}): "
-                    "use one that is"
-                )
-        weights = our_weights(read_weights(folder, source))
+        model_args = families.model_args_of(config, source)
+        weights = families.our_weights(read_weights(folder, source))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {error}"
@@ -93,7 +72,7 @@ def load(source):
     contents = {"model": weights, "model_args": model_args}
     rows = weights["lm_head.weight"]
     definition, order = tokenizer_json.from_huggingface(folder, config.get("eos_token_id", 50256), len(rows))
-    if order:  # our ids are others: the rows of the embedding move with them
+    if order:  # our ids differ from theirs: the rows of the embedding are put in our order
         weights["lm_head.weight"] = weights["transformer.wte.weight"] = rows[order]
     if definition is None and config["vocab_size"] == 50257:
         definition = {"kind": "gpt2"}
@@ -103,7 +82,7 @@ def load(source):
 
 
 def local_folder(source):
-    """A local folder, or that of a model on the hub (fetched once, kept in Hugging Face's cache)."""
+    """The path of a local folder, or of a model on the hub, fetched once into Hugging Face's cache."""
     folder = Path(source)
     if (folder / "config.json").exists():
         return folder
@@ -120,7 +99,7 @@ def local_folder(source):
             folder = Path(snapshot_download(hub_id, allow_patterns=[*BESIDE, *weights]))
             if any((folder / name).exists() for name in weights):
                 break
-    except Exception as error:  # offline, refused, timed out: each library below has an error of its own
+    except Exception as error:  # offline, refused, timed out: each library underneath has its own error
         raise UserError(
             f"{source} is no file or folder here, and can't be fetched from the Hugging Face hub "
             f"({first_line(error, 120)}): give a local folder with config.json and model.safetensors, "
@@ -134,7 +113,7 @@ def local_folder(source):
 
 
 def read_weights(folder, source):
-    """{their name: tensor} of all files of a folder's weights."""
+    """{transformers' name: tensor} from all files of a folder's weights. Raises UserError."""
     found = next((name for name in (*WEIGHTS, *OLD_WEIGHTS) if (folder / name).exists()), None)
     if found is None:
         raise UserError(
@@ -152,95 +131,64 @@ def read_weights(folder, source):
 
 
 def read_part(path, source):
-    """{name: tensor} of one file, which can hold nothing else."""
+    """{transformers' name: tensor} from one file; nothing but tensors is read. Raises UserError."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has some to say of foreign pickles
+            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn or foreign file raises nearly anything
+    except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{source} is damaged, or its {path.name} holds more than weights: {first_line(error)}"
         ) from None
 
 
-def our_weights(theirs):
-    """{their name: tensor} -> {our name: tensor}."""
-    ours = {}
-    for name, tensor in theirs.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # old files carry the causal mask
-        ours[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    ours["lm_head.weight"] = ours["transformer.wte.weight"]  # tied
-    return ours
-
-
-def their_weights(ours):
-    """The inverse: {our name: tensor} -> {their name: tensor}, without the head, which is wte again."""
-    return {
-        name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor.contiguous()
-        for name, tensor in with_biases(ours).items()
-        if name != "lm_head.weight"
-    }
-
-
-def with_biases(ours):
-    """Our weights with a bias of zeros wherever GPT-2 has one that they lack: it is the same model."""
-    whole = dict(ours)
-    for name, tensor in ours.items():
-        if name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight", "lm_head.weight")):
-            bias = torch.zeros(tensor.size(0), dtype=tensor.dtype)
-            whole.setdefault(name.removesuffix("weight") + "bias", bias)
-    return whole
-
-
-def save(folder, weights, shape, tokenizer, card):
+def save(folder, name, gpt, tokenizer, dtype, contents):
     """
-    Write `weights` (of ours) and their tokenizer into an empty folder, for `from_pretrained`; `shape` is the
-    model's (a GPTConfig's fields) and `card` the text of its README. Raises UserError where a package is
-    missing or the tokenizer has no counterpart.
+    Write a folder for `from_pretrained`: the weights of `gpt` in `dtype`, one of DTYPES, their tokenizer, and
+    a model card with `name` and what the checkpoint's `contents` say of the training. Raises UserError if a
+    package is missing or the tokenizer can't be written.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("writing a Hugging Face folder needs: pip install safetensors") from None
-    dtype = str(weights["lm_head.weight"].dtype).removeprefix("torch.")
-    ids = {name: tokenizer.separator for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
     config = {
-        "architectures": ["GPT2LMHeadModel"],
-        **{name: allowed[0] for name, allowed in AS_TRAINED.items()},
-        "vocab_size": len(weights["lm_head.weight"]),
-        "n_positions": shape["block_size"],
-        "n_embd": shape["n_embd"],
-        "n_layer": shape["n_layer"],
-        "n_head": shape["n_head"],
-        **{name: shape["dropout"] for name in ("attn_pdrop", "embd_pdrop", "resid_pdrop")},
+        **families.config_of(asdict(gpt.config)),
         **ids,
-        "torch_dtype": dtype,
+        "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
         EXPORTED: "kqv",
     }
-    texts = tokenizer_json.to_huggingface(tokenizer, shape["block_size"])
-    texts["config.json"] = tokenizer_json.to_text(config)
-    texts["generation_config.json"] = tokenizer_json.to_text(ids)
-    texts["README.md"] = card
-    for name, text in texts.items():
-        (folder / name).write_text(text, "utf-8")
+    texts = {
+        **tokenizer_json.to_huggingface(tokenizer, gpt.config.block_size),
+        "config.json": tokenizer_json.to_text(config),
+        "generation_config.json": tokenizer_json.to_text(ids),
+        "README.md": card(name, gpt, tokenizer, contents),
+    }
+    folder.mkdir()
+    for file, text in texts.items():
+        (folder / file).write_text(text, "utf-8")
+    weights = families.their_weights(gpt.state_dict())
+    weights = {name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}
     try:
-        save_file(their_weights(weights), folder / "model.safetensors", metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # it came for the owner alone
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one
         raise OSError(first_line(error)) from None
+    # save_file makes a file that only its owner can read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
-def is_our_export(folder):
-    """Whether a folder holds what `save` wrote, and nothing else."""
+def is_ours(path):
+    """Whether an export may replace `path`: a folder with nothing but what `save` wrote, or an empty one."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        return EXPORTED in config and {path.name for path in folder.iterdir()} <= set(FILES)
-    except (OSError, ValueError, TypeError):
+        names = {file.name for file in path.iterdir()}
+        if not names:
+            return True
+        return names <= set(FILES) and EXPORTED in json.loads((path / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -1,6 +1,11 @@
-"""From the name of a run, a checkpoint, a folder or a model on the hub to its weights and tokenizer."""
+"""
+What a user names, a run, a checkpoint, a folder or a model on the hub -> its weights, model and tokenizer.
 
-from dataclasses import dataclass
+All weights come in one form, the contents of a checkpoint: a dict with `model` {parameter name: tensor},
+`model_args` (fields of GPTConfig), and, where they are known, `tokenizer`, `config` and more.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kqv.errors import UserError, warn
@@ -8,10 +13,11 @@ from kqv.formats import huggingface
 from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS, REST, is_checkpoint, plain_names, read
 from kqv.settings import setting
 from kqv.text import dataset, tokenizers
+from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class WeightsSettings:
     """Which weights"""
 
     out_dir: str = setting("out", "the folder of a training run")
@@ -23,13 +29,12 @@ class ModelSettings:
 
 def load(path, mapped=False):
     """
-    A checkpoint of kqv or nanoGPT as a dict on the CPU: `model`, `model_args`, `config`, and more as it was
-    saved. Of a sharded model's, `model` is whole, and `folder` stands for the `optimizer` that is in parts.
-    `mapped`: of a file, only what is used takes memory.
+    The contents of a checkpoint of kqv or nanoGPT, on the CPU. `path` is a file or a sharded model's folder;
+    a folder's contents have whole weights, and `folder`, its path, instead of `optimizer`. `mapped`: of a
+    file, only what is used takes memory.
 
-    Only tensors and plain values are read (`weights_only`). Where ckpt.pt is torn or missing and its
-    predecessor is whole, that one is returned, with a warning. Raises UserError for a file that is anything
-    else.
+    No code in a checkpoint is run. If ckpt.pt is damaged or missing and ckpt.prev.pt is not, the contents are
+    those of ckpt.prev.pt, with a warning. Raises UserError if there is no checkpoint that can be read.
     """
     path = Path(path)
     try:
@@ -44,6 +49,7 @@ def load(path, mapped=False):
 
 
 def load_file(path, mapped):
+    """The same of the file or folder `path` alone."""
     if (path / REST).is_file():
         contents = load_folder(path)
     else:
@@ -65,8 +71,8 @@ def load_folder(path):
 
 def find(out_dir, which):
     """
-    The path of a run's "best" or "newest" checkpoint (best falls back to newest), or of a file that `which`
-    names.
+    The path of a checkpoint: `which` is "best" or "newest" of the run in `out_dir`, or a path by itself. The
+    newest serves as the best if there is no best.pt.
     """
     if which not in ("best", "newest"):
         return Path(which)
@@ -74,8 +80,8 @@ def find(out_dir, which):
     return best if which == "best" and best.exists() else newest
 
 
-def chosen(config):
-    """(name, contents) of the weights that the settings `init_from`, or `out_dir` and `checkpoint`, name."""
+def load_chosen(config):
+    """(path or name, contents) of the weights that a WeightsSettings names. Raises UserError."""
     if config.init_from != "resume":
         return config.init_from, load_start(config.init_from)
     path = find(config.out_dir, config.checkpoint)
@@ -84,9 +90,9 @@ def chosen(config):
 
 def load_start(source):
     """
-    Weights to start from, in the form of a checkpoint: from `source`, a checkpoint file, a run's folder (its
-    best), a Hugging Face folder with GPT-2's architecture, or a model on the Hugging Face hub: gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises UserError where it is none.
+    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
+    GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
+    ORG/NAME. Raises UserError if it is none of them.
     """
     path = Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
@@ -98,12 +104,41 @@ def load_start(source):
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
 
 
+def model_of(contents, path, dropout=None):
+    """
+    The GPT of a checkpoint's contents (`model`, `model_args`); `dropout`, if given, in place of its own.
+    Raises UserError, which names `path`, if the contents are not those of a GPT.
+    """
+    try:
+        config = GPTConfig.from_args(contents["model_args"])
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        return GPT.from_weights(config, contents["model"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
+
+
+def without_padding(gpt, vocab_size):
+    """
+    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary. Raises
+    UserError if it has fewer ids.
+    """
+    if gpt.config.vocab_size < vocab_size:
+        raise UserError(
+            f"the tokenizer has {vocab_size} ids, but the weights are for {gpt.config.vocab_size}"
+        )
+    rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
+    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
+    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights)
+
+
 def tokenizer_of(contents):
     """
-    A checkpoint's own tokenizer; for nanoGPT's, which carry none, that of the data folder it was trained on.
+    The tokenizer of a checkpoint's contents. nanoGPT's checkpoints have none: then it is the one of the data
+    folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
     definition = contents.get("tokenizer")
-    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # of a Hugging Face folder
+    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_json
         raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)

@@ -1,8 +1,9 @@
 """
-Our tokenizers <-> the `tokenizer.json` of Hugging Face, and what it shares with llama.cpp: pieces, the merges
-that make them, the pattern that cuts words, special ids. No package is needed to read or write one.
+Our tokenizers <-> the `tokenizer.json` of Hugging Face; and what GGUF files need too: pieces, merges, the
+pattern that cuts a text into words, special ids. No package is needed to read or write a tokenizer.json.
 
-A byte is spelled as one printable character there, GPT-2's way (`bytes_of_letters`), so pieces are strings.
+Those programs write a piece as a string, with one printable character for each byte, as GPT-2 does
+(`bytes_of_letters`).
 """
 
 import json
@@ -19,15 +20,15 @@ END = "<|endoftext|>"
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
-# The sha256 of GPT-2's pieces, a line each.
+# The SHA-256 of GPT-2's pieces, one a line.
 GPT2_PIECES = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
 
 
-# What a tokenizer.json may have and ours have nothing like.
-CHANGES = ("normalizer", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+# Parts of a tokenizer.json that change ids and that our tokenizers don't have.
+UNSUPPORTED = ("normalizer", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
-# In Jinja, what ChatTokenizer.encode_chat says of messages.
+# ChatTokenizer.encode_chat as a Jinja template.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|system|>{% endif %}"
     "{% for message in messages %}"
@@ -41,19 +42,19 @@ CHAT_TEMPLATE = (
 
 
 def base_of(tokenizer):
-    """The tokenizer of a text's ids: of conversations, the one beneath."""
+    """The tokenizer of plain text: a chat tokenizer's base, or the tokenizer itself."""
     return tokenizer.base if tokenizer.kind == "chat" else tokenizer
 
 
 def pieces_of(tokenizer):
-    """The bytes that each id of text stands for, in the order of the ids; special ones come behind them."""
+    """The bytes of each id of plain text, in the order of the ids. Special ids come after them."""
     base = base_of(tokenizer)
     count = base.vocab_size - (base.separator is not None)
     return [base.decode_bytes([number]) for number in range(count)]
 
 
 def specials_of(tokenizer):
-    """{name: id} of the ids that no text has, in the order of the ids."""
+    """{name: id} of the special ids, which no text is encoded to, in the order of the ids."""
     specials = {} if tokenizer.separator is None else {END: tokenizer.separator}
     if tokenizer.kind == "chat":
         specials |= {f"<|{role}|>": mark for role, mark in zip(tokenizer.roles, tokenizer.marks, strict=True)}
@@ -61,7 +62,7 @@ def specials_of(tokenizer):
 
 
 def spelled(piece):
-    """Bytes -> a string of as many printable characters."""
+    """Bytes -> a string with one printable character for each byte."""
     return piece.decode("latin-1").translate(LETTERS)
 
 
@@ -70,10 +71,10 @@ LETTERS = {byte: letter for letter, byte in tokenizers.bytes_of_letters().items(
 
 def merges_of(pieces):
     """
-    [(left, right), ...], earliest first: every way to make one of `pieces` (bytes) of two others.
+    [(left, right), ...], in order of priority: every way to make one of `pieces` (bytes) from two others.
 
-    tiktoken merges any two neighbours that make a piece together; a list that had one way for each piece, as
-    training writes it, would leave out some.
+    tiktoken merges any two neighbours whose bytes are a piece. The usual list has one merge for each piece,
+    the one found in training, and would give other ids for some texts.
     """
     known = set(pieces)
     return [
@@ -90,7 +91,7 @@ def pattern_of(base):
 
 
 def require_unique(names):
-    """Raise UserError where two ids have one name: other programs know an id by it."""
+    """Raise UserError if two ids have the same name: other programs identify an id by its name."""
     seen = set()
     for name in names:
         if name in seen:
@@ -101,7 +102,7 @@ def require_unique(names):
 
 
 def to_huggingface(tokenizer, block_size):
-    """{file name: content} for `AutoTokenizer.from_pretrained`. Raises UserError."""
+    """{file name: text} of the files that `AutoTokenizer.from_pretrained` reads. Raises UserError."""
     base, specials = base_of(tokenizer), specials_of(tokenizer)
     pieces = pieces_of(tokenizer)
     if base.kind == "char":
@@ -131,7 +132,7 @@ def to_huggingface(tokenizer, block_size):
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # a word that is a piece is that piece, as for tiktoken
+            "ignore_merges": True,  # a word that is a piece gets its id without merges, as in tiktoken
             "vocab": {name: number for number, name in enumerate(names)},
             "merges": merges,
         },
@@ -139,9 +140,9 @@ def to_huggingface(tokenizer, block_size):
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # token types would be added
+        "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids
         "model_max_length": block_size,
-        # No text is read as a special id; but a chat's template writes its marks as text.
+        # No text is encoded to a special id, except for chats: their template writes the marks as text.
         "split_special_tokens": tokenizer.kind != "chat",
     }
     if specials:
@@ -157,7 +158,7 @@ def to_text(content):
 
 
 def words_of(pattern):
-    """How tokenizer.json says where a text is cut before pieces are looked for; None: nowhere."""
+    """The `pre_tokenizer` that cuts a text into words by `pattern`; None: the text is one word."""
     if pattern is None:
         return BYTES
     if pattern == PATTERNS["gpt-2"]:
@@ -168,12 +169,12 @@ def words_of(pattern):
 
 def from_huggingface(folder, end, rows):
     """
-    What the files in `folder` say, as (definition, order): the `to_json` of a tokenizer of ours that reads
-    and writes texts the same way, and their ids in the order of ours, where ours has others. `end` is the id
-    that ends a text, `rows` how many ids the weights have.
+    (definition, order) of the tokenizer in `folder`. `definition` is the `to_json` of one of our tokenizers
+    that reads and writes texts in the same way; `order` lists their ids in the order of ours, None if the ids
+    are the same. `end` is the id that ends a text, `rows` the number of ids that the weights have.
 
-    (None, None) where there are no files. Where none of ours does the same, the definition is that of no
-    tokenizer: {"kind": "foreign", "why": ...}.
+    (None, None) if the folder has no tokenizer. If none of ours does the same, the definition is
+    {"kind": "foreign", "why": reason}, which `loading.tokenizer_of` refuses.
     """
     try:
         content = read(folder)
@@ -186,11 +187,14 @@ def from_huggingface(folder, end, rows):
 
 
 class Foreign(Exception):
-    """Why a tokenizer is like none of ours."""
+    """A tokenizer does what none of ours does; the message says what."""
 
 
 def read(folder):
-    """The content of a folder's tokenizer.json, or of its older form in two files; None without either."""
+    """
+    The content of a folder's tokenizer.json, or of its older form, vocab.json and merges.txt; None if it has
+    no tokenizer. Raises Foreign for one in another form.
+    """
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
         return json.loads(whole.read_text("utf-8"))
@@ -207,16 +211,19 @@ def read(folder):
 
 
 def definition_of(content, end, rows):
-    """The same for a tokenizer.json's content. Raises Foreign, and nearly anything for what is not one."""
+    """
+    (definition, order), as `from_huggingface`, of a tokenizer.json's content. Raises Foreign or UserError if
+    none of our tokenizers does the same, and many other errors if the content is damaged.
+    """
     model, specials = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
-    changes = [name for name in CHANGES if model.get(name) or content.get(name)]
-    if model.get("type", "BPE") != "BPE" or changes:
-        raise Foreign(", ".join([model.get("type", "BPE"), *changes]))
+    unsupported = [name for name in UNSUPPORTED if model.get(name) or content.get(name)]
+    if model.get("type", "BPE") != "BPE" or unsupported:
+        raise Foreign(", ".join([model.get("type", "BPE"), *unsupported]))
     names = sorted(set(model["vocab"]) - set(specials), key=model["vocab"].get)
     merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     base = base_definition(content.get("pre_tokenizer"), names, merges)
     if base["kind"] != "gpt2":
-        tokenizers.from_json(base)  # raises UserError where a byte is missing, or a piece is there twice
+        tokenizers.from_json(base)  # raises UserError if a byte is missing or a piece is there twice
     ends = [] if base["kind"] == "char" else [number for number in specials.values() if number == end]
     if base["kind"] != "char" and not ends:
         raise Foreign(f"the end of a text, {end}, is none of {specials}")
@@ -226,12 +233,12 @@ def definition_of(content, end, rows):
     shape = SimpleNamespace(kind="any", vocab_size=len(order), separator=len(names) if ends else None)
     if specials == specials_of(ChatTokenizer(shape)) and order == list(range(len(order))):
         return {"kind": "chat", "base": base}, None
-    order += sorted(set(range(rows)) - set(order))  # ids that no text has: never read, never written
+    order += sorted(set(range(rows)) - set(order))  # the other special ids: not used by any text
     return base, None if order == list(range(rows)) else order
 
 
 def base_definition(words, names, merges):
-    """The definition of the tokenizer that cuts a text into `words` and makes these pieces of them."""
+    """The definition of a tokenizer from its pre_tokenizer, pieces and merges. Raises Foreign."""
     if words is None and not merges and all(len(name) == 1 for name in names):
         return {"kind": "char", "chars": "".join(names)}
     if words is None:
@@ -253,7 +260,7 @@ def base_definition(words, names, merges):
 
 
 def plain(words):
-    """A pre_tokenizer, told apart by what changes ids alone; older files leave `use_regex` out."""
+    """A pre_tokenizer without what does not change ids. Older files leave out `use_regex`."""
     if words["type"] == "Sequence":
         return [plain(part) for part in words["pretokenizers"]]
     return {"use_regex": True, **words, "trim_offsets": True} if words["type"] == "ByteLevel" else words

@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from kqv.errors import first_line
-from kqv.files import remove, sha256_of_file
-from kqv.formats.checkpoint import REST, put_in_place, save
+from kqv.files import put_in_place, remove, sha256_of_file
+from kqv.formats.checkpoint import REST, previous_of, save
 from kqv.formats.sharded import METADATA, PARTS, first_cause
 from kqv.training.saver import Saver
 
@@ -48,7 +48,7 @@ class ShardedSaver(Saver):
             if self.world.is_main:
                 rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
                 save(beside / REST, rest)
-                put_in_place(beside, path)
+                put_in_place(beside, path, previous_of(path))
         except CheckpointException as error:
             raise RuntimeError(first_line(first_cause(error))) from None
         finally:

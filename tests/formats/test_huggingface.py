@@ -1,33 +1,39 @@
-"""GPT-2 as Hugging Face stores it: folders that `transformers` wrote, trained, sampled, refused."""
+"""Hugging Face folders with the real transformers: its folders read here, ours read there; and the hub."""
 
 import json
+import os
+import pickle
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_RUN, logits_of, script, write_text
+from conftest import TINY_RUN, logits_of, random_gpt, random_ids, script, write_text
+from exports import (
+    BASES,
+    KINDS,
+    SHAPE,
+    TEXT,
+    a_folder,
+    assert_one_line,
+    exported,
+    in_transformers,
+    random_gpt2,
+    save_run,
+)
 
+import export
 import prepare
 import sample
 import train
-from kqv.formats import huggingface, loading
+from kqv.formats import families, huggingface, loading
+from kqv.text.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip("transformers")
 
-SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 24}
 QUICK = [*TINY_RUN, "--dataset=bpe", "--max_iters=2", "--eval_interval=2", "--eval_iters=1"]
-
-
-def random_gpt2(vocab_size=50257, **options):
-    """GPT-2's architecture, small, every number random."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=vocab_size, **{**SMALL, **options})
-    gpt2 = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in gpt2.parameters():
-            parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.3)
-    return gpt2.eval()
 
 
 @pytest.fixture
@@ -47,16 +53,6 @@ def bpe_set(cli, tmp_path):
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), "utf-8")
-
-
-def assert_one_line(result, *named):
-    """A user's error: status 1, one line that names the values, no traceback."""
-    status, out, err = result
-    assert status == 1, err
-    assert "Traceback" not in out + err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    for name in named:
-        assert str(name) in err
 
 
 def refused(cli, source, *named):
@@ -94,7 +90,7 @@ def test_the_names_of_old_files_are_read_too():
     del old["lm_head.weight"]
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    ours, expected = huggingface.our_weights(old), huggingface.our_weights(theirs)
+    ours, expected = families.our_weights(old), families.our_weights(theirs)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
@@ -231,3 +227,234 @@ def test_a_hub_out_of_reach_is_one_line_with_the_way_out(tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": empty, "HF_HUB_CACHE": empty}
     done = script("sample.py", "--init_from=gpt2", "--device=cpu", cwd=tmp_path, **offline)
     assert_one_line((done.returncode, done.stdout, done.stderr), "gpt2", "--init_from=FOLDER")
+
+
+# Folders for transformers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_computes_the_same_logits(kind):
+    ours, (model, tokenizer) = exported(kind), in_transformers(kind)
+    V = ours.tokenizer.vocab_size
+    assert model.config.vocab_size == len(tokenizer) == V < ours.gpt.config.vocab_size
+    idx = random_ids(2, 128, below=V)
+    with torch.no_grad():
+        expected = logits_of(ours.gpt, idx)[..., :V]
+        torch.testing.assert_close(model(idx).logits, expected, atol=1e-4, rtol=0)
+    assert model.dtype == torch.float32 and expected.std() > 0.5
+
+
+def clear_prompt(ours):
+    """A text after which no choice is close."""
+    for start in range(len(TEXT)):
+        prompt = TEXT[start : start + 12].strip()
+        if prompt and ours.greedy(ours.tokenizer.encode(prompt).tolist(), 100)[1] > 2e-4:
+            return prompt
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_transformers_writes_what_sample_py_writes(cli, kind):
+    ours, (model, tokenizer) = exported(kind), in_transformers(kind)
+    prompt = clear_prompt(ours)
+    arguments = [f"--out_dir={ours.run}", f"--start={prompt}", "--temperature=0", "--max_new_tokens=100"]
+    status, out, err = cli(sample.main, *arguments, "--device=cpu")
+    assert status == 0, err
+    ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=100, do_sample=False)
+    assert out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+
+def test_biases_that_a_model_lacks_are_zeros(tmp_path):
+    from safetensors.torch import load_file
+
+    written = load_file(exported("byte").folder / "model.safetensors")
+    biases = [weight for name, weight in written.items() if name.endswith(".bias")]
+    assert len(biases) == 2 * 6 + 1 and not any(bias.any() for bias in biases)
+
+
+def test_biases_that_a_model_has_are_written(tmp_path):
+    save_run(tmp_path / "run", ByteTokenizer(), random_gpt(vocab_size=257, bias=True, **SHAPE))
+    export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'hf'}"])
+    saved, back = loading.load(tmp_path / "run/ckpt.pt"), huggingface.load(tmp_path / "hf")
+    assert back["model"].keys() == saved["model"].keys()
+    assert all(torch.equal(back["model"][name], weight) for name, weight in saved["model"].items())
+    assert back["model_args"] == {k: v for k, v in saved["model_args"].items() if k != "dropout"}
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+def test_a_folder_in_half_precision(tmp_path, name):
+    export.main([f"--out_dir={exported('byte').run}", f"--to={tmp_path / 'hf'}", f"--dtype={name}"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype="auto")
+    assert model.dtype == {"f16": torch.float16, "bf16": torch.bfloat16}[name]
+    assert torch.equal(
+        model.transformer.wpe.weight, exported("byte").gpt.transformer.wpe.weight.to(model.dtype)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_exported_comes_back_bit_for_bit(tmp_path, kind):
+    ours = exported(kind)
+    first = loading.load_start(str(ours.folder))
+    assert first["tokenizer"] == ours.tokenizer.to_json()
+    export.main([f"--init_from={ours.folder}", f"--to={tmp_path / 'again'}"])
+    second = loading.load_start(str(tmp_path / "again"))
+    assert first["model_args"] == second["model_args"] and first["tokenizer"] == second["tokenizer"]
+    assert all(torch.equal(first["model"][name], weight) for name, weight in second["model"].items())
+    with open(ours.folder / "tokenizer.json") as one, open(tmp_path / "again/tokenizer.json") as other:
+        assert one.read() == other.read()
+
+
+def test_biases_are_kept_in_any_order():
+    weights = {"a.bias": torch.ones(2), "a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)}
+    whole = families.with_biases(weights)
+    assert torch.equal(whole["a.bias"], torch.ones(2)) and torch.equal(whole["b.bias"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_files_that_go_too_deep_are_one_line(cli, name):
+    shutil.copytree(exported("byte").folder, "it")
+    Path("it", name).write_text("[" * 200_000)
+    assert_one_line(cli(sample.main, "--init_from=it"), "it")
+
+
+def test_a_folder_whose_config_goes_too_deep_is_not_replaced(cli):
+    shutil.copytree(exported("byte").folder, "it")
+    Path("it/config.json").write_text("[" * 200_000)
+    assert_one_line(cli(export.main, f"--out_dir={exported('byte').run}", "--to=it"), "another --to")
+
+
+def test_who_may_read_one_file_may_read_all():
+    assert len({path.stat().st_mode for path in exported("byte").folder.iterdir()}) == 1
+
+
+# Weights in other forms
+
+
+def as_bin(folder):
+    from safetensors.torch import load_file
+
+    for path in folder.glob("*.safetensors"):
+        torch.save(
+            load_file(path),
+            folder / path.name.replace("model", "pytorch_model").replace("safetensors", "bin"),
+        )
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        text = index.read_text().replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
+        (folder / "pytorch_model.bin.index.json").write_text(text)
+        index.unlink()
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_in_parts_and_in_torchs_own_format_are_read(tmp_path, parts, old):
+    model = a_folder(tmp_path, 61, max_shard_size="2KB" if parts else "1GB")
+    if old:
+        as_bin(tmp_path)
+    files = [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.bin")]
+    assert (len(files) > 1) == parts and {path.suffix for path in files} == {
+        ".bin" if old else ".safetensors"
+    }
+    contents = loading.load_start(str(tmp_path))
+    gpt = GPT.from_weights(GPTConfig(**contents["model_args"]), contents["model"]).eval()
+    idx = random_ids(2, 24, below=61)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(gpt, idx), model(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("named", ["../model.safetensors", "/etc/passwd", "model-00009-of-00009.safetensors"])
+def test_a_part_that_is_not_there_is_refused(cli, tmp_path, named):
+    a_folder(tmp_path / "hf", 61)
+    (tmp_path / "hf/model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"weight_map": {"transformer.wte.weight": named}}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'hf'}"), "hf", named)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100, pickle.dumps({"a": Code()}), "torch"])
+def test_old_weights_run_no_code(cli, tmp_path, content):
+    a_folder(tmp_path / "hf", 61)
+    (tmp_path / "hf/model.safetensors").unlink()
+    if content == "torch":
+        torch.save({"a": Code()}, tmp_path / "hf/pytorch_model.bin")
+    else:
+        (tmp_path / "hf/pytorch_model.bin").write_bytes(content)
+    assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'hf'}"), "hf", "pytorch_model.bin")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_local_folder_needs_no_transformers(cli, monkeypatch):
+    for name in ("transformers", "tokenizers", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = exported("bpe").folder
+    status, out, err = cli(sample.main, f"--init_from={folder}", "--max_new_tokens=3", "--device=cpu")
+    assert status == 0, err
+    status, _, err = cli(export.main, f"--init_from={folder}", "--to=again")
+    assert status == 0, err
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that has the folders below hub/ORG/NAME, as huggingface_hub fetches them; what was asked for."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        if not (tmp_path / "hub" / name).exists():
+            raise OSError("401 Client Error\nRepository Not Found")
+        fetched = tmp_path / "cache" / name
+        ignore = shutil.ignore_patterns(*allow_patterns)
+        left = ignore(str(tmp_path), os.listdir(tmp_path / "hub" / name))
+        fetched.mkdir(parents=True, exist_ok=True)
+        for part in left:
+            shutil.copy(tmp_path / "hub" / name / part, fetched)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_model_of_the_hub_is_fetched_with_its_tokenizer(cli, hub, tmp_path, old):
+    shutil.copytree(exported("char").folder, tmp_path / "hub/some-org/a.model_1")
+    (tmp_path / "hub/some-org/a.model_1/tf_model.h5").write_bytes(b"large")
+    if old:
+        as_bin(tmp_path / "hub/some-org/a.model_1")
+    status, out, err = cli(
+        sample.main, "--init_from=some-org/a.model_1", "--max_new_tokens=9", "--device=cpu"
+    )
+    assert status == 0 and len(out) == 11, err
+    assert set(hub) == {"some-org/a.model_1"} and not list((tmp_path / "cache").rglob("*.h5"))
+
+
+def test_gpt2_is_found_under_its_owners_name(cli, hub):
+    assert_one_line(cli(sample.main, "--init_from=gpt2-large"), "gpt2-large", "--init_from=FOLDER")
+    assert hub == ["openai-community/gpt2-large"]
+
+
+def test_a_model_that_is_not_on_the_hub_is_refused_in_one_line(cli, hub):
+    assert_one_line(cli(sample.main, "--init_from=no/where"), "no/where", "401")
+
+
+def test_a_model_of_the_hub_without_a_config_is_refused(cli, hub, tmp_path):
+    (tmp_path / "hub/some-org/other").mkdir(parents=True)
+    assert_one_line(cli(sample.main, "--init_from=some-org/other"), "some-org/other", "config.json")
+
+
+def test_a_path_is_no_name_on_the_hub(cli, hub, tmp_path):
+    for source in ("a/b/c", "../b", "/a/b", "a/b.pt"):
+        status, _, err = cli(sample.main, f"--init_from={source}")
+        assert status == 1 and "Traceback" not in err
+    (tmp_path / "out/run").mkdir(parents=True)
+    assert_one_line(cli(sample.main, "--init_from=out/run"), "no checkpoint")
+    assert set(hub) <= {"../b", "a/b.pt"}
