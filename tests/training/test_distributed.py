@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import ROOT, TINY_RUN, free_port, process_environment, results, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kqv.training.distributed import World
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.tensor import Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -31,7 +32,6 @@ from kqv.errors import UserError, warn
 from kqv.files import sha256_of_file
 from kqv.formats import checkpoint, loading
 from kqv.training import distributed
-from kqv.training.distributed import World
 from model import GPT, GPTConfig
 
 # Each step four micro-batches, for 1, 2 or 4 processes; three batches to evaluate on, unequal shares.
