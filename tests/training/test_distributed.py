@@ -35,9 +35,10 @@ from kqv.formats import checkpoint, loading
 from kqv.formats import sharded as sharded_format
 from kqv.training.failures import FailureDetector
 from kqv.training.process_group import is_to_restart_machines
+from kqv.training.sharding import is_sharded
 from kqv.training.start import start_state
 from kqv.training.world import World
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, NextToken
 
 # Each step four micro-batches, for 1, 2 or 4 processes; three batches to evaluate on, unequal shares.
 RUN = [*TINY_RUN, "--dataset=tiny", "--dtype=float32", "--gradient_accumulation_steps=4", "--eval_iters=3"]
@@ -157,11 +158,12 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
     config = train.TrainSettings(gradient_accumulation_steps=accumulation)
     with lonely(2, rank) as world:
         gpt = GPT(GPTConfig(16, 66, 2, 2, 32))
-        state = start_state(config, world.place(gpt, gpt.transformer.h, "fsdp", dtype), None, dtype)
+        model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", dtype)
+        state = start_state(config, gpt, None, dtype)
         idx = torch.zeros(4, 16, dtype=torch.long)
         batches = [((idx, idx), 0)] * (accumulation // 2)
         with Collectives() as sent:
-            train.train_step(world.wrap(gpt), state, batches, 1e-3, config, world, nullcontext())
+            train.train_step(world.wrap(model), state, batches, 1e-3, config, world, nullcontext())
         moments = [value for values in state.optimizer.state.values() for value in values.values()]
         held = sum(getattr(value, "_local_tensor", value).numel() for value in moments)
         assert held == pytest.approx(gpt.num_parameters(without_positions=False), rel=0.02)  # half of twice
@@ -169,6 +171,16 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
     # forward and again backward, the rest once.
     assert sent.counts["_reduce_scatter_base_ of torch.float32"] == 3
     assert sent.counts[f"_allgather_base_ of {dtype}"] == 5 * (accumulation // 2)
+
+
+def test_a_sharded_model_inside_of_its_loss_keeps_its_names_and_its_tied_weight():
+    gpt = GPT(GPTConfig(16, 66, 2, 2, 32))
+    names = list(gpt.state_dict())
+    with lonely(2) as world:
+        model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", torch.float32)
+        assert is_sharded(model) and is_sharded(gpt)
+        assert list(gpt.state_dict()) == names
+        assert gpt.transformer.wte.weight is gpt.lm_head.weight
 
 
 def test_parts_are_those_of_a_node_and_nodes_hold_the_same():
