@@ -49,7 +49,7 @@ def weights(folder, name="ckpt.pt"):
 
 
 def moments(folder, name="ckpt.pt"):
-    """AdamW's state in a run's checkpoint, whole: {"number.name": tensor}."""
+    """AdamW's state in a run's checkpoint: {"number.name": full tensor}."""
     contents = loading.load(Path(folder, name))
     if "folder" in contents:
         return sharded_format.load_full(contents["folder"], "optimizer")
@@ -80,7 +80,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def here(straight, tmp_path, monkeypatch):
-    """The same in the test's own folder, which is the current one."""
+    """A copy of `straight` in the test's own folder, which is the current one."""
     shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -127,7 +127,7 @@ def test_sharded_processes_train_in_lower_precision(here, dtype):
 
 
 class Collectives(TorchDispatchMode):
-    """Counts by kind and type what processes send each other while this context is open."""
+    """Counts the collective operations in this context, by their names and the dtypes of what they send."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if DTensor in types:
-            return NotImplemented  # it is counted by what it does
+            return NotImplemented  # counted below, as operations on this process's parts
         if "c10d" in operation.namespace:
             tensor, *_ = args[0] if isinstance(args[0], list) else args
             self.counts[f"{operation._schema.name.split('::')[-1]} of {tensor.dtype}"] += 1
@@ -143,8 +143,8 @@ class Collectives(TorchDispatchMode):
 
 
 @contextmanager
-def lonely(size, rank=0, node_size=None):
-    """The World of one process of many; what it sends goes nowhere."""
+def fake_world(size, rank=0, node_size=None):
+    """The World of one process among `size`, whose messages go nowhere."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         yield World(torch.device("cpu"), rank, size, node_size or size)
@@ -156,7 +156,7 @@ def lonely(size, rank=0, node_size=None):
 @pytest.mark.parametrize("accumulation, dtype", [(2, torch.float32), (8, torch.bfloat16)])
 def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimizer(rank, accumulation, dtype):
     config = train.TrainSettings(gradient_accumulation_steps=accumulation)
-    with lonely(2, rank) as world:
+    with fake_world(2, rank) as world:
         gpt = GPT(GPTConfig(16, 66, 2, 2, 32))
         model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", dtype)
         state = start_state(config, gpt, None, dtype)
@@ -176,16 +176,16 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
 def test_a_sharded_model_inside_of_its_loss_keeps_its_names_and_its_tied_weight():
     gpt = GPT(GPTConfig(16, 66, 2, 2, 32))
     names = list(gpt.state_dict())
-    with lonely(2) as world:
+    with fake_world(2) as world:
         model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", torch.float32)
         assert is_sharded(model) and is_sharded(gpt)
         assert list(gpt.state_dict()) == names
         assert gpt.transformer.wte.weight is gpt.lm_head.weight
 
 
-def test_parts_are_those_of_a_node_and_nodes_hold_the_same():
+def test_a_model_is_sharded_within_a_node_and_replicated_across_nodes():
     for node_size, mesh in ((3, (2, 3)), (6, (6,)), (1, (6,))):
-        with lonely(6, node_size=node_size) as world:
+        with fake_world(6, node_size=node_size) as world:
             gpt = GPT(GPTConfig(16, 66, 2, 2, 12))
             world.place(gpt, gpt.transformer.h, "fsdp", torch.float32)
             for parameter in gpt.parameters():
@@ -271,7 +271,7 @@ def test_a_sample_of_a_sharded_model_is_that_of_a_whole_one(here, cli):
     assert texts[0] == texts[1] and len(texts[0]) == 2
 
 
-def test_what_is_written_beside_sharded_training_is_the_state_of_its_step(here, cli):
+def test_a_sharded_save_holds_the_state_of_its_step_though_training_goes_on(here, cli):
     argv = [*RUN, "--dropout=0.1", "--checkpoint_interval=1"]
     run_ranks(2, *argv, "--parallel=fsdp", "--max_iters=3", "--out_dir=out", main=train_and_save_late)
     assert cli(train.main, *argv, "--max_iters=3", "--out_dir=one")[0] == 0
@@ -588,7 +588,7 @@ def torchrun(count, *argv, restarts=0):
 
 
 @pytest.mark.slow  # launch/multinode.sh, which uses torchrun, is held to the same in test_launch.py
-def test_what_all_processes_have_to_say_is_said_once_by_torchrun(here):
+def test_an_error_of_all_processes_is_printed_once_by_torchrun(here):
     process = torchrun(3, *RUN, "--learning_rat=1")
     _, err = process.communicate(timeout=WAIT)
     assert process.returncode != 0
@@ -602,7 +602,7 @@ def children(pid):
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", slow("ddp")])
-def test_a_killed_process_leads_to_a_run_that_goes_on_by_itself(here, cli, parallel):
+def test_a_run_with_a_killed_process_goes_on_by_itself(here, cli, parallel):
     steps = [*RUN, "--dropout=0.1", "--max_iters=40", "--lr_decay_iters=40", "--eval_interval=20"]
     argv = [*steps, "--init_from=auto", "--checkpoint_interval=2", f"--parallel={parallel}"]
     agent = Process(elastic, 2, 3, argv)
