@@ -366,6 +366,14 @@ def test_a_sharded_checkpoint_without_a_part_of_it_is_refused(stopped, cli, file
         assert (status, out) == (1, "") and len(err.splitlines()) == 1 and "four/ckpt.pt" in err
 
 
+def test_metadata_other_than_what_was_written_is_refused(stopped, cli):
+    shutil.rmtree("four/ckpt.prev.pt", ignore_errors=True)
+    metadata = Path("four/ckpt.pt/.metadata")
+    metadata.write_bytes(metadata.read_bytes() + b"0")  # which changes nothing that is read from it
+    status, _, err = cli(sample.main, "--checkpoint=newest", "--out_dir=four", "--device=cpu")
+    assert status == 1 and "its .metadata is not the one that was written" in err
+
+
 def test_damaged_moments_are_refused(stopped, cli):
     """Weights are whole, so the checkpoint is chosen; what only training needs is read later."""
     places = sharded_format.TensorReader("four/ckpt.pt").metadata.storage_data
