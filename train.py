@@ -13,11 +13,13 @@ from kqv.errors import UsageError, run, warn
 from kqv.settings import parse
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings, micro_batches, tokens_per_step
-from kqv.training.distributed import ParallelSettings, in_one_voice, is_sharded, join_world, whole
 from kqv.training.evaluation import evaluate, write_sample
+from kqv.training.failures import report_once
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import next_token_loss
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at
+from kqv.training.process_group import ParallelSettings, join_world
+from kqv.training.sharding import full_tensor, is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ModelSettings,
@@ -48,7 +50,7 @@ class TrainSettings(
 
 def main(argv):
     config = parse(TrainSettings, argv)
-    # Signals are kept until the world is left: though stopped, it may have to say who is lost.
+    # Handlers outlive the process group, which may still report a lost rank.
     with StopSignals() as stop, join_world(config) as world:
         config, source = start_of(config, argv, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
@@ -95,7 +97,7 @@ def train(config, source, world, stop):
     if config.activation_checkpointing:
         checkpoint_activations(gpt)
     model = torch.compile(objective) if compiled else objective
-    wrapped = world.wrap(model, objective)
+    wrapped = world.wrap(model)
 
     log = Log(config, world, state, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
@@ -168,7 +170,9 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf))
+    grad_norm = full_tensor(
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    )
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)
     for group in state.optimizer.param_groups:
@@ -177,9 +181,9 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     state.optimizer.found_inf = bad.float()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=world.frees_gradients(state.model))
+    state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
     return loss_sum / share, grad_norm
 
 
 if __name__ == "__main__":
-    run(in_one_voice(main))
+    run(report_once(main))

@@ -9,7 +9,7 @@ from kqv.generation.stream import generate
 from kqv.text.dataset import SPLITS
 from kqv.text.text_stream import TextStream
 from kqv.training.batches import to_device
-from kqv.training.distributed import is_sharded, whole
+from kqv.training.sharding import full_tensor, is_sharded
 from model import GPT
 
 
@@ -38,7 +38,7 @@ def write_sample(gpt, data, config, world):
     main process, which for that holds a sharded model whole.
     """
     if is_sharded(gpt):
-        weights = {name: whole(weight) for name, weight in gpt.state_dict().items()}
+        weights = {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}
         gpt = GPT.from_weights(gpt.config, weights)
     if not world.is_main:
         return ""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kqv.settings import setting
-from kqv.training import distributed
+from kqv.training.sharding import shard_like
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ def make_optimizer(gpt, config):
     """
     groups = gpt.parameter_groups(config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def training_bytes(num_parameters):
+    """Bytes of float32 that training holds of a model: weights, gradients and AdamW's two moments."""
+    return 4 * num_parameters * (1 + 1 + 2)
 
 
 def learning_rate_at(step, config):
@@ -67,5 +72,5 @@ def load_optimizer(optimizer, saved):
         for name in ("exp_avg", "exp_avg_sq"):
             if moments[number][name].shape != parameter.shape:  # the fused kernel trusts these shapes
                 raise ValueError(f"{name} of parameter {number} has another shape than the parameter")
-            moments[number][name] = distributed.shard_like(parameter, moments[number][name])
+            moments[number][name] = shard_like(parameter, moments[number][name])
     optimizer.load_state_dict({"state": moments, "param_groups": settings})

@@ -22,7 +22,7 @@ from kqv.text.dataset import Dataset
 from kqv.text.token_files import SPLITS
 from kqv.text.tokenizers import ByteTokenizer, CharTokenizer
 from kqv.training.batches import micro_batches
-from kqv.training.distributed import World
+from kqv.training.world import World
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 
