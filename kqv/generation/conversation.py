@@ -26,7 +26,7 @@ class Conversation:
             self.run_for_program()
 
     def run_for_program(self):
-        """Answer each line of standard input. Only answers are printed. Raises UserError at the first error."""
+        """Answer each line of standard input; print only answers. Raises UserError at the first error."""
         for number, line in enumerate(sys.stdin.buffer, 1):
             text = decode_utf8(line, f"message {number} of standard input")
             self.reply(text.removesuffix("\n").removesuffix("\r"))
