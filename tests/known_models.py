@@ -1,6 +1,7 @@
 """Checkpoints of models whose weights are constructed so that what they write is known."""
 
 import json
+from contextlib import contextmanager
 
 import torch
 
@@ -57,3 +58,18 @@ def gpt_that_writes(ids, vocab_size):
 def parsed(out):
     """The JSON objects of a command's output, one a line."""
     return [json.loads(line) for line in out.splitlines()]
+
+
+@contextmanager
+def forward_hook(vocab_size, observe):
+    """Call observe(embedding, ids (B, T)) before each forward of any model of that vocabulary."""
+
+    def hook(module, inputs):
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == vocab_size:
+            observe(module, inputs[0])
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
