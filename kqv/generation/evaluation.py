@@ -18,6 +18,8 @@ from kqv.settings import setting
 from kqv.text.dataset import Dataset
 from model import NextToken
 
+TOKENS_AT_ONCE = 4096  # of the loss: their logits, (B, T, V), take more memory than anything else
+
 REPORT = {  # the text for each number, printed where the number is there and not 0
     "split": "{dataset}, {split} split",
     "max_examples": ", of which at most the first {max_examples:,} conversations",
@@ -112,13 +114,14 @@ def mean_loss(gpt, data, split, batch_size):
     """
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
-    objective = NextToken(gpt)
-    block_size, losses, counts = gpt.config.block_size, [], []
+    loss, block_size = NextToken(gpt), gpt.config.block_size
+    batch_size = min(batch_size, max(1, TOKENS_AT_ONCE // block_size))
+    losses, counts = [], []
     batches = whole_split(data, split, batch_size, block_size)
     for batch in with_progress(batches, data.batches(split, batch_size, block_size)):
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
         with autocast:
-            losses.append(objective(*arrays))
+            losses.append(loss(*arrays))
         counts.append(int((batch.targets >= 0).sum()))
     if not counts:
         raise UserError(f"the {split} split of {data.folder} is too short to predict anything: use more text")
