@@ -498,21 +498,13 @@ FILE = "".join(f"{prompt}\n" for prompt in PROMPTS)
 
 @pytest.mark.parametrize("copies, draw", [(3, []), (2, ["--beams=3"]), (1, ["--stop=s"])])
 def test_prompts_are_continued_in_the_files_order_whatever_the_batches(write_all, copies, draw):
-    argv = [*draw, f"--num_samples={copies}"]
+    argv = [*draw, f"--num_samples={copies}", "--max_new_tokens=20"]  # past block_size
     records = parsed(write_all(FILE, *argv, "--format=jsonl"))
     expected = [(prompt, copy) for prompt in PROMPTS for copy in range(copies)]
     assert [(record["prompt"], record["sample"]) for record in records] == expected
     out = "".join(record["prompt"] + record["text"] + SEPARATOR for record in records)
     for batch_size in (1, 2, 5, 64):
         assert write_all(FILE, *argv, f"--batch_size={batch_size}") == out
-
-
-def test_prompts_are_batched_by_their_length():
-    prompts = [[0] * length for length in (10, 1, 2, 7, 1, 14)]
-    config = parse(sample.SampleSettings, ["--batch_size=2"])
-    assert batched(prompts, config) == [[(1, 0), (4, 0)], [(2, 0), (3, 0)], [(0, 0), (5, 0)]]
-    config = parse(sample.SampleSettings, ["--batch_size=3", "--num_samples=2"])
-    assert batched(prompts[:2], config) == [[(1, 0), (1, 1), (0, 0)], [(0, 1)]]
 
 
 def test_a_text_is_printed_as_soon_as_those_before_it(shown, tmp_path):
@@ -539,31 +531,16 @@ def test_a_single_prompt_in_a_file_is_a_text_alone(write, write_all):
     assert write_all("keys") == write_all("keys\n") == write("--start=keys")
 
 
-def test_line_ends_of_another_system_are_no_part_of_a_prompt(write_all):
-    assert write_all("keys\r\nva\r\n") == write_all("keys\nva\n")
-
-
-def test_only_a_line_end_ends_a_prompt(recite, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a\u2028b\x0cc\x1d\n", "utf-8", newline="")
-    (record,) = parsed(recite(b"0123456789", "--start=", "--prompts=prompts.txt", "--format=jsonl"))
-    assert record["prompt"] == "a\u2028b\x0cc\x1d"
-
-
 @pytest.mark.parametrize(
     "content, says",
     [
-        ("", ["prompts.txt", "line 1"]),
-        ("\n", ["prompts.txt", "line 1"]),
         ("keys\n\nand\n", ["prompts.txt", "line 2"]),
-        ("keys\nand\n\n", ["prompts.txt", "line 3"]),
-        ("keys\r\n\r\n", ["prompts.txt", "line 2"]),
         ("keys\n" + "queries " * 6, ["'queries queries queries queries queries ...'", "48 tokens", "16"]),
         ("keys\nX\n", ["'X'", "position 0"]),
-        (b"keys\n\xff", ["prompts.txt", "0xff", "offset 5"]),
     ],
 )
 def test_prompts_that_can_not_be_continued(refusal, trained, tmp_path, content, says):
-    (tmp_path / "prompts.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "prompts.txt").write_text(content)
     line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", "--prompts=prompts.txt")
     assert all(part in line for part in says), line
 
@@ -573,12 +550,6 @@ def test_a_prompt_may_fill_the_context(write, refusal, trained):
     assert write(f"--start={text}", "--max_new_tokens=1").startswith(text)
     line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", f"--start={text}s")
     assert "17 tokens" in line and "16" in line
-
-
-def test_a_long_prompt_is_shown_in_part(refusal, trained):
-    for text, shown in [("keys" * 10, repr("keys" * 10)), ("keys" * 10 + "k", f"{'keys' * 10 + '...'!r}")]:
-        line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", f"--start={text}")
-        assert f"the prompt {shown} has {len(text)} tokens" in line
 
 
 def test_prompts_that_are_not_there_or_not_alone(refusal, trained):
