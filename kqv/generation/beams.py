@@ -5,11 +5,23 @@ Shapes: P prompts, N beams, V vocabulary.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from kqv.generation.stream import ContextWindow
+from kqv.settings import setting
+
+
+@dataclass(frozen=True)
+class BeamSettings:
+    """Beam search instead of drawing"""
+
+    beams: int = setting(0, "how many continuations to follow at once; 0: draw", at_least=0, below=2**31)
+    length_penalty: float = setting(
+        0.0, "divide log-probabilities by length to this power", at_least=0.0, below=100.0
+    )
 
 
 class Hypothesis(NamedTuple):
@@ -25,12 +37,14 @@ def beam_search(
     engine, texts, max_new_tokens, beams, length_penalty=0.0, ends=lambda ids: False, vocab_size=None
 ):
     """
-    The likeliest continuations of each of P texts, lists of ids: P lists of up to `beams` Hypotheses, the
+    The likeliest continuations of each of P texts, lists of ids: P lists of at most `beams` Hypotheses, the
     highest score first.
 
-    Of all continuations by one more token, the `beams` likeliest go on; one is finished where `ends(ids)`
-    says so, or after max_new_tokens. A longer text is less likely, which dividing by a power of its length
-    makes up for (Wu et al. 2016, section 7). The search ends where no beam can catch up with those finished.
+    At each step the `beams` likeliest extensions of a text by one token are kept. A hypothesis is finished
+    where `ends(ids)` is true, or after max_new_tokens. Its score is its log-probability divided by
+    length ** length_penalty, because longer texts are less likely (Wu et al. 2016, section 7). The search of
+    a text stops early when no kept beam can reach the score of the finished ones. Ids from vocab_size on are
+    never chosen. Raises ValueError where a text has no token or more than block_size.
     """
     vocab_size = vocab_size or engine.gpt.config.vocab_size
     window = ContextWindow(engine, [text for text in texts for _ in range(beams)], max_new_tokens)
@@ -39,30 +53,20 @@ def beam_search(
     for _ in range(max_new_tokens):
         if window.must_refill:
             tokens = window.refill()
-        # Where fewer go on than there are rows, the rest of the rows can't be chosen.
+        # A text with fewer than N beams has rows without one: at -inf their extensions are never chosen.
         scores = [[h.logprob for h in some] + [-math.inf] * (beams - len(some)) for some in alive]
-        chosen = window.step(tokens, extensions, torch.tensor(scores, device=engine.device), vocab_size)
-        parents, newest = [], []
-        for number, (logprobs, indices) in enumerate(zip(*(part.tolist() for part in chosen), strict=True)):
-            going = []  # (the beam that it extends, hypothesis)
-            for logprob, index in zip(logprobs, indices, strict=True):
-                if logprob == -math.inf or len(going) == beams:
-                    break
-                beam, token = divmod(index, vocab_size)
-                ids = [*alive[number][beam].ids, token]
-                hypothesis = Hypothesis(ids, logprob, logprob / len(ids) ** length_penalty)
-                if ends(ids):
-                    finished[number].append(hypothesis)
-                else:
-                    going.append((beam, hypothesis))
-            finished[number] = best(finished[number], beams)
-            if going and len(finished[number]) == beams:
-                reachable = going[0][1].logprob / max_new_tokens**length_penalty
+        found = window.step(tokens, extensions, torch.tensor(scores, device=engine.device), vocab_size)
+        parents, newest = [], []  # of each row: the row that it continues, and its next token
+        for number, candidates in enumerate(zip(*(part.tolist() for part in found), strict=True)):
+            kept, ended = extend(alive[number], *candidates, beams, vocab_size, length_penalty, ends)
+            finished[number] = best(finished[number] + ended, beams)
+            if kept and len(finished[number]) == beams:
+                reachable = kept[0][1].logprob / max_new_tokens**length_penalty
                 if reachable <= finished[number][-1].score:
-                    going = []
-            alive[number] = [hypothesis for _, hypothesis in going]
+                    kept = []
+            alive[number] = [hypothesis for _, hypothesis in kept]
             for row in range(beams):
-                beam, token = (going[row][0], going[row][1].ids[-1]) if row < len(going) else (row, 0)
+                beam, token = (kept[row][0], kept[row][1].ids[-1]) if row < len(kept) else (row, 0)
                 parents.append(number * beams + beam)
                 newest.append(token)
         if not any(alive):
@@ -74,11 +78,31 @@ def beam_search(
     return [best(ended + some, beams) for ended, some in zip(finished, alive, strict=True)]
 
 
+def extend(hypotheses, logprobs, indices, beams, vocab_size, length_penalty, ends):
+    """
+    The beams of one text after one more token, from its row of what `extensions` gives: (those that go on,
+    at most `beams` of [(beam that is extended, Hypothesis)], and those that ended, [Hypothesis]).
+    """
+    kept, ended = [], []
+    for logprob, index in zip(logprobs, indices, strict=True):
+        if logprob == -math.inf or len(kept) == beams:
+            break
+        beam, token = divmod(index, vocab_size)
+        ids = [*hypotheses[beam].ids, token]
+        hypothesis = Hypothesis(ids, logprob, logprob / len(ids) ** length_penalty)
+        if ends(ids):
+            ended.append(hypothesis)
+        else:
+            kept.append((beam, hypothesis))
+    return kept, ended
+
+
 def extensions(logits, scores, vocab_size):
     """
-    logits (P N, V) and the beams' log-probabilities (P, N) -> for each prompt the 2N likeliest continuations
-    of its beams by a token, since half of them may end there: log-probabilities (P, 2N), beam * vocab_size +
-    id.
+    The 2N likeliest extensions of each prompt's beams by a token; 2N, because N of them may end their text.
+
+    logits (P N, V), the beams' log-probabilities (P, N) -> log-probabilities (P, 2N), the likeliest first,
+    and indices (P, 2N): beam * vocab_size + id. Of a vocabulary of one id there are N, not 2N.
     """
     P, N = scores.shape
     logprobs = logits[:, :vocab_size].log_softmax(dim=-1).view(P, N, vocab_size)
@@ -86,4 +110,5 @@ def extensions(logits, scores, vocab_size):
 
 
 def best(hypotheses, count):
+    """The `count` hypotheses of the highest score, in that order."""
     return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)[:count]

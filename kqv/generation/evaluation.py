@@ -1,22 +1,26 @@
 """
-How good a model is on a prepared set: its loss on a split, and how many of the answers there it gives too.
+Evaluation on a prepared set: the loss on a split, and how many of its answers the model gives exactly.
 
 Shapes: B rows, T tokens.
 """
 
 import json
 import sys
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from kqv.errors import UsageError, UserError
+from kqv.settings import setting
 from kqv.text.dataset import Dataset
 from model import NextToken
 
-WORDS = {  # what is said where a number is there and not 0
+TOKENS_AT_ONCE = 4096  # of the loss: their logits, (B, T, V), take more memory than anything else
+
+REPORT = {  # the text for each number, printed where the number is there and not 0
     "split": "{dataset}, {split} split",
     "max_examples": ", of which at most the first {max_examples:,} conversations",
     "tokens": "\nloss {loss:.4f} nats per token, over {tokens:,} tokens",
@@ -27,16 +31,31 @@ WORDS = {  # what is said where a number is there and not 0
 }
 
 
-class Example(NamedTuple):
-    """A conversation and its last answer."""
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How good it is, instead of text"""
 
-    prompt: str  # what is said before the answer
-    ids: list  # the same for the model, to go on from
+    evaluate: Literal["train", "val", ""] = setting(
+        "", "a split: its loss, and how many answers are right, by the likeliest token or by beams"
+    )
+    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on")
+    max_examples: int = setting(0, "only so many conversations of the split, the first; 0: all", at_least=0)
+    bleu: bool = setting(False, "also the answers' BLEU, for translations")
+
+
+class Example(NamedTuple):
+    """A conversation whose last answer the model is to give."""
+
+    prompt: str  # the messages before that answer, a line each
+    ids: list  # the prompt that the model continues: those messages, and the mark that begins an answer
     expected: str  # the answer
 
 
 def open_set(config, trained_on, tokenizer):
-    """The Dataset to evaluate on, of its split --max_examples. Raises UserError where it is none for it."""
+    """
+    The Dataset to evaluate on; of its split only the first --max_examples conversations. Raises UserError
+    where its tokenizer is not the model's, UsageError where the settings do not fit it.
+    """
     name = config.dataset or trained_on
     if not name:
         raise UsageError("the checkpoint does not say which set it was trained on: name one, --dataset=NAME")
@@ -58,7 +77,10 @@ def open_set(config, trained_on, tokenizer):
 
 
 def read_examples(data, split, block_size):
-    """The Examples of a split, those that fit into block_size; none where it has texts."""
+    """
+    The Examples of a split that fit into block_size; of a set of texts there are none. Raises UserError where
+    a set of conversations has none that fits.
+    """
     tok, found = data.tokenizer, []
     for ids in data.conversations(split) if data.is_chat else ():
         if len(ids) - 1 > block_size:
@@ -74,18 +96,33 @@ def read_examples(data, split, block_size):
     return found
 
 
+def settings_for_answers(config, examples, block_size):
+    """
+    The settings with which a model answers: always the likeliest token, and no more tokens than follow the
+    shortest prompt in the context.
+    """
+    if not examples:
+        return config
+    longest = block_size + 1 - min(len(example.ids) for example in examples)
+    return replace(config, temperature=0.0, max_new_tokens=min(config.max_new_tokens, longest))
+
+
 @torch.no_grad()
 def mean_loss(gpt, data, split, batch_size):
-    """(nats per token, number of tokens) of all that is to be learnt of a split."""
+    """
+    (mean cross-entropy in nats per token, number of tokens) over every target of a split, once. Raises
+    UserError where it has none.
+    """
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
-    objective = NextToken(gpt)
-    block_size, losses, counts = gpt.config.block_size, [], []
+    loss, block_size = NextToken(gpt), gpt.config.block_size
+    batch_size = min(batch_size, max(1, TOKENS_AT_ONCE // block_size))
+    losses, counts = [], []
     batches = whole_split(data, split, batch_size, block_size)
-    for batch in shown(batches, data.batches(split, batch_size, block_size)):
+    for batch in with_progress(batches, data.batches(split, batch_size, block_size)):
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
         with autocast:
-            losses.append(objective(*arrays))
+            losses.append(loss(*arrays))
         counts.append(int((batch.targets >= 0).sum()))
     if not counts:
         raise UserError(f"the {split} split of {data.folder} is too short to predict anything: use more text")
@@ -93,7 +130,7 @@ def mean_loss(gpt, data, split, batch_size):
 
 
 def whole_split(data, split, batch_size, block_size):
-    """Batches in which everything that is to be learnt of a split is a target, once."""
+    """Batches, (B, T), in which each token to predict of a split is a target exactly once."""
     count = data.windows(split, block_size)
     windows = np.arange(count) if data.is_chat else np.arange(count) * block_size
     for first in range(0, count, batch_size):
@@ -105,8 +142,8 @@ def whole_split(data, split, batch_size, block_size):
 
 def report(config, gpt, data, examples, records):
     """
-    Print the numbers, for --format=jsonl after a JSON object for each Example. `records` says what the model
-    wrote: an iterator of (number of the example, 0, {"text": ...}) in order.
+    Print the loss and what became of the answers: lines to read, or with --format=jsonl a JSON object for
+    each Example and one of all numbers. `records` are the model's answers, as Writer.records gives them.
     """
     split, plain = config.evaluate, config.format == "text"
     bleu = bleu_metric() if config.bleu else None
@@ -115,7 +152,7 @@ def report(config, gpt, data, examples, records):
     if bits := data.bits_per_byte(split, loss):
         numbers["bits_per_byte"] = bits
     texts, expected = [], [example.expected for example in examples]
-    records = shown(records, len(examples)) if plain else records
+    records = with_progress(records, len(examples)) if plain else records
     for example, (*_, record) in zip(examples, records, strict=True):
         texts.append(record["text"])
         if not plain:
@@ -134,11 +171,11 @@ def report(config, gpt, data, examples, records):
 
 def in_words(numbers):
     """The numbers as lines to read."""
-    return "".join(words.format(**numbers) for name, words in WORDS.items() if numbers.get(name))
+    return "".join(words.format(**numbers) for name, words in REPORT.items() if numbers.get(name))
 
 
-def shown(items, total):
-    """The same items, with the progress on a terminal."""
+def with_progress(items, total):
+    """The same items; a terminal shows the progress."""
     return tqdm(items, total=total, leave=False, disable=not sys.stderr.isatty())
 
 

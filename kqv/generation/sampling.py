@@ -1,7 +1,7 @@
 """
 From logits to the next token.
 
-Shapes: B rows of text, V vocabulary.
+Shapes: B rows of text, V vocabulary, k the tokens that top_k keeps.
 """
 
 from dataclasses import dataclass
@@ -11,53 +11,67 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-TOP = 5  # how many alternatives are reported with log-probabilities
+from kqv.settings import setting
+
+N_ALTERNATIVES = 5  # how many of the likeliest tokens are reported with log-probabilities
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the model's probabilities; the defaults leave them as they are."""
+    """How tokens are drawn"""
 
-    temperature: float = 1.0  # divides the logits; 0: always the likeliest token
-    top_k: int = 0  # among the k likeliest; 0: all
-    top_p: float = 1.0  # among the likeliest that together have probability top_p (Holtzman et al. 2019)
-    min_p: float = 0.0  # among those with min_p times the likeliest one's probability (Nguyen et al. 2024)
-    repetition_penalty: float = 1.0  # divides the odds of tokens that are in the text (Keskar et al. 2019)
-    logprobs: bool = False  # report log-probabilities
+    temperature: float = setting(
+        0.8, "below 1: likelier tokens more often; 0: always the likeliest", at_least=0.0
+    )
+    top_k: int = setting(200, "draw among the k likeliest tokens; 0: among all", at_least=0)
+    top_p: float = setting(1.0, "draw among the likeliest that have this probability together", at_least=0.0)
+    min_p: float = setting(
+        0.0, "draw among those with this share of the likeliest's probability", at_least=0.0
+    )
+    repetition_penalty: float = setting(1.0, "above 1: tokens of the text become less likely", at_least=1e-9)
+    logprobs: bool = setting(False, "print a JSON object a line for each token, with its log-probability")
+
+
+PLAIN = Sampling(temperature=1.0, top_k=0)  # draws with the model's own probabilities
 
 
 def draw(logits, uniform, sampling):
     """
-    One id for each row: logits (B, V) and numbers from [0, 1) (B, 1) -> (B, 1).
+    Draw one id for each row: logits (B, V) and numbers from [0, 1) (B, 1) -> ids (B, 1).
 
-    Top-k, top-p and min-p each keep the first few tokens of a ranking by probability. The draw walks through
-    those in the order of their ids (where rounding can't swap two that are equally likely) until their
-    probabilities add up to the row's number: the inverse of the cumulative distribution. That number is all
-    the chance there is, so a row's text does not depend on the rows beside it.
+    The steps: divide the logits by the temperature; keep the top_k likeliest tokens; of those, the fewest
+    whose probability together reaches top_p (nucleus sampling, Holtzman et al. 2019), and only tokens with
+    at least min_p times the probability of the likeliest (Nguyen et al. 2024); draw one by inverting the
+    cumulative distribution of what is left. `uniform` is the only random input, one number a row, so a row's
+    text does not depend on the rows beside it.
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no temperature makes it overflow
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: dividing it does not overflow
     logits = logits / max(sampling.temperature, 1e-30)  # below that, 1/temperature is no float32
     ids = None  # all of them, in order
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
         k = min(sampling.top_k or logits.size(-1), logits.size(-1))
         logits, ids = logits.topk(k)  # (B, V) -> (B, k), the likeliest first
         p = F.softmax(logits, dim=-1)
-        before = p.cumsum(dim=-1) - p  # what the likelier ones have together; 0 for the first, which stays
+        before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens; 0 for the first, which stays
         p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= min(sampling.min_p, 1) * p[:, :1]))
-        ids, order = ids.sort(dim=-1)
+        ids, order = ids.sort(dim=-1)  # by id: rounding may swap two tokens in an order by probability
         p = p.gather(1, order)
     else:
         p = F.softmax(logits, dim=-1)  # (B, V)
     cdf = p.cumsum(dim=-1)
-    reached = (cdf > uniform * cdf[:, -1:]) & (p > 0)  # True from the drawn one on
+    reached = (cdf > uniform * cdf[:, -1:]) & (p > 0)  # True from the drawn token on
     choice = reached.int().argmax(dim=-1, keepdim=True)  # the first True
     return choice if ids is None else ids.gather(1, choice)
 
 
 class Sampler(nn.Module):
-    """From logits to the next tokens, with what a row's past has to do with it."""
+    """
+    Draws the next token of each row. It keeps the set of ids in each row's text for the repetition penalty,
+    which divides positive logits of those ids and multiplies negative ones (Keskar et al. 2019). Ids from
+    vocab_size on are never drawn.
+    """
 
     def __init__(self, sampling, texts, vocab_size, device):
         super().__init__()
@@ -70,7 +84,10 @@ class Sampler(nn.Module):
         self.register_buffer("seen", seen)  # (B, V): the ids in each row's text
 
     def forward(self, logits, uniform):
-        """logits (B, V), uniform (B, 1) -> ids (B, 1); with logprobs (B, 1), top ids (B, 5) and theirs."""
+        """
+        logits (B, V), uniform (B, 1) -> ids (B, 1). With sampling.logprobs also their log-probabilities
+        (B, 1), the ids of the 5 likeliest tokens (B, 5) and the log-probabilities of those (B, 5).
+        """
         logits = scores = logits[:, : self.vocab_size]
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
@@ -81,13 +98,15 @@ class Sampler(nn.Module):
             self.seen.scatter_(1, ids, True)
         if not self.sampling.logprobs:
             return (ids,)
-        logprobs = logits.log_softmax(dim=-1)  # the model's own, whatever the settings made of them
-        top, top_ids = logprobs.topk(min(TOP, logprobs.size(-1)))
-        return ids, logprobs.gather(1, ids), top_ids, top
+        logprobs = logits.log_softmax(dim=-1)  # of the model itself, before penalty and temperature
+        top_logprobs, top_ids = logprobs.topk(min(N_ALTERNATIVES, logprobs.size(-1)))
+        return ids, logprobs.gather(1, ids), top_ids, top_logprobs
 
 
 def uniforms(seed, rows, device):
-    """Numbers from [0, 1) for ever, as tensors (B, 1): row r's are a function of (seed, rows[r]) alone."""
+    """
+    An endless iterator of tensors (B, 1), numbers from [0, 1). Row b's depend on (seed, rows[b]) alone.
+    """
     generators = [np.random.default_rng((seed, row)) for row in rows]
     while True:
         numbers = np.stack([generator.random(256) for generator in generators], axis=1)  # (256, B)

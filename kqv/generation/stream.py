@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kqv.generation.sampling import Sampler, Sampling, uniforms
-
-PLAIN = Sampling()  # draws from the model's own probabilities
+from kqv.generation.sampling import PLAIN, Sampler, uniforms
 
 
 class ContextWindow:

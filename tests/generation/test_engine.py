@@ -14,12 +14,12 @@ from torch import nn
 
 from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine, MatVec
-from kqv.generation.sampling import Sampler, Sampling, draw, uniforms
+from kqv.generation.sampling import PLAIN, Sampler, Sampling, draw, uniforms
 from kqv.generation.stream import ContextWindow, generate, stream
 
 MODES = {
     "greedy": Sampling(temperature=0),
-    "plain": Sampling(),
+    "plain": PLAIN,
     "temperature": Sampling(temperature=1.7),
     "top_k": Sampling(top_k=5),
     "top_p": Sampling(top_p=0.7),

@@ -1,0 +1,94 @@
+"""Asks for texts and continues them, on a terminal or for a program; with --chat, a conversation."""
+
+import sys
+
+from kqv.errors import UserError, warn
+from kqv.generation.printing import SEPARATOR, opening, print_pieces, print_samples
+from kqv.generation.prompts import decode_utf8, encode_prompt, require_length
+
+
+class Conversation:
+    """
+    Texts that a user types and that a Writer continues, one after another. With --chat each follows on the
+    messages before it.
+    """
+
+    def __init__(self, writer):
+        self.writer, self.config = writer, writer.config
+        self.history = []  # [(role, text), ...], the user's and the assistant's in turn; empty without --chat
+        self.turn = 0  # how many texts were typed
+
+    def run(self):
+        """Ask until standard input ends."""
+        if sys.stdin.isatty():
+            self.run_on_terminal()
+        else:
+            self.run_for_program()
+
+    def run_for_program(self):
+        """Answer each line of standard input; print only answers. Raises UserError at the first error."""
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            text = decode_utf8(line, f"message {number} of standard input")
+            self.reply(text.removesuffix("\n").removesuffix("\r"))
+
+    def run_on_terminal(self):
+        """Ask for a text and continue it, again and again. Ctrl-C ends a text, Ctrl-D the program."""
+        try:
+            import readline  # noqa: F401  gives input() its history and line editing
+        except ImportError:
+            pass
+        is_chat = self.writer.tokenizer.kind == "chat"
+        hint = "Say something, and it is answered" if is_chat else "Begin a text, and it is continued"
+        print(f"{hint}. Ctrl-C stops it; Ctrl-D ends the program.")
+        while True:
+            try:
+                self.reply(input("> "))
+            except (UserError, UnicodeDecodeError) as error:
+                warn(str(error))
+            except KeyboardInterrupt:
+                print()
+            except EOFError:
+                print()
+                return
+
+    def reply(self, text):
+        """Print the continuations of a text. Raises UserError where the model can't read it."""
+        config, turn = self.config, self.turn
+        self.turn += 1
+        text = text or opening("\n", self.writer.tokenizer)
+        prompt = self.prompt(text)
+        start = opening(text, self.writer.tokenizer)
+        if config.beams and config.num_samples > 1:
+            print_samples([start], self.writer.records([prompt]))
+            return
+        for copy in range(config.num_samples):
+            said = []
+            try:
+                print_pieces(start, remembered(self.writer.pieces(prompt, (turn, copy)), said))
+            finally:  # an answer that Ctrl-C stopped is remembered as far as it was printed
+                if config.chat:
+                    self.history += [("user", text), ("assistant", "".join(said))]
+            if config.num_samples > 1:
+                print(SEPARATOR)
+
+    def prompt(self, text):
+        """
+        The ids of the history and the text. Where they leave no room for an answer, the oldest exchanges are
+        dropped from the history: max_new_tokens are kept free, but at most a quarter of the context.
+        """
+        block_size = self.writer.engine.gpt.config.block_size
+        longest = block_size - min(self.config.max_new_tokens, block_size // 4)
+        for first in range(0, len(self.history) + 1, 2):  # of the messages that are kept
+            prompt = encode_prompt(text, self.writer.tokenizer, self.config, self.history[first:])
+            if len(prompt) <= longest:
+                break
+        require_length(text, prompt, self.config, block_size)
+        del self.history[:first]
+        return prompt
+
+
+def remembered(pieces, said):
+    """The same pieces; each that was given is also in the list `said`."""
+    for piece in pieces:
+        said.append(piece)
+        yield piece
