@@ -1,43 +1,42 @@
 """
-What training on many GPUs takes, by arithmetic alone: memory of each, bytes between them, days.
+What a training step on many GPUs takes, by arithmetic: memory of each GPU, bytes sent between them, seconds.
 
-It plans what train.py does: float32 weights, gradients and AdamW moments, products in bfloat16, and each
-process with the whole model (DDP) or with a part of it (FSDP, see kqv/distributed.py).
-
-Letters: N parameters; B sequences in a micro-batch, T tokens in each, C channels, nh heads, L blocks,
-V vocabulary; g GPUs with a process each, m of them in a node, s that share one copy of the model.
+It describes what train.py does: float32 weights, gradients and AdamW moments, products in bfloat16, and each
+process with the whole model (DDP) or with a part of it (FSDP, see kqv/training/distributed.py). Sizes are
+counted in a model on the meta device, which has shapes and no numbers, so a change of model.py needs none
+here.
 """
 
-import math
+import functools
 from dataclasses import dataclass, replace
 
-from kqv.training import loss
-from model import GPTConfig
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-LARGE = {  # shapes beyond those that bench.py measures (GPT-3's, Brown et al. 2020, table 2.1)
-    "2.7B": GPTConfig(2048, 50304, 32, 32, 2560, bias=False),
-    "7B": GPTConfig(2048, 50304, 32, 32, 4096, bias=False),
-}
+from kqv.training import loss
+from model import GPT, Block, GPTConfig
 
 
 @dataclass(frozen=True)
 class Job:
-    """How a model is trained. `itemsize` is the bytes of a number in products, 2 in bfloat16."""
+    """How a model is trained."""
 
     shape: GPTConfig
-    gpus: int = 1
+    gpus: int = 1  # each with a process
     gpus_per_node: int = 8
     sharded: bool = False  # FSDP
-    batch_size: int = 1
+    batch_size: int = 1  # sequences in a micro-batch
     accumulation: int = 1  # micro-batches of each process in a step
     checkpointing: bool = False
     compiled: bool = False
-    itemsize: int = 2
-    norm_itemsize: int = 4  # of what LayerNorm reads: a GPU's autocast has it in float32, a CPU's as it comes
+    itemsize: int = 2  # bytes of a number in matrix products: 2 in bfloat16, 4 in float32
+    norm_itemsize: int = 4  # bytes of a number that goes into LayerNorm: autocast on a GPU makes it float32
 
     @property
     def tokens(self):
-        """In a micro-batch."""
+        """Tokens in a micro-batch."""
         return self.batch_size * self.shape.block_size
 
     @property
@@ -46,52 +45,97 @@ class Job:
 
     @property
     def shards(self):
-        """How many processes share one copy of the model: those of a node, or where each has a node, all."""
+        """
+        How many processes share one copy of the model: those of a node; all, where there is one node or each
+        node has one GPU.
+        """
         if not self.sharded:
             return 1
         return self.gpus_per_node if 1 < self.gpus_per_node < self.gpus else self.gpus
 
+    @property
+    def weight_itemsize(self):
+        """Bytes of a weight that the model computes with: FSDP gathers it in the precision of products."""
+        return self.itemsize if self.sharded else 4
+
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a GPU and its links do at best: FLOP/s and bytes/s, the links' in each direction."""
+    """What a GPU and its links do at best."""
 
-    flops: float
-    node_bandwidth: float
-    network_bandwidth: float
-
-
-def parameters(shape):
-    """(in one block, outside the blocks: embeddings and the last LayerNorm)."""
-    C, biases = shape.n_embd, 11 * shape.n_embd if shape.bias else 0
-    block = 12 * C**2 + 2 * C + biases
-    return block, (shape.vocab_size + shape.block_size + 1 + shape.bias) * C
+    peak_flops: float  # FLOP/s
+    node_bandwidth: float  # bytes/s of a GPU to the others of its node, in each direction
+    network_bandwidth: float  # bytes/s of a GPU to other nodes, in each direction
 
 
-def num_parameters(shape):
-    block, rest = parameters(shape)
-    return shape.n_layer * block + rest
+# Counted in the model
+
+
+@functools.lru_cache(maxsize=64)
+def model_of(shape):
+    """A GPT of that shape on the meta device."""
+    with torch.device("meta"):
+        return GPT(shape)
+
+
+def count(module):
+    """How many parameters a module has; tied ones count once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def linear_layers(module):
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
 
 
 def block_activations(job):
-    """
-    Bytes that autograd keeps of one block for its backward pass: for each token
+    """Bytes that autograd keeps of one block for its backward pass."""
+    alone = replace(job.shape, n_layer=1, vocab_size=1, dropout=0.0)
+    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize)
 
-        LayerNorm   C numbers that go in, two times; mean and deviation of each in float32
-        attention   C in, 3C q, k and v, C out; nh normalisers of its softmax in float32
-        MLP         C in, 4C before GELU, 4C after it
+
+@functools.lru_cache(maxsize=64)
+def sequence_activations(shape, itemsize, norm_itemsize):
     """
-    C, nh = job.shape.n_embd, job.shape.n_head
-    return job.tokens * (2 * C * job.norm_itemsize + 14 * C * job.itemsize + 4 * nh + 16)
+    Bytes that autograd keeps of a block for each sequence: of two sequences, less of one, so that weights and
+    autocast's copies of them do not count. The block runs on tensors without numbers, with the fused
+    attention (Dao et al. 2022).
+    """
+    dtypes = {2: torch.bfloat16, 4: torch.float32}
+
+    def kept(batch_size):
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage  # many tensors may be views of one storage
+            return tensor
+
+        size = (batch_size, shape.block_size, shape.n_embd)
+        x = torch.empty(size, dtype=dtypes[norm_itemsize], requires_grad=True)  # (B, T, C)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=itemsize == 2),
+            sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        ):
+            block(x)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    with FakeTensorMode():
+        block = Block(shape)
+        return kept(2) - kept(1)
+
+
+# Memory
 
 
 def loss_memory(job):
     """
-    Bytes that loss.py holds at its peak: 12 for each of a chunk's logits (in bfloat16 themselves 2, float32
-    scores 4, exponentials 4, the gradient of the chunk before 2), and for chunks the weight's gradient.
-    Compiled, no float32 is stored, and a single chunk's gradient takes its logits' place.
+    Bytes that kqv/training/loss.py holds at its peak: 12 for each of a chunk's logits (in bfloat16 themselves
+    2, float32 scores 4, exponentials 4, the gradient of the chunk before 2), and with several chunks the
+    gradient of the weight. Compiled, no float32 is stored, and a single chunk's gradient takes the place of
+    its logits.
     """
-    V, C = job.shape.vocab_size, job.shape.n_embd
+    V, C = model_of(job.shape).lm_head.weight.shape
     chunks = -(-job.tokens * V // loss.LOGITS_AT_ONCE)
     of_a_logit = job.itemsize * (1 if chunks == 1 else 3) if job.compiled else 12
     of_logits = of_a_logit * -(-job.tokens // chunks) * V
@@ -100,49 +144,47 @@ def loss_memory(job):
     return of_logits + 4 * V * C + job.tokens * C * job.itemsize
 
 
-def weight_itemsize(job):
-    """Bytes of a weight that the model sees: FSDP gathers it as products want it."""
-    return job.itemsize if job.sharded else 4
-
-
-def memory(job):
-    """(the fullest moment of a step, {part: bytes} on each GPU then)."""
-    return max(moments(job).items(), key=lambda moment: sum(moment[1].values()))
-
-
-def total(job):
+def peak_bytes(job):
     """The most bytes that each GPU holds."""
-    return sum(memory(job)[1].values())
+    return sum(highest_peak(job)[1].values())
 
 
-def moments(job):
+def highest_peak(job):
+    """(when a step holds most, {part: bytes} on each GPU then)."""
+    return max(peaks(job).items(), key=lambda peak: sum(peak[1].values()))
+
+
+def peaks(job):
     """
-    {moment: {part: bytes}}, of the three that can be the fullest: the loss at the end of the forward pass,
-    a block's backward pass, and the end of the backward pass.
+    {when: {part: bytes}} of the three times of a step that can hold most: the loss at the end of the forward
+    pass, a block's backward pass, and the end of the backward pass.
     """
-    shape, seen = job.shape, weight_itemsize(job)
-    block, rest = parameters(shape)
-    N, head = num_parameters(shape), shape.vocab_size * shape.n_embd  # head: lm_head, which is wte too
+    gpt, seen = model_of(job.shape), job.weight_itemsize
+    layers, N = len(gpt.transformer.h), count(gpt)
+    block, outside_blocks = count(gpt.transformer.h[-1]), N - count(gpt.transformer.h)
+    head = count(gpt.lm_head)  # also wte
     always = {"weights": 4 * N / job.shards, "optimizer": 8 * N / job.shards}
-    # What earlier micro-batches have summed up, which FSDP too keeps whole, or DDP's buckets.
+    # The sum over earlier micro-batches, which FSDP too keeps whole, or the buckets of DDP.
     kept = 4 * N * (job.accumulation > 1 or job.gpus > 1 and not job.sharded)
     if job.sharded:
-        copies = copies_later = seen * (rest + 2 * block)  # what is in no block, a block, and the next one
-        reducing, blocks_left = (seen if kept else 4) * block, shape.n_layer - 1  # that of the last block
+        copies = copies_later = seen * (outside_blocks + 2 * block)  # gathered: this block and the next one
+        reducing, blocks_left = (seen if kept else 4) * block, layers - 1  # the gradient of the last block
     else:
-        copies = 2 * (N - shape.block_size * shape.n_embd) if job.itemsize == 2 else 0  # autocast's
-        copies_later = copies / shape.n_layer if job.checkpointing else copies
-        reducing, blocks_left = 0, shape.n_layer
-    stream = job.tokens * shape.n_embd * (seen if job.sharded else 4)  # what goes into a block
+        # Autocast casts the weights of products, and keeps them to the end of the forward pass or longer.
+        copies = 2 * sum(map(count, linear_layers(gpt))) if job.itemsize == 2 else 0
+        copies_later = copies / layers if job.checkpointing else copies
+        reducing, blocks_left = 0, layers
+    stream = job.tokens * job.shape.n_embd * (seen if job.sharded else 4)  # what goes into a block
     in_block, again = block_activations(job), 0
-    if job.checkpointing:  # a block is computed again, and the largest gradient in it has 4C for each token
-        in_block, again = stream, in_block + 4 * job.tokens * shape.n_embd * job.itemsize
+    if job.checkpointing:  # a block is computed again, beside the largest gradient within it
+        widest = max(layer.out_features for layer in linear_layers(gpt.transformer.h[-1]))
+        in_block, again = stream, in_block + job.tokens * widest * job.itemsize
     return {
         "the loss": {
             **always,
             "gradients": kept,
             "copies": copies,
-            "activations": shape.n_layer * in_block + 2 * stream,  # and what goes into ln_f and out
+            "activations": layers * in_block + 2 * stream,  # and the input and output of ln_f
             "loss": loss_memory(job),
         },
         "a block's backward pass": {
@@ -156,48 +198,44 @@ def moments(job):
     }
 
 
+# Communication and time
+
+
 def traffic(job):
     """
     {phase: (bytes within a node, bytes between nodes)} that each GPU sends, and receives as many: in a
     micro-batch's forward and backward pass, and when a step's gradients are reduced.
 
     A ring of k passes on (k - 1) / k of what it gathers or reduce-scatters, and twice that to all-reduce.
-    Where it spans nodes, each GPU of a node takes 1 / m of the way between them.
+    Where it spans nodes, each of the m GPUs of a node takes 1 / m of the way between them.
     """
-    block, rest = parameters(job.shape)
-    blocks, seen = job.shape.n_layer * block, weight_itemsize(job)
+    gpt, seen = model_of(job.shape), job.weight_itemsize
+    N, blocks = count(gpt), count(gpt.transformer.h)
     near, far = min(job.gpus, job.gpus_per_node), job.nodes  # GPUs in a node, nodes
 
     def ring(count):
         return (count - 1) / count
 
-    gradients = 4 * (blocks + rest)
-    between = 2 * ring(far) * gradients / near
+    between = 2 * ring(far) * 4 * N / near
     if not job.sharded:
-        return {"forward": (0, 0), "backward": (0, 0), "reduce": (2 * ring(near) * gradients, between)}
-    forward, backward = ring(job.shards) * seen * (blocks + rest), ring(job.shards) * seen * blocks
-    scattered = ring(job.shards) * gradients
-    if near == 1:  # one GPU in each node: all comes by the network
+        return {"forward": (0, 0), "backward": (0, 0), "reduce": (2 * ring(near) * 4 * N, between)}
+    forward, backward = ring(job.shards) * seen * N, ring(job.shards) * seen * blocks
+    scattered = ring(job.shards) * 4 * N
+    if near == 1:  # one GPU in each node: all goes through the network
         return {"forward": (0, forward), "backward": (0, backward), "reduce": (0, scattered)}
     return {"forward": (forward, 0), "backward": (backward, 0), "reduce": (scattered, between)}
 
 
-def flops_per_token(shape):
-    """As GPT.flops_per_token."""
-    block, rest = parameters(shape)
-    without_positions = shape.n_layer * block + rest - shape.block_size * shape.n_embd
-    return 6 * without_positions + 12 * shape.n_layer * shape.n_embd * shape.block_size
-
-
 def step_seconds(job, cluster, mfu):
     """
-    (seconds of a step at least, those of its computing alone), if computing alone reaches `mfu` of the peak.
+    (least seconds of a step, seconds of its computing alone), if computing alone reaches `mfu` of the peak.
 
-    Links and multiplications work at the same time: gathering is hidden by the same micro-batch's computing,
-    reducing by the last one's backward pass. The backward pass takes twice the forward's time, and once more
-    where activations are computed again.
+    Communication and computing overlap: weights are gathered while the same micro-batch computes, gradients
+    are reduced during the last one's backward pass. The backward pass takes twice the forward pass's time,
+    and once more where activations are computed again.
     """
-    forward = job.tokens * flops_per_token(job.shape) / (mfu * cluster.flops) / 3
+    flops = job.tokens * model_of(job.shape).flops_per_token()
+    forward = flops / (mfu * cluster.peak_flops) / 3
     backward = forward * (3 if job.checkpointing else 2)
     sent = traffic(job)
 
@@ -205,64 +243,7 @@ def step_seconds(job, cluster, mfu):
         node, network = (sum(sent[phase][place] for phase in phases) for place in (0, 1))
         return max(node / cluster.node_bandwidth, network / cluster.network_bandwidth)
 
-    most = job.accumulation * max(forward, links("forward"))
-    most += (job.accumulation - 1) * max(backward, links("backward"))
-    most += max(backward, links("backward", "reduce"))
-    return most, job.accumulation * (forward + backward)
-
-
-def fit(job, batch_size, tokens_per_step, limit):
-    """
-    The job with `batch_size`, 0: with the largest power of two, that `limit` bytes hold, and about
-    `tokens_per_step`. None where it does not fit.
-    """
-    sequences = max(1, round(tokens_per_step / job.shape.block_size / job.gpus))
-    sizes = [batch_size] if batch_size else [2**power for power in range(sequences.bit_length())]
-    fitting = [with_batch(job, size, tokens_per_step) for size in sizes]
-    return next((job for job in reversed(fitting) if total(job) <= limit), None)
-
-
-def with_batch(job, batch_size, tokens_per_step):
-    """The job with that batch_size, and the accumulation that comes nearest to `tokens_per_step`."""
-    accumulation = max(1, round(tokens_per_step / batch_size / job.shape.block_size / job.gpus))
-    return replace(job, batch_size=batch_size, accumulation=accumulation)
-
-
-def report(job, cluster, mfu, tokens=0):
-    """{what: {name: figure}} of a job and of a run over `tokens`, by default 20 a parameter."""
-    N = num_parameters(job.shape)
-    tokens = tokens or 20 * N
-    step, computing = step_seconds(job, cluster, mfu)
-    tokens_per_step = job.tokens * job.accumulation * job.gpus
-    seconds = tokens / tokens_per_step * step
-    moment, parts = memory(job)
-    phases = traffic(job)
-    within, between = (
-        job.accumulation * (phases["forward"][place] + phases["backward"][place]) + phases["reduce"][place]
-        for place in (0, 1)
-    )
-    limit = "computing" if math.isclose(step, computing) else "communication"
-    memory_gb = {part: size / 1e9 for part, size in parts.items()}
-    return {
-        "model": {"parameters": N, "GFLOP a token": flops_per_token(job.shape) / 1e9},
-        "GPUs": {"number": job.gpus, "parallel": "fsdp" if job.sharded else "ddp", "to a copy": job.shards},
-        "memory of each, GB": {**memory_gb, "in all": sum(memory_gb.values()), "fullest at": moment},
-        "a step": {
-            "batch_size": job.batch_size,
-            "gradient_accumulation_steps": job.accumulation * job.gpus,
-            "tokens": tokens_per_step,
-        },
-        "each sends in a step, GB": {"within its node": within / 1e9, "to other nodes": between / 1e9},
-        f"at most, if computing alone has an MFU of {mfu:g}": {
-            "tokens/s": round(tokens_per_step / step),
-            "ms a step": step * 1e3,
-            "of them computing": computing * 1e3,
-            "limited by": limit,
-        },
-        "a run at that speed": {
-            "tokens": int(tokens),
-            "steps": math.ceil(tokens / tokens_per_step),
-            "days": seconds / 86400,
-            "GPU hours": seconds / 3600 * job.gpus,
-        },
-    }
+    least = job.accumulation * max(forward, links("forward"))
+    least += (job.accumulation - 1) * max(backward, links("backward"))
+    least += max(backward, links("backward", "reduce"))
+    return least, job.accumulation * (forward + backward)

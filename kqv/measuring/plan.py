@@ -1,5 +1,6 @@
-"""The settings of a planned run, and its report."""
+"""bench.py plan: what a training run takes on GPUs that need not be here."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -7,11 +8,27 @@ import torch
 
 from kqv.device import peak_flops
 from kqv.errors import UsageError
-from kqv.measuring import plan
-from kqv.measuring.machine import FormatSettings, say
-from kqv.measuring.training import PRESETS
+from kqv.measuring.costs import (
+    Cluster,
+    Job,
+    count,
+    highest_peak,
+    model_of,
+    peak_bytes,
+    step_seconds,
+    traffic,
+)
+from kqv.measuring.presets import PRESETS
+from kqv.measuring.report import ReportSettings, print_figures
 from kqv.settings import setting
 from kqv.training.distributed import BYTES_A_PARAMETER
+from model import GPTConfig
+
+LARGE = {  # shapes of GPT-3 (Brown et al. 2020, table 2.1), beyond the presets that bench.py measures
+    "2.7B": GPTConfig(2048, 50304, 32, 32, 2560, bias=False),
+    "7B": GPTConfig(2048, 50304, 32, 32, 4096, bias=False),
+}
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,7 @@ class PlannedShapeSettings:
     """Model"""
 
     preset: str = setting("124M", "124M, 350M, 774M, 1.5B, 2.7B, 7B; the settings below replace its own")
-    n_layer: int = setting(0, "blocks; 0: the preset's, as in those that follow", at_least=0)
+    n_layer: int = setting(0, "blocks; 0: the preset's, as in those that follow", at_least=0, below=10**4)
     n_head: int = setting(0, "attention heads", at_least=0)
     n_embd: int = setting(0, "channels of the residual stream", at_least=0)
     block_size: int = setting(0, "context, in tokens", at_least=0)
@@ -61,7 +78,7 @@ class PlannedMachineSettings:
 
 
 @dataclass(frozen=True)
-class BenchPlanSettings(FormatSettings, PlannedMachineSettings, PlannedWorkSettings, PlannedShapeSettings):
+class BenchPlanSettings(ReportSettings, PlannedMachineSettings, PlannedWorkSettings, PlannedShapeSettings):
     """
     usage: python bench.py plan [config.py ...] [--name=value ...]
 
@@ -71,23 +88,22 @@ class BenchPlanSettings(FormatSettings, PlannedMachineSettings, PlannedWorkSetti
 
 
 def bench_plan(config):
-    """Print a line for each thing calculated."""
-    job = planned_job(config)
+    """Print a line for each thing calculated. Raises UsageError where the run does not fit."""
+    job = job_that_fits(config, planned_job(config))
     peak = 1e12 * config.peak_tflops or peak_flops(config.gpu, torch.bfloat16)
     if not peak:
         raise UsageError(f"gpu={config.gpu} is none whose peak is known: give its --peak_tflops in bfloat16")
-    cluster = plan.Cluster(peak, 1e9 * config.node_gbs, 1e9 * config.network_gbs)
-    for what, figures in plan.report(job, cluster, config.mfu, config.tokens).items():
-        say(config, what, figures)
+    cluster = Cluster(peak, 1e9 * config.node_gbs, 1e9 * config.network_gbs)
+    for what, figures in report(job, cluster, config.mfu, config.tokens).items():
+        print_figures(config, what, figures)
 
 
 def planned_job(config):
-    """The plan.Job asked for, with the batch that fits. Raises UsageError."""
-    shapes = {name: preset.shape for name, preset in PRESETS.items()} | plan.LARGE
+    """The Job that the settings name, its batch not chosen yet. Raises UsageError."""
+    shapes = {name: preset.shape for name, preset in PRESETS.items()} | LARGE
     if config.preset not in shapes:
         raise UsageError(f"preset={config.preset} is none of {', '.join(shapes)}")
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    own = {name: getattr(config, name) for name in names if getattr(config, name)}
+    own = {name: getattr(config, name) for name in SHAPE if getattr(config, name)}
     try:
         shape = replace(shapes[config.preset], **own)
     except ValueError as error:
@@ -98,9 +114,9 @@ def planned_job(config):
             f"gpus={gpus} do not fill nodes of gpus_per_node={node}: use --gpus={gpus // node * node} or "
             f"--gpus={-(-gpus // node) * node}, or give another --gpus_per_node"
         )
-    large = BYTES_A_PARAMETER * plan.num_parameters(shape) > 1e9 * config.memory_gb / 2
+    large = BYTES_A_PARAMETER * count(model_of(shape)) > 1e9 * config.memory_gb / 2
     sharded = config.parallel == "fsdp" or config.parallel == "auto" and large
-    job = plan.Job(
+    return Job(
         shape,
         gpus,
         node,
@@ -109,21 +125,83 @@ def planned_job(config):
         compiled=config.compile,
     )
 
+
+def job_that_fits(config, job):
+    """The job with a batch that fits in memory. Raises UsageError, which names a change that would fit."""
+
     def fitted(job, batch_size=config.batch_size):
-        return plan.fit(job, batch_size, config.tokens_per_step, 0.9e9 * config.memory_gb)
+        return fit(job, batch_size, config.tokens_per_step, 0.9e9 * config.memory_gb)
 
     if found := fitted(job):
         return found
+    node = config.gpus_per_node
     ways = {
         "--activation_checkpointing=True": fitted(replace(job, checkpointing=True)),
-        "--parallel=fsdp": fitted(replace(job, sharded=gpus > 1)),
-        f"--gpus={node} --parallel=fsdp": fitted(replace(job, gpus=max(gpus, node), sharded=node > 1)),
+        "--parallel=fsdp": fitted(replace(job, sharded=job.gpus > 1)),
+        f"--gpus={node} --parallel=fsdp": fitted(replace(job, gpus=max(job.gpus, node), sharded=node > 1)),
     }
     if smaller := fitted(job, batch_size=0):
         ways = {f"--batch_size={smaller.batch_size}": smaller}
-    least = plan.with_batch(job, config.batch_size or 1, config.tokens_per_step)
+    smallest = with_batch(job, config.batch_size or 1, config.tokens_per_step)
     raise UsageError(
-        f"batch_size={least.batch_size} takes {plan.total(least) / 1e9:.1f} GB on each GPU, more than nine "
-        f"tenths of memory_gb={config.memory_gb:g}: try "
+        f"batch_size={smallest.batch_size} takes {peak_bytes(smallest) / 1e9:.1f} GB on each GPU, more than "
+        f"nine tenths of memory_gb={config.memory_gb:g}: try "
         + next((way for way, fits in ways.items() if fits), "a smaller model")
     )
+
+
+def fit(job, batch_size, tokens_per_step, limit):
+    """
+    The job with `batch_size` (0: the largest power of two that fits in `limit` bytes) and the accumulation
+    that comes nearest to `tokens_per_step`. None where it does not fit.
+    """
+    sequences = max(1, round(tokens_per_step / job.shape.block_size / job.gpus))
+    sizes = [batch_size] if batch_size else [2**power for power in range(sequences.bit_length())]
+    fitting = [with_batch(job, size, tokens_per_step) for size in sizes]
+    return next((job for job in reversed(fitting) if peak_bytes(job) <= limit), None)
+
+
+def with_batch(job, batch_size, tokens_per_step):
+    """The job with that batch_size, and the accumulation that comes nearest to `tokens_per_step`."""
+    accumulation = max(1, round(tokens_per_step / batch_size / job.shape.block_size / job.gpus))
+    return replace(job, batch_size=batch_size, accumulation=accumulation)
+
+
+def report(job, cluster, mfu, tokens=0):
+    """{what: {name: figure}} of a job and of a run over `tokens` tokens, 0: over 20 a parameter."""
+    gpt = model_of(job.shape)
+    N = count(gpt)
+    tokens = tokens or 20 * N
+    step, computing = step_seconds(job, cluster, mfu)
+    tokens_per_step = job.tokens * job.accumulation * job.gpus
+    seconds = tokens / tokens_per_step * step
+    fullest_at, parts = highest_peak(job)
+    memory_gb = {part: size / 1e9 for part, size in parts.items()}
+    phases = traffic(job)
+    within, between = (
+        job.accumulation * (phases["forward"][place] + phases["backward"][place]) + phases["reduce"][place]
+        for place in (0, 1)
+    )
+    return {
+        "model": {"parameters": N, "GFLOP a token": gpt.flops_per_token() / 1e9},
+        "GPUs": {"number": job.gpus, "parallel": "fsdp" if job.sharded else "ddp", "to a copy": job.shards},
+        "memory of each, GB": {**memory_gb, "in all": sum(memory_gb.values()), "fullest at": fullest_at},
+        "a step": {
+            "batch_size": job.batch_size,
+            "gradient_accumulation_steps": job.accumulation * job.gpus,
+            "tokens": tokens_per_step,
+        },
+        "each sends in a step, GB": {"within its node": within / 1e9, "to other nodes": between / 1e9},
+        f"at most, if computing alone has an MFU of {mfu:g}": {
+            "tokens/s": round(tokens_per_step / step),
+            "ms a step": step * 1e3,
+            "of them computing": computing * 1e3,
+            "limited by": "computing" if math.isclose(step, computing) else "communication",
+        },
+        "a run at that speed": {
+            "tokens": int(tokens),
+            "steps": math.ceil(tokens / tokens_per_step),
+            "days": seconds / 86400,
+            "GPU hours": seconds / 3600 * job.gpus,
+        },
+    }
