@@ -14,22 +14,20 @@ from kqv.measuring.costs import count
 from kqv.measuring.machine import Machine, RoundsSettings, print_machine
 from kqv.measuring.presets import parse_batch_sizes
 from kqv.measuring.report import ReportSettings, print_figures, print_kernels, profiled
-from kqv.settings import setting
+from kqv.settings import group, setting
 from model import GPT, GPTConfig, KVCache
 
 WRITING = Sampling(temperature=0.8, top_k=200)  # sample.py's defaults
 STEPS_AT_ONCE = 16  # decoding steps between two measurements of the memory's speed
 
 
-@dataclass(frozen=True)
-class ShapeSettings:
-    """Model, by default GPT-2 124M; the weights are random"""
-
-    n_layer: int = setting(12, "blocks", at_least=1)
-    n_head: int = setting(12, "attention heads", at_least=1)
-    n_embd: int = setting(768, "channels of the residual stream", at_least=1)
-    block_size: int = setting(1024, "longest context, in tokens", at_least=1)
-    vocab_size: int = setting(50257, "token ids", at_least=1)
+ShapeSettings = group(
+    "ShapeSettings",
+    "Model, by default GPT-2 124M; the weights are random",
+    GPTConfig,
+    without=("dropout",),
+    vocab_size=50257,
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def bench_sample(config):
 def shape_of(config):
     """The GPTConfig that the settings name. Raises UsageError for a shape that can't be or is too short."""
     try:
-        shape = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
+        shape = GPTConfig.from_args(vars(config))
     except ValueError as error:
         raise UsageError(str(error)) from None
     if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > config.block_size:

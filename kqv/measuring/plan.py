@@ -1,7 +1,7 @@
 """bench.py plan: what a training run takes on GPUs that need not be here."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from kqv.measuring.costs import (
 )
 from kqv.measuring.presets import PRESETS
 from kqv.measuring.report import ReportSettings, print_figures
-from kqv.settings import setting
+from kqv.settings import group, setting
 from kqv.training.distributed import BYTES_A_PARAMETER
 from model import GPTConfig
 
@@ -28,19 +28,25 @@ LARGE = {  # shapes of GPT-3 (Brown et al. 2020, table 2.1), beyond the presets 
     "2.7B": GPTConfig(2048, 50304, 32, 32, 2560, bias=False),
     "7B": GPTConfig(2048, 50304, 32, 32, 4096, bias=False),
 }
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+SIZES = [field.name for field in fields(GPTConfig) if type(field.default) is int]
+MOST_BLOCKS = 10**4  # that are counted in a few seconds
 
 
 @dataclass(frozen=True)
-class PlannedShapeSettings:
+class PresetSettings:
     """Model"""
 
     preset: str = setting("124M", "124M, 350M, 774M, 1.5B, 2.7B, 7B; the settings below replace its own")
-    n_layer: int = setting(0, "blocks; 0: the preset's, as in those that follow", at_least=0, below=10**4)
-    n_head: int = setting(0, "attention heads", at_least=0)
-    n_embd: int = setting(0, "channels of the residual stream", at_least=0)
-    block_size: int = setting(0, "context, in tokens", at_least=0)
-    vocab_size: int = setting(0, "token ids", at_least=0)
+
+
+PlannedShapeSettings = group(
+    "PlannedShapeSettings",
+    "Sizes in place of the preset's; 0: its own",
+    GPTConfig,
+    without=[field.name for field in fields(GPTConfig) if field.name not in SIZES],
+    at_least=0,
+    **dict.fromkeys(SIZES, 0),
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,9 @@ class PlannedMachineSettings:
 
 
 @dataclass(frozen=True)
-class BenchPlanSettings(ReportSettings, PlannedMachineSettings, PlannedWorkSettings, PlannedShapeSettings):
+class BenchPlanSettings(
+    ReportSettings, PlannedMachineSettings, PlannedWorkSettings, PlannedShapeSettings, PresetSettings
+):
     """
     usage: python bench.py plan [config.py ...] [--name=value ...]
 
@@ -103,7 +111,9 @@ def planned_job(config):
     shapes = {name: preset.shape for name, preset in PRESETS.items()} | LARGE
     if config.preset not in shapes:
         raise UsageError(f"preset={config.preset} is none of {', '.join(shapes)}")
-    own = {name: getattr(config, name) for name in SHAPE if getattr(config, name)}
+    if config.n_layer > MOST_BLOCKS:
+        raise UsageError(f"n_layer is {config.n_layer}, but it must be at most {MOST_BLOCKS}")
+    own = {name: getattr(config, name) for name in SIZES if getattr(config, name)}
     try:
         shape = replace(shapes[config.preset], **own)
     except ValueError as error:

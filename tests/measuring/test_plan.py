@@ -20,10 +20,10 @@ LINKS = Cluster(1e12, 450e9, 50e9)
 
 shapes = st.builds(
     lambda layers, heads, size, T, V: GPTConfig(T, V, layers, heads, heads * size, bias=False),
-    st.integers(1, 8),
-    st.integers(1, 40),
-    st.sampled_from([32, 64, 128]),
-    st.sampled_from([256, 1024, 4096]),
+    st.sampled_from([1, 5]),
+    st.sampled_from([1, 3, 16]),
+    st.sampled_from([64]),
+    st.sampled_from([256, 2048]),
     st.sampled_from([65, 50304]),
 )
 jobs = st.builds(
