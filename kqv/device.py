@@ -1,4 +1,4 @@
-"""The device that computes, and the precision it computes in."""
+"""The device that computes, its precision, and whether to compile."""
 
 import os
 import re
@@ -24,9 +24,9 @@ class DeviceSettings:
     compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
 
 
-# Dense bf16/fp16 tensor-core peaks in TFLOP/s, without sparsity, from the makers' data sheets, by the name
-# that the driver reports. The whole name must match: an H100 NVL or a laptop's RTX 4090 is another chip with
-# another peak.
+# {pattern of the name that the driver reports: peak in TFLOP/s}, of dense bfloat16 and float16 products on
+# tensor cores, from the makers' data sheets. The whole name must match: an H100 NVL or a laptop's RTX 4090 is
+# another chip with another peak.
 PEAK_TFLOPS = {
     r"NVIDIA B200": 2250,
     r"NVIDIA H200": 989,
@@ -48,7 +48,7 @@ PEAK_TFLOPS = {
 
 
 def find_device(name):
-    """The device of that name, "auto": the best there is. Raises UserError where it is not there."""
+    """A device's name, or "auto": the fastest that this machine has -> torch.device. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -66,8 +66,8 @@ def find_device(name):
 
 def find_dtype(name, device):
     """
-    "auto" -> bfloat16 on GPUs and CPUs that compute in it, float16 on older GPUs, float32 elsewhere; a name
-    -> that dtype.
+    A dtype's name -> torch.dtype. "auto": bfloat16 on GPUs and CPUs that compute in it, float16 on older
+    GPUs, float32 elsewhere.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -78,8 +78,8 @@ def find_dtype(name, device):
 
 def peak_flops(device_name, dtype):
     """
-    The peak in FLOP/s for matrix products in `dtype` of the GPU named so; None where it is not known. Never a
-    guess.
+    The peak of the GPU of that name, in FLOP/s, for matrix products in `dtype`. None where no data sheet
+    says it.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return None
@@ -88,7 +88,7 @@ def peak_flops(device_name, dtype):
 
 @contextmanager
 def out_of_memory_as(message):
-    """Turn the errors that want of memory causes, on any device, into a UserError."""
+    """Within this context, running out of memory, on any device, is a UserError with that message."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -100,8 +100,8 @@ def out_of_memory_as(message):
 
 def find_compile(choice, device):
     """
-    Whether to use torch.compile; "auto": where it pays. Raises UserError where it is asked for without a C++
-    compiler.
+    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Raises UserError for
+    True without a C++ compiler.
     """
     if choice == "auto":
         return device.type == "cuda"
@@ -118,5 +118,5 @@ def has_compiler():
 
 
 def cpu_has_bfloat16():
-    """Whether the CPU has instructions for bfloat16, as far as this torch can tell."""
+    """Whether the CPU has instructions for bfloat16. False where torch is too old to tell."""
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)

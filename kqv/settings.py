@@ -22,7 +22,7 @@ PLAIN = (bool, int, float, str)
 
 
 def setting(default, help, at_least=None, below=None):
-    """A dataclass field with a line of help and, for numbers, the bounds `at_least <= value < below`."""
+    """A dataclass field with a line of help and, for a number, bounds: `at_least <= value < below`."""
     return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
 
 
@@ -69,11 +69,15 @@ def override(config, values, where):
 
 
 def is_positional(field, types_of):
+    """Whether a field takes the arguments without a name."""
     return types_of[field.name] == tuple[str, ...] and "help" not in field.metadata
 
 
 def split_arguments(cls, types_of, argv):
-    """Command line -> (positional arguments, {name: text}); a bool named alone has the text "True"."""
+    """
+    Command line -> (positional arguments, {name: text}); a bool named alone has the text "True". --help
+    prints the help and exits.
+    """
     positional, given = [], {}
     rest = list(argv)
     while rest:
@@ -81,26 +85,30 @@ def split_arguments(cls, types_of, argv):
         if argument in ("--help", "-h"):
             print(help_text(cls))
             sys.exit(0)
-        if not argument.startswith("--"):
-            if argument.startswith("-") and len(argument) > 1:
-                raise UsageError(
-                    f"{argument} is not understood: settings are written --name=value (see --help)"
-                )
+        if argument.startswith("--"):
+            name, text = take_setting(argument, rest, types_of)
+            given[name] = (*given.get(name, ()), text) if types_of[name] == tuple[str, ...] else text
+        elif argument.startswith("-") and len(argument) > 1:
+            raise UsageError(f"{argument} is not understood: settings are written --name=value (see --help)")
+        else:
             positional.append(argument)
-            continue
-        name, equals, text = argument[2:].partition("=")
-        require_known(name, types_of, where="--")
-        if not equals:
-            if types_of[name] is bool:
-                text = rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "True"
-            elif rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            else:
-                raise UsageError(f"--{name} needs a value: --{name}={kind_name(types_of[name])}")
-        if types_of[name] == tuple[str, ...]:
-            text = (*given.get(name, ()), text)
-        given[name] = text
     return positional, given
+
+
+def take_setting(argument, rest, types_of):
+    """
+    "--name=value", or "--name" and its value, which is taken from `rest`, the arguments that follow ->
+    (name, text). Raises UsageError.
+    """
+    name, equals, text = argument[2:].partition("=")
+    require_known(name, types_of, where="--")
+    if equals:
+        return name, text
+    if types_of[name] is bool:
+        return name, rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "True"
+    if rest and not rest[0].startswith("--"):
+        return name, rest.pop(0)
+    raise UsageError(f"--{name} needs a value: --{name}={kind_name(types_of[name])}")
 
 
 def read_config_file(path):
@@ -139,7 +147,7 @@ def read_config_file(path):
 
 
 def line_of(error, path):
-    """Where in the file at `path` an exception came from, as ", line N"; empty where it can't be told."""
+    """Where in the file at `path` an exception came from, as ", line N"; "" where that is not known."""
     if isinstance(error, SyntaxError) and error.filename == path and error.lineno:
         return f", line {error.lineno}"
     lines = []
@@ -152,6 +160,7 @@ def line_of(error, path):
 
 
 def require_known(name, types_of, where):
+    """Raise UsageError for a name that is no setting, with the nearest one that is."""
     if name not in types_of:
         near = difflib.get_close_matches(name, types_of, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the settings"
@@ -206,6 +215,7 @@ def from_value(value, kind):
 
 
 def check_bounds(field, value):
+    """Raise UsageError for a value outside the bounds of its setting."""
     at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
     if at_least is not None and value < at_least:
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")
@@ -214,7 +224,7 @@ def check_bounds(field, value):
 
 
 def kind_name(kind):
-    """A type as the user writes it: int, float, True|False, auto|float32|..., text."""
+    """A type as --help writes it: int, float, True|False, auto|float32|..., text."""
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, typing.get_args(kind)))
     names = {bool: "True|False", str: "text", tuple[str, ...]: "text"}
@@ -222,6 +232,7 @@ def kind_name(kind):
 
 
 def article(kind):
+    """A kind_name in a sentence: "a whole number", "one of True|False"."""
     return {"int": "a whole number", "float": "a finite number"}.get(
         kind, kind if kind == "text" else f"one of {kind}"
     )
@@ -229,14 +240,12 @@ def article(kind):
 
 def help_text(cls):
     """
-    What --help prints: the script's own words, then each group's settings with type, default and one line.
+    What --help prints: the docstring of `cls`, then each group's settings with type, help and default.
     """
     lines = [cls.__doc__.strip()]
     types_of = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for group in reversed(
-        cls.__mro__
-    ):  # a base class is a group, and its docstring's first line the group's title
+    for group in reversed(cls.__mro__):  # a base class is a group, titled by its docstring's first line
         own = [fields[name] for name in inspect.get_annotations(group) if name in fields]
         own = [field for field in own if not is_positional(field, types_of)]
         if own:

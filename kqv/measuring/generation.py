@@ -1,28 +1,33 @@
-"""How fast generation is here."""
+"""bench.py sample: how fast generation is here."""
 
 import statistics
 from dataclasses import dataclass
 
 import torch
 
-from kqv.device import DeviceSettings, find_compile, find_dtype
+from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, out_of_memory_as
+from kqv.errors import UsageError
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import ContextWindow, stream
-from kqv.measuring.machine import Machine, ReportSettings, print_table, profiled, say, say_machine
-from kqv.settings import setting
-from model import GPT
+from kqv.measuring.costs import count
+from kqv.measuring.machine import Machine, RoundsSettings, print_machine
+from kqv.measuring.presets import parse_batch_sizes
+from kqv.measuring.report import ReportSettings, print_figures, print_kernels, profiled
+from kqv.settings import group, setting
+from model import GPT, GPTConfig, KVCache
+
+WRITING = Sampling(temperature=0.8, top_k=200)  # sample.py's defaults
+STEPS_AT_ONCE = 16  # decoding steps between two measurements of the memory's speed
 
 
-@dataclass(frozen=True)
-class ShapeSettings:
-    """Model, by default GPT-2 124M; the weights are random"""
-
-    n_layer: int = setting(12, "blocks", at_least=1)
-    n_head: int = setting(12, "attention heads", at_least=1)
-    n_embd: int = setting(768, "channels of the residual stream", at_least=1)
-    block_size: int = setting(1024, "longest context, in tokens", at_least=1)
-    vocab_size: int = setting(50257, "token ids", at_least=1)
+ShapeSettings = group(
+    "ShapeSettings",
+    "Model, by default GPT-2 124M; the weights are random",
+    GPTConfig,
+    without=("dropout",),
+    vocab_size=50257,
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class WritingSettings:
 
 
 @dataclass(frozen=True)
-class BenchSampleSettings(DeviceSettings, ReportSettings, WritingSettings, ShapeSettings):
+class BenchSampleSettings(DeviceSettings, ReportSettings, RoundsSettings, WritingSettings, ShapeSettings):
     """
     usage: python bench.py sample [config.py ...] [--name=value ...]
 
@@ -48,108 +53,151 @@ class BenchSampleSettings(DeviceSettings, ReportSettings, WritingSettings, Shape
     """
 
 
-def bench_sample(config, shape, batch_sizes, device):
-    """Print a line for each thing measured."""
+def bench_sample(config):
+    """Print a line for each thing measured. Raises UserError."""
+    batch_sizes, shape = parse_batch_sizes(config.batch_sizes), shape_of(config)
+    device = find_device(config.device)
+    advice = f"out of memory: try smaller --batch_sizes than {config.batch_sizes}"
+    with torch.no_grad(), out_of_memory_as(advice):
+        measure_generation(config, shape, batch_sizes, device)
+
+
+def shape_of(config):
+    """The GPTConfig that the settings name. Raises UsageError for a shape that can't be or is too short."""
+    try:
+        shape = GPTConfig.from_args(vars(config))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > config.block_size:
+        raise UsageError(
+            f"prompt_length={config.prompt_length} + max_new_tokens={config.max_new_tokens} and "
+            f"prefill_length={config.prefill_length} must be within block_size={config.block_size}"
+        )
+    return shape
+
+
+def measure_generation(config, shape, batch_sizes, device):
     dtype = find_dtype(config.dtype, device)
     torch.manual_seed(0)
     with torch.device(device):
         gpt = GPT(shape).to(dtype).eval()
     compiled = find_compile(config.compile, device)
     machine = Machine(device, dtype, config.rounds)
-    say_machine(config, machine, compiled, parameters=gpt.num_parameters())
+    print_machine(config, machine, compiled, parameters=gpt.num_parameters())
     engine = Engine(gpt, compiled)
-    say(config, "prefill", measure_prefill(engine, config, machine))
+    prefill = measure_prefill(engine, config.prefill_length, machine)
+    print_figures(config, "prefill", prefill)
     for batch_size in batch_sizes:
-        say(config, f"batch {batch_size}", measure_decoding(engine, batch_size, config, machine))
+        texts = random_texts(batch_size, config.prompt_length, shape.vocab_size)
+        decoding = measure_decoding(engine, texts, config.max_new_tokens, machine)
+        print_figures(config, f"batch {batch_size}", decoding)
     if config.uncached:
-        say(config, "cache", measure_uncached(gpt, engine, config, machine))
+        print_figures(config, "cache", measure_uncached(engine, config.prefill_length, machine))
     if config.profile:
-        print_profile(engine, batch_sizes[0], config)
+        texts = random_texts(batch_sizes[0], config.prompt_length, shape.vocab_size)
+        print_decoding_profile(engine, texts, config.max_new_tokens)
 
 
-def random_texts(count, length, vocab_size):
-    return torch.randint(vocab_size, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+def random_texts(batch_size, length, vocab_size):
+    """Lists of ids, the same for the same sizes."""
+    return torch.randint(
+        vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0)
+    ).tolist()
 
 
-def measure_prefill(engine, config, machine):
-    """Read one long text, all at once."""
-    shape, length = engine.gpt.config, config.prefill_length
-    texts = random_texts(1, length, shape.vocab_size)
+def measure_prefill(engine, length, machine):
+    """{name: figure} of reading one text of `length` tokens at once."""
+    texts = random_texts(1, length, engine.gpt.config.vocab_size)
     cache = engine.new_cache(1, length)
     taken = machine.median(lambda: engine.fill(cache, texts))
-    in_blocks = sum(parameter.numel() for parameter in engine.gpt.transformer.h.parameters())
-    # A multiply and an add for each weight and token; Q K^T and its use, half of which the mask saves.
-    flops = 2 * in_blocks * length + 2 * shape.n_layer * shape.n_embd * length**2
     return {
         "tokens": length,
         "ms": taken * 1e3,
         "tokens/s": length / taken,
-        "of matmul ceiling": flops / taken / machine.matmul(),
+        "of matmul ceiling": prefill_flops(engine.gpt, length) / taken / machine.matmul(),
     }
 
 
-def measure_decoding(engine, batch_size, config, machine):
-    """Write with the default sampling, as sample.py does; the memory is measured after every 16 steps."""
-    texts = random_texts(batch_size, config.prompt_length, engine.gpt.config.vocab_size)
-    sampling = Sampling(temperature=0.8, top_k=200)
+def prefill_flops(gpt, length):
+    """
+    Floating-point operations to read `length` tokens: a multiply and an add for each weight of the blocks and
+    token, and attention.
+    """
+    training_attention = gpt.flops_per_token() - 6 * gpt.num_parameters()  # of a token that sees block_size
+    attention = training_attention / 3 / gpt.config.block_size  # forward alone, for each token that is seen
+    return 2 * count(gpt.transformer.h) * length + attention * length**2 / 2  # the causal mask saves half
+
+
+def measure_decoding(engine, texts, max_new_tokens, machine):
+    """
+    {name: figure} of continuing B texts of one length with sample.py's sampling. The speed of the memory is
+    measured after every 16 steps, so that both meet the same state of the machine.
+    """
 
     def write():
-        return stream(engine, texts, config.max_new_tokens, sampling)
+        return stream(engine, texts, max_new_tokens, WRITING)
 
     cold = machine.seconds(lambda: list(write()))  # compiles every shape
-    weights = sum(parameter.nbytes for name, parameter in engine.gpt.named_parameters() if "wpe" not in name)
-    a_token = 2 * engine.gpt.config.n_layer * engine.gpt.config.n_embd * engine.dtype.itemsize  # its K and V
     firsts, steps, bandwidths, fractions = [], [], [], []
-    for _ in range(config.rounds):
-        tokens = write()
+    for _ in range(machine.rounds):
+        tokens, length = write(), len(texts[0])
         firsts.append(machine.seconds(lambda: next(tokens)))  # noqa: B023
-        length = config.prompt_length
-        while length + 1 < config.prompt_length + config.max_new_tokens:
-            count = min(16, config.prompt_length + config.max_new_tokens - length - 1)
-            taken = machine.seconds(lambda: [next(tokens) for _ in range(count)])  # noqa: B023
-            read = weights + batch_size * a_token * (length + count / 2)  # bytes in a step
-            steps.append(taken / count)
+        end = length + max_new_tokens - 1
+        while length < end:
+            steps_now = min(STEPS_AT_ONCE, end - length)
+            taken = machine.seconds(lambda: [next(tokens) for _ in range(steps_now)])  # noqa: B023
+            steps.append(taken / steps_now)
             bandwidths.append(machine.bandwidth(once=True))
+            read = bytes_of_step(engine.gpt, len(texts), length + steps_now / 2)
             fractions.append(read / bandwidths[-1] / steps[-1])
-            length += count
+            length += steps_now
     step = statistics.median(steps)
     return {
         "first run s": cold,
         "first token ms": statistics.median(firsts) * 1e3,
         "ms a step": step * 1e3,
-        "tokens/s": batch_size / step,
+        "tokens/s": len(texts) / step,
         "memory GB/s": statistics.median(bandwidths) / 1e9,
         "of ceiling": statistics.median(fractions),
     }
 
 
-def measure_uncached(gpt, engine, config, machine):
-    """Write a token after a long text, with the cache and by reading it all again."""
-    (text,) = random_texts(1, config.prefill_length, gpt.config.vocab_size)
+def bytes_of_step(gpt, batch_size, length):
+    """Bytes that a decoding step must read: the weights, and the keys and values of `length` tokens a row."""
+    dtype = gpt.lm_head.weight.dtype
+    weights = gpt.num_parameters() * dtype.itemsize  # without positions, of which one is read
+    one_slot = KVCache(gpt.config, 1, slots=1, device="meta", dtype=dtype)
+    a_token = sum(buffer.nbytes for buffer in one_slot.buffers() if buffer.is_floating_point())
+    return weights + batch_size * length * a_token
+
+
+def measure_uncached(engine, length, machine):
+    """{name: figure} of writing a token after `length` others, with the cache and by reading all again."""
+    gpt = engine.gpt
+    (text,) = random_texts(1, length, gpt.config.vocab_size)
     idx = torch.tensor([text], device=engine.device)
     window = ContextWindow(engine, [text], 0)
     tokens = window.refill()
     again = machine.median(lambda: gpt.lm_head(gpt.hidden(idx)[:, -1]).argmax())
 
     def once():
-        window.cache.length.fill_(len(text) - 1)
-        window.n_cached = len(text) - 1
+        window.cache.length.fill_(length - 1)
+        window.n_cached = length - 1
         return window.step(tokens, lambda logits: (logits.argmax(dim=-1),))
 
     cached = machine.median(once)
     return {
-        "context": len(text),
+        "context": length,
         "tokens/s": 1 / cached,
         "uncached tokens/s": 1 / again,
         "times faster": again / cached,
     }
 
 
-def print_profile(engine, batch_size, config):
-    """What a decoding step spends its time on, by kernel."""
-    texts = random_texts(batch_size, config.prompt_length, engine.gpt.config.vocab_size)
-    tokens = stream(engine, texts, config.max_new_tokens, Sampling(temperature=0.8, top_k=200))
+def print_decoding_profile(engine, texts, max_new_tokens):
+    """Print the kernels that decoding steps spend their time on."""
+    tokens = stream(engine, texts, max_new_tokens, WRITING)
     next(tokens)
     with profiled(engine.device) as found:
         list(tokens)
-    print_table(found, engine.device)
+    print_kernels(found, engine.device)
