@@ -12,9 +12,8 @@ from kqv.errors import UsageError, UserError, first_line, run
 from kqv.files import remove, sync_folder
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.card import card
-from kqv.formats.loading import ModelSettings
+from kqv.formats.loading import WeightsSettings
 from kqv.settings import parse, setting
-from model import GPT, GPTConfig
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -29,7 +28,7 @@ class TargetSettings:
 
 
 @dataclass(frozen=True)
-class ExportSettings(TargetSettings, ModelSettings):
+class ExportSettings(TargetSettings, WeightsSettings):
     """
     usage: python export.py --out_dir=out/plays_char --to=DIR [--format=gguf] [--name=value ...]
 
@@ -46,11 +45,8 @@ def main(argv):
         raise UsageError("--dtype=q8_0 is for --format=gguf: a Hugging Face folder has f32, f16 or bf16")
     target = Path(config.to).resolve()
     require_free(target, config)
-    path, contents = loading.chosen(config)
-    try:
-        gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
+    path, contents = loading.load_chosen(config)
+    gpt = loading.model_of(contents, path)
     tokenizer = loading.tokenizer_of(contents)
     weights = exported(gpt, tokenizer)
     shape = {**asdict(gpt.config), "vocab_size": tokenizer.vocab_size}

@@ -1,6 +1,6 @@
 """From the name of a run, a checkpoint, a folder or a model on the hub to its weights and tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kqv.errors import UserError, warn
@@ -8,10 +8,11 @@ from kqv.formats import huggingface
 from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS, REST, is_checkpoint, plain_names, read
 from kqv.settings import setting
 from kqv.text import dataset, tokenizers
+from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class WeightsSettings:
     """Which weights"""
 
     out_dir: str = setting("out", "the folder of a training run")
@@ -74,7 +75,7 @@ def find(out_dir, which):
     return best if which == "best" and best.exists() else newest
 
 
-def chosen(config):
+def load_chosen(config):
     """(name, contents) of the weights that the settings `init_from`, or `out_dir` and `checkpoint`, name."""
     if config.init_from != "resume":
         return config.init_from, load_start(config.init_from)
@@ -96,6 +97,20 @@ def load_start(source):
         known = ", ".join(("scratch", "resume", *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
+
+
+def model_of(contents, path, dropout=None):
+    """
+    The GPT of a checkpoint's contents (`model`, `model_args`); `dropout`, if given, in place of its own.
+    Raises UserError, which names `path`, where the contents are not those of a GPT.
+    """
+    try:
+        config = GPTConfig.from_args(contents["model_args"])
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        return GPT.from_weights(config, contents["model"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 
 
 def tokenizer_of(contents):
