@@ -145,9 +145,9 @@ class World:
         memory = torch.cuda.get_device_properties(self.device).total_memory
         return "ddp" if BYTES_A_PARAMETER * count <= memory / 2 else "fsdp"
 
-    def wrap(self, model, placed):
-        """`model`, a form (compiled or not) of the one that was placed, whose backward averages gradients."""
-        if self.size == 1 or is_sharded(placed):
+    def wrap(self, model):
+        """The form of a placed model, compiled or not, whose backward pass averages gradients."""
+        if self.size == 1 or is_sharded(model):
             return model
         return DistributedDataParallel(
             model,
@@ -166,9 +166,9 @@ class World:
             return model.no_sync()
         return nullcontext()
 
-    def frees_gradients(self, placed):
+    def frees_gradients(self, model):
         """Whether gradients take no memory between steps: DDP's stay, as parts of its buckets."""
-        return self.size == 1 or is_sharded(placed)
+        return self.size == 1 or is_sharded(model)
 
     def why_lost(self, error, waited, word):
         """
