@@ -33,7 +33,8 @@ from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches, to_device
 from kqv.training.distributed import World
 from kqv.training.loss import next_token_loss
-from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision, start_state
+from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision
+from kqv.training.state import start_state
 from model import GPT, GPTConfig, NextToken
 
 
@@ -196,9 +197,9 @@ def own_step(settings, shape, machine, compiled):
     def step():
         set_precision(settings, machine.device)
         batches = micro_batches(data, settings, world, state.step)
-        loss, _ = train.train_step(model, state, batches, 1e-4, settings, world, autocast)
+        numbers = train.train_step(model, state, batches, 1e-4, settings, world, autocast)
         state.step += 1
-        return loss
+        return numbers["loss"]
 
     return step
 

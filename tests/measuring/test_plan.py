@@ -20,7 +20,8 @@ from kqv.measuring import plan
 from kqv.measuring.training import PRESETS
 from kqv.training import loss
 from kqv.training.distributed import World, is_sharded
-from kqv.training.start import checkpoint_activations, start_state
+from kqv.training.start import checkpoint_activations
+from kqv.training.state import start_state
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
@@ -57,7 +58,7 @@ def training(job, world):
     state = start_state(config, gpt, None, dtype)
     if job.checkpointing:
         checkpoint_activations(gpt)
-    model = world.wrap(torch.compile(gpt) if job.compiled else gpt, gpt)
+    model = world.wrap(torch.compile(gpt) if job.compiled else gpt)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def step():
