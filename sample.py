@@ -8,13 +8,12 @@ from typing import Literal
 from kqv.device import DeviceSettings, find_compile, find_device, out_of_memory_as
 from kqv.errors import UsageError, UserError, run
 from kqv.formats import loading
-from kqv.formats.loading import ModelSettings
+from kqv.formats.loading import WeightsSettings
 from kqv.generation import evaluation
 from kqv.generation.engine import Engine, compiling_pays, generation_dtype
 from kqv.generation.prompts import read_texts
 from kqv.generation.writer import Writer, batched, encode, require_length
 from kqv.settings import parse, setting
-from model import GPT, GPTConfig
 
 OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")  # settings with no part in --chat and --evaluate
 
@@ -78,7 +77,7 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class SampleSettings(
-    DeviceSettings, EvaluationSettings, BeamSettings, SamplingSettings, TextSettings, ModelSettings
+    DeviceSettings, EvaluationSettings, BeamSettings, SamplingSettings, TextSettings, WeightsSettings
 ):
     """
     usage: python sample.py [config.py ...] [--name=value ...]
@@ -163,11 +162,8 @@ def write(config):
 
 def load(config):
     """(model ready to write, tokenizer, name of the set it was trained on or "") of the settings."""
-    path, contents = loading.chosen(config)
-    try:
-        gpt = GPT.from_weights(GPTConfig.from_args(contents["model_args"]), contents["model"])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds no weights of a GPT: {error}") from None
+    path, contents = loading.load_chosen(config)
+    gpt = loading.model_of(contents, path)
     trained_on = str(contents.get("config", {}).get("dataset", ""))
     return gpt.eval(), loading.tokenizer_of(contents), trained_on
 
