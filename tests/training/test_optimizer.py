@@ -18,6 +18,7 @@ from kqv.training.optimizer import (
     limit_bad_steps,
     load_optimizer,
     make_optimizer,
+    parameters_of,
     step_unless,
 )
 
@@ -105,7 +106,7 @@ def step(gpt, optimizer, seed, bad=False, scaler=None):
     if bad:
         gpt.lm_head.weight.grad[3, 2] = math.nan
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), 1.0)
     step_unless(~norm.isfinite(), optimizer)
     scaler.update()
     gpt.zero_grad()
