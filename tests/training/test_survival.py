@@ -30,7 +30,8 @@ from kqv.formats import checkpoint, loading
 from kqv.training.batches import micro_batches
 from kqv.training.distributed import World
 from kqv.training.saver import Saver
-from kqv.training.start import build_model, smaller_batch, start_state
+from kqv.training.start import build_model, smaller_batch
+from kqv.training.state import start_state
 
 RUN = [*TINY_RUN, "--dataset=tiny", "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=1"]
 
