@@ -12,12 +12,14 @@ from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_a
 from kqv.settings import parse
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
-from kqv.training.distributed import ParallelSettings, in_one_voice, is_sharded, join_world, whole
 from kqv.training.evaluation import EvaluationSettings
+from kqv.training.failures import report_once
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import next_token_loss
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at, step_unless
+from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun
+from kqv.training.sharding import full_tensor, is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ModelSettings,
@@ -110,7 +112,8 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
     state.scaler.unscale_(state.optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf))
+    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
+    grad_norm = full_tensor(grad_norm)
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
     for group in state.optimizer.param_groups:
@@ -157,4 +160,4 @@ def set_up(config, start_checkpoint, world):
 
 
 if __name__ == "__main__":
-    errors.run(in_one_voice(main))
+    errors.run(report_once(main))

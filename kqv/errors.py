@@ -8,11 +8,11 @@ import sys
 
 class UserError(Exception):
     """
-    The world is not as it must be: a missing file, a broken checkpoint, an absent device. Exit status 1.
+    The environment is at fault: a missing file, a broken checkpoint, an absent device. Exit status 1.
     """
 
     status = 1
-    is_said = None  # whether another process has said so already; None: not known
+    already_reported = None  # whether another process has printed it; None: not known
 
 
 class UsageError(UserError):
@@ -31,7 +31,7 @@ def run(main):
         main(sys.argv[1:])
         sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit
     except UserError as error:
-        fail("" if error.is_said else str(error), error.status)
+        fail("" if error.already_reported else str(error), error.status)
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except BrokenPipeError:

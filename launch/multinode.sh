@@ -33,7 +33,7 @@ done
 python -c 'import importlib.util as i, sys; sys.exit(not i.find_spec("torch"))' 2>/dev/null ||
     fail "python here has no PyTorch: activate the environment that has it (. .venv/bin/activate)"
 
-# From where this machine reaches HEAD: the address that others find it at.
+# This machine's address in the network of HEAD: the others reach it there.
 own=$(
     python - "$HEAD" 2>/dev/null <<'END'
 import ipaddress, socket, sys
@@ -62,7 +62,7 @@ else
     done
 fi
 
-# torchrun, with one line for what it says in pages.
+# torchrun, whose errors of a failed meeting become one line each.
 torchrun='
 import sys
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -91,7 +91,7 @@ export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # with a shared one, a machine that comes back is not let in
 set -m # a process group of its own: a Ctrl-C reaches this script alone
 (
-    trap '' USR1 # torchrun would die of it, and so would a process that has just begun
+    trap '' USR1 # it would end torchrun, and a process that has not installed its handler yet
     exec python -c "$torchrun" "$HEAD" "$PORT" "$NODES" "$WAIT" --nnodes="$NODES" --nproc_per_node="$PROCESSES" \
         --rdzv_backend=c10d --rdzv_endpoint="$HEAD:$PORT" --rdzv_id="$ID" --rdzv_conf="$meeting" \
         --local_addr="$address" --max_restarts="$RESTARTS" "$(dirname "$0")/../train.py" --init_from=auto "$@"
@@ -101,7 +101,7 @@ set +m
 while kill -0 "$agent" 2>/dev/null; do
     pgrep -P "$agent" >/dev/null && started=yes
     if [[ $stopping && $started ]]; then
-        pkill -USR1 -P "$agent" # again and again, for one that has just begun does not listen yet
+        pkill -USR1 -P "$agent" # repeated, since a process that has just started ignores it
     elif [[ $stopping ]]; then
         kill "$agent" # it is still waiting for other machines
     fi

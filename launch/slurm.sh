@@ -18,7 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-MAX_REQUEUES=${MAX_REQUEUES:-100} # so that a job that never gets anywhere ends
+MAX_REQUEUES=${MAX_REQUEUES:-100} # so that a job without progress ends
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export HEAD=${nodes[0]} NODES=${#nodes[@]} ID=$SLURM_JOB_ID

@@ -61,7 +61,9 @@ def load_folder(path):
     """The contents of a sharded model's checkpoint. Raises UserError."""
     from kqv.formats import sharded
 
-    return {**sharded.load_rest(path, read), "model": sharded.load_whole(path, "model"), "folder": path}
+    rest = read(path / REST)
+    sharded.require_metadata(path, rest.pop("metadata_sha256", None))
+    return {**rest, "model": sharded.load_full(path, "model"), "folder": path}
 
 
 def find(out_dir, which):

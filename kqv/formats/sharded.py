@@ -1,10 +1,10 @@
 """
-A checkpoint of many processes that hold a part of the model each: a folder, written by torch's distributed
-checkpoint, in the place of a file. Any number of processes reads it again, and one alone does too.
+The checkpoint of a sharded model: a folder in the place of a file, written by torch's distributed checkpoint.
+Any number of processes can read it, one as well.
 
-    __0_0.distcp, __1_0.distcp, ...   each process's own part of the weights and of AdamW's moments
-    .metadata                         which part of which tensor is where
-    rest.pt                           everything that is no tensor of them; written last
+    __0_0.distcp, __1_0.distcp, ...   one for each process: its part of the weights and of AdamW's moments
+    .metadata                         in which file, and where, each part of each tensor is
+    rest.pt                           everything else; written last
 """
 
 import io
@@ -19,16 +19,12 @@ import torch.distributed.checkpoint as dcp
 
 from kqv.errors import UserError, first_line
 from kqv.files import PlainUnpickler, sha256_of_file
-from kqv.formats.checkpoint import REST
 
 METADATA = ".metadata"
+PARTS = ("model", "optimizer")  # what is in the .distcp files
 
-
-PARTS = ("model", "optimizer")  # what is in parts
-
-
-# Classes that .metadata may name; what is in them are numbers, names and shapes. BytesStorageMetadata is none
-# of them: what it stands for, torch would unpickle.
+# Classes that .metadata may name; they hold numbers, names and shapes. BytesStorageMetadata is not among
+# them: torch would unpickle the entries that it describes.
 HARMLESS = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata",
@@ -47,23 +43,25 @@ HARMLESS = {
 }
 
 
-class Unpickler(PlainUnpickler):
+class MetadataUnpickler(PlainUnpickler):
+    """Reads .metadata without running any code that is in it."""
+
     harmless = HARMLESS
 
 
-class Reader(dcp.FileSystemReader):
-    """Reads tensors and nothing else, and checks the CRC-32 of what it reads."""
+class TensorReader(dcp.FileSystemReader):
+    """Reads tensors only, and checks the CRC-32 of each."""
 
     @cached_property
     def metadata(self):
         with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = Unpickler(file).load()
+            metadata = MetadataUnpickler(file).load()
         ends = {}
         for part in metadata.storage_data.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
         for name, end in ends.items():
             if Path(name).name != name:
-                raise ValueError(f"it names the file {name}, which is elsewhere")
+                raise ValueError(f"it names the file {name}, which is in another folder")
             if (Path(self.path) / name).stat().st_size < end:
                 raise ValueError(f"{name} is cut off")
         return metadata
@@ -72,27 +70,24 @@ class Reader(dcp.FileSystemReader):
         return self.metadata
 
     def _slice_file(self, file, part):
-        found = io.BytesIO(super()._slice_file(file, part).read(-1))
-        with zipfile.ZipFile(found) as archive:
+        content = io.BytesIO(super()._slice_file(file, part).read(-1))
+        with zipfile.ZipFile(content) as archive:
             if archive.testzip():
                 raise ValueError(f"a checksum in {part.relative_path} is wrong")
-        found.seek(0)
-        return found
+        content.seek(0)
+        return content
 
 
-def load_rest(path, read):
-    """The contents of rest.pt, by the function `read`. Raises UserError where .metadata is not its own."""
-    rest = read(path / REST)
-    digest = rest.pop("metadata_sha256", None)
+def require_metadata(path, digest):
+    """Raise UserError unless `digest` is the SHA-256 of the folder's .metadata; rest.pt has it."""
     if not (path / METADATA).is_file() or digest != sha256_of_file(path / METADATA):
         raise UserError(f"{path} is damaged: its {METADATA} is not the one that was written")
-    return rest
 
 
-def load_whole(path, part):
-    """{name: tensor} of a `part`, each tensor whole, on the CPU. Raises UserError."""
-    with damage_of(path):
-        reader = Reader(path)
+def load_full(path, part):
+    """{name: tensor} of "model" or "optimizer", each tensor full, on the CPU. Raises UserError."""
+    with damage_as_user_error(path):
+        reader = TensorReader(path)
         tensors = {
             name.removeprefix(f"{part}."): torch.empty(tensor.size, dtype=tensor.properties.dtype)
             for name, tensor in reader.metadata.state_dict_metadata.items()
@@ -102,32 +97,11 @@ def load_whole(path, part):
     return tensors
 
 
-def load_into(tensors, reader):
-    """Fill nested dicts of tensors, each sharded or whole, in any number of processes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is no mistake that each process reads by itself
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-
-
-def first_cause(error):
-    """What is behind torch's collection of what went wrong in each process."""
-    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
-
-
-@contextmanager
-def damage_of(path):
-    """Whatever a damaged folder raises is a UserError."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        cause = first_line(first_cause(error))
-        raise UserError(f"{path} is damaged or of another model: {cause}") from None
-
-
 def load_moments(optimizer, path):
-    """AdamW's state for parameters that are sharded or not: each process reads its own part alone."""
+    """
+    Load AdamW's state, whether its parameters are sharded or not: each process reads its own part only.
+    Raises UserError.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for parameter in parameters:
         optimizer.state[parameter] = {
@@ -135,6 +109,30 @@ def load_moments(optimizer, path):
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
-    with damage_of(path):
-        moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
-        load_into({"optimizer": moments}, Reader(path))
+    moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
+    with damage_as_user_error(path):
+        load_into({"optimizer": moments}, TensorReader(path))
+
+
+def load_into(tensors, reader):
+    """Fill nested dicts of tensors, sharded or full, in place. Processes need not call this together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that processes read without each other: as intended
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+
+
+def first_cause(error):
+    """The first exception in torch's collection of what went wrong in each process."""
+    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
+
+
+@contextmanager
+def damage_as_user_error(path):
+    """Turn whatever a damaged folder raises into a UserError."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        cause = first_line(first_cause(error))
+        raise UserError(f"{path} is damaged or of another model: {cause}") from None

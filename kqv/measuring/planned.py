@@ -11,7 +11,7 @@ from kqv.measuring import plan
 from kqv.measuring.machine import FormatSettings, say
 from kqv.measuring.training import PRESETS
 from kqv.settings import setting
-from kqv.training.distributed import BYTES_A_PARAMETER
+from kqv.training.optimizer import training_bytes
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def planned_job(config):
             f"gpus={gpus} do not fill nodes of gpus_per_node={node}: use --gpus={gpus // node * node} or "
             f"--gpus={-(-gpus // node) * node}, or give another --gpus_per_node"
         )
-    large = BYTES_A_PARAMETER * plan.num_parameters(shape) > 1e9 * config.memory_gb / 2
+    large = training_bytes(plan.num_parameters(shape)) > 1e9 * config.memory_gb / 2
     sharded = config.parallel == "fsdp" or config.parallel == "auto" and large
     job = plan.Job(
         shape,

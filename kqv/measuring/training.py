@@ -31,10 +31,10 @@ from kqv.settings import setting
 from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches, to_device
-from kqv.training.distributed import World
 from kqv.training.loss import next_token_loss
 from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision
 from kqv.training.state import start_state
+from kqv.training.world import World
 from model import GPT, GPTConfig, NextToken
 
 

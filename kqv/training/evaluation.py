@@ -12,7 +12,7 @@ from kqv.settings import setting
 from kqv.text.dataset import SPLITS
 from kqv.text.text_stream import TextStream
 from kqv.training.batches import to_device
-from kqv.training.distributed import is_sharded, whole
+from kqv.training.sharding import full_tensor, is_sharded
 from model import GPT
 
 
@@ -52,8 +52,8 @@ def write_sample(gpt, data, config, world):
     A text that the model writes after the beginning of the validation split, or its answer to the split's
     first question. The main process returns it, the others "". A sharded model is gathered whole for it.
     """
-    if is_sharded(gpt.transformer.h[0]):
-        weights = {name: whole(weight) for name, weight in gpt.state_dict().items()}
+    if is_sharded(gpt):
+        weights = {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}
         gpt = GPT.from_weights(gpt.config, weights)
     if not world.is_main:
         return ""

@@ -11,7 +11,7 @@ import torch
 
 from kqv.errors import UserError
 from kqv.settings import setting
-from kqv.training import distributed
+from kqv.training.sharding import shard_like
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ def make_optimizer(gpt, config):
     """AdamW (Loshchilov & Hutter 2017), whose fused kernel updates all weights at once."""
     groups = gpt.parameter_groups(config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def training_bytes(num_parameters):
+    """Bytes of float32 that training holds of a model: weights, gradients and AdamW's two moments."""
+    return 4 * num_parameters * (1 + 1 + 2)
 
 
 # The learning rate
@@ -151,4 +156,4 @@ def fill(target, value, name):
     """Copy a whole tensor into `target`, which may be this process's part of one that is sharded."""
     if value.shape != target.shape:  # fused kernels trust these shapes
         raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(target.shape)}")
-    target.copy_(distributed.shard_like(target, value))
+    target.copy_(shard_like(target, value))

@@ -7,10 +7,10 @@ import torch
 
 from kqv.settings import setting
 from kqv.training.batches import micro_batches
-from kqv.training.distributed import is_sharded
 from kqv.training.evaluation import evaluate, write_sample
 from kqv.training.optimizer import limit_bad_steps
 from kqv.training.saver import Saver
+from kqv.training.sharding import is_sharded
 from kqv.training.state import snapshot
 
 

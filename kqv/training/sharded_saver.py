@@ -1,4 +1,4 @@
-"""Saves a sharded model: each process its own part."""
+"""Saves a sharded model: each process writes its own part."""
 
 import warnings
 from contextlib import suppress
@@ -17,30 +17,30 @@ from kqv.training.saver import Saver
 
 class ShardedSaver(Saver):
     """
-    A Saver of a sharded model: every process writes its own part, in a thread beside training, and the main
-    one puts the folder in its place when all are done.
+    A Saver in every process: each writes its own part of the model and optimizer, in a thread beside
+    training, to a new folder. When all are done, the main process renames that folder.
     """
 
     def __init__(self, out_dir, is_new_run, world):
         super().__init__(out_dir, is_new_run)
         self.world = world
         self.stager = BlockingAsyncStager()
-        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch 2.9's own code
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # raised by torch 2.9's own code
 
     def stage(self, contents):
         parts = {"model": contents["model"], "optimizer": contents["optimizer"]["state"]}
         rest = {name: value for name, value in contents.items() if name not in parts}
         staged = self.stager.stage(parts)
-        self.stager.cache_staged_state_dict = True  # its memory is used again at the next save
+        self.stager.cache_staged_state_dict = True  # the next save uses the same host memory
         self.stager.state_dict_cache = staged
         return {**self.copy(rest), **staged}
 
     def save_file(self, path, contents):
         beside = path.with_name(f".{path.name}.new")
         if self.world.is_main:
-            with suppress(OSError):  # it is there for the barrier, whatever happens
+            with suppress(OSError):  # if it fails here, it must still reach the barrier
                 remove(beside)
-        dist.barrier(self.world.saving)  # nobody writes there before
+        dist.barrier(self.world.saving)  # nobody writes before the old folder is gone
         parts = {name: value for name, value in contents.items() if name in PARTS}
         rest = {name: value for name, value in contents.items() if name not in PARTS}
         try:

@@ -19,9 +19,10 @@ import train
 from kqv.measuring import plan
 from kqv.measuring.training import PRESETS
 from kqv.training import loss
-from kqv.training.distributed import World, is_sharded
+from kqv.training.sharding import is_sharded
 from kqv.training.start import checkpoint_activations
 from kqv.training.state import start_state
+from kqv.training.world import World
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)

@@ -36,7 +36,7 @@ from kqv.text.dataset import Dataset
 from kqv.text.sources import Source
 from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from kqv.training.batches import micro_batches
-from kqv.training.distributed import World
+from kqv.training.world import World
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 LONG, SHORT = 500, 200  # tokens of the splits of `numbered`

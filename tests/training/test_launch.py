@@ -14,10 +14,19 @@ import pytest
 import torch
 from conftest import ROOT, TINY_RUN, free_port, process_environment, train_in
 
+import train
 from kqv.formats import loading
 
 RUN = ["--dataset=tiny", "--dtype=float32", "--dropout=0.1", "--gradient_accumulation_steps=4"]
-# Seconds long, so that there is time to stop it.
+# Ends only by a signal.
+ENDLESS = [
+    *RUN,
+    "--max_iters=1000000",
+    "--eval_interval=40",
+    "--lr_decay_iters=100",
+    "--checkpoint_interval=5",
+]
+# Seconds long, so that there is time to kill one of its processes.
 LONG = [*RUN, "--max_iters=120", "--eval_interval=40", "--lr_decay_iters=120", "--checkpoint_interval=5"]
 LONG += ["--gradient_accumulation_steps=40"]
 MULTINODE, SLURM = (str(ROOT / "launch" / name) for name in ("multinode.sh", "slurm.sh"))
@@ -115,11 +124,18 @@ def assert_one_line(end, *says):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A folder with a prepared set, and what one process makes of RUN in `short`, of LONG in `long`."""
+    """A folder with a prepared set, and what one process makes of RUN in `short`."""
     folder = tmp_path_factory.mktemp("straight")
-    for argv, out_dir in ((RUN, "short"), (LONG, "long")):
-        train_in(folder, *argv, f"--out_dir={out_dir}")
+    train_in(folder, *RUN, "--out_dir=short")
     return folder
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory):
+    """What one process makes of LONG."""
+    folder = tmp_path_factory.mktemp("long")
+    train_in(folder, *LONG, "--out_dir=long")
+    return folder / "long"
 
 
 @pytest.fixture
@@ -151,7 +167,7 @@ def test_two_machines_train_as_one(machines, straight, processes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_to_one_machine_stops_all_and_the_same_command_goes_on(machines, straight, number):
+def test_a_signal_to_one_machine_stops_all_and_the_same_command_goes_on(machines, long, number):
     processes = two(machines, *LONG)
     wait_for_step(machines.folder / "out", 7, *processes)
     processes[1].send_signal(number)
@@ -161,23 +177,23 @@ def test_a_signal_to_one_machine_stops_all_and_the_same_command_goes_on(machines
     assert not any("error: " in err or "Traceback" in err for _, _, err in found), found
     assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
     assert [status for status, _, _ in ends(*two(machines, *LONG))] == [0, 0]
-    assert_same_run(machines.folder / "out", straight / "long")
+    assert_same_run(machines.folder / "out", long)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_is_started_again_and_goes_on(machines, straight, rank):
+def test_a_killed_process_is_started_again_and_goes_on(machines, long, rank):
     processes = two(machines, *LONG)
     wait_for_step(machines.folder / "out", 12, *processes)
     machines.kill(f"RANK={rank}")
     found = ends(*processes)
     assert [status for status, _, _ in found] == [0, 0], found
     assert "".join(out for _, out, _ in found).count("2 x cpu") == 2
-    assert_same_run(machines.folder / "out", straight / "long")
+    assert_same_run(machines.folder / "out", long)
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_may_come_back(machines, straight):
+def test_a_machine_that_dies_may_come_back(machines, long):
     how = {"NODES": "2", "PROCESSES": "1", "WAIT": "60"}
     argv = [*TINY_RUN, *LONG, "--out_dir=out"]
     head = machines.start(MULTINODE, *argv, **how)
@@ -189,7 +205,7 @@ def test_a_machine_that_dies_may_come_back(machines, straight):
     again = machines.start(MULTINODE, *argv, **how)
     found = ends(head, again)
     assert [status for status, _, _ in found] == [0, 0], found
-    assert_same_run(machines.folder / "out", straight / "long")
+    assert_same_run(machines.folder / "out", long)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +292,7 @@ def slurm(machines):
         "PATH": f"{folder}:{machines.environment['PATH']}",
         "SLURM_JOB_ID": "77",
         "SLURM_JOB_NODELIST": "node[1-1]",
-        "PROCESSES": "2",
+        "PROCESSES": "1",
     }
     return lambda *argv, **how: machines.start(SLURM, *argv, **how)
 
@@ -287,48 +303,43 @@ def requeues(machines):
     return [call for call in calls if "show" not in call]
 
 
-def test_a_job_near_its_time_limit_saves_is_queued_again_and_goes_on_to_the_end(machines, slurm, straight):
-    argv = [*TINY_RUN, *LONG, "--out_dir=out"]
+def test_a_job_near_its_time_limit_saves_is_queued_again_and_goes_on(machines, slurm, cli):
+    argv = [*TINY_RUN, *ENDLESS, "--out_dir=out"]
     job = slurm(*argv)
     wait_for_step(machines.folder / "out", 7, job)
     job.send_signal(signal.SIGUSR1)
     ((status, out, err),) = ends(job)
     assert (status, err) == (0, "") and "stopped by SIGUSR1" in out
-    assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
+    stopped = loading.load(machines.folder / "out/ckpt.pt")["iter_num"]
+    assert stopped > 7
     assert requeues(machines) == ["requeue 77"]
+    argv += [f"--max_iters={stopped + 3}"]
     ((status, out, err),) = ends(slurm(*argv, SLURM_RESTART_COUNT="1"))
-    assert (status, err) == (0, "") and "done: step 120" in out
+    assert (status, err) == (0, "") and f"done: step {stopped + 3}" in out
     assert requeues(machines) == ["requeue 77"]
-    assert_same_run(machines.folder / "out", straight / "long")
+    assert cli(train.main, *argv, "--out_dir=one")[0] == 0
+    assert_same_run(machines.folder / "out", machines.folder / "one")
 
 
-def test_a_job_that_is_preempted_saves_and_leaves_the_queue_to_slurm(machines, slurm):
-    job = slurm(*TINY_RUN, *LONG, "--out_dir=out")
-    wait_for_step(machines.folder / "out", 7, job)
-    job.send_signal(signal.SIGTERM)
-    ((status, out, err),) = ends(job)
-    assert (status, err) == (0, "") and "stopped by" in out
-    assert 7 < loading.load(machines.folder / "out/ckpt.pt")["iter_num"] < 120
-    assert requeues(machines) == []
-
-
-def test_a_job_that_fails_is_not_queued_again(machines, slurm):
-    ((status, _, err),) = ends(slurm(*TINY_RUN, "--learning_rat=1", RESTARTS="0"))
-    assert status == 1 and "did you mean learning_rate?" in err
+def test_a_job_that_fails_says_why_once_and_is_not_queued_again(machines, slurm):
+    ((status, _, err),) = ends(slurm(*TINY_RUN, "--learning_rat=1", RESTARTS="0", PROCESSES="2"))
+    assert status == 1
+    assert err.count("--learning_rat is not a setting: did you mean learning_rate?") == 1
     assert requeues(machines) == []
 
 
 @pytest.mark.parametrize(
-    "ends_with, environment, expected",
+    "number, ends_with, environment, expected",
     [
-        (0, {}, ["requeue 77"]),
-        (3, {}, []),  # it failed to save, for example
-        (0, {"MAX_REQUEUES": "5", "SLURM_RESTART_COUNT": "4"}, ["requeue 77"]),
-        (0, {"MAX_REQUEUES": "5", "SLURM_RESTART_COUNT": "5"}, []),
+        (signal.SIGUSR1, 0, {}, ["requeue 77"]),
+        (signal.SIGUSR1, 3, {}, []),  # it failed to save, for example
+        (signal.SIGUSR1, 0, {"MAX_REQUEUES": "5", "SLURM_RESTART_COUNT": "4"}, ["requeue 77"]),
+        (signal.SIGUSR1, 0, {"MAX_REQUEUES": "5", "SLURM_RESTART_COUNT": "5"}, []),
+        (signal.SIGTERM, 0, {}, []),  # preempted: Slurm itself queues it again
     ],
 )
-def test_a_job_is_queued_again_where_its_step_has_stopped_well(
-    machines, slurm, ends_with, environment, expected
+def test_a_job_is_queued_again_if_its_step_has_saved_before_the_time_limit(
+    machines, slurm, number, ends_with, environment, expected
 ):
     step = machines.folder / "step"
     lines = f"trap 'sleep 1; exit {ends_with}' USR1\ntouch on\nwhile :; do sleep 0.1; done\n"
@@ -340,11 +351,11 @@ def test_a_job_is_queued_again_where_its_step_has_stopped_well(
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     for _ in range(3):
-        job.send_signal(signal.SIGUSR1)
+        job.send_signal(number)
         time.sleep(0.2)
     ((status, _, err),) = ends(job)
     assert requeues(machines) == expected
-    if ends_with or expected:
-        assert (status, err) == (ends_with, "")
-    else:
+    if environment.get("SLURM_RESTART_COUNT") == "5":
         assert_one_line((status, "", err), "77", "MAX_REQUEUES")
+    else:
+        assert (status, err) == (ends_with, "")

@@ -10,7 +10,6 @@ from conftest import TINY_RUN, random_gpt, random_ids
 import train
 from kqv.errors import UserError
 from kqv.settings import parse
-from kqv.training.distributed import World
 from kqv.training.start import (
     changed_settings,
     checkpoint_activations,
@@ -20,6 +19,7 @@ from kqv.training.start import (
     smaller_batch,
 )
 from kqv.training.state import start_state
+from kqv.training.world import World
 from model import NextToken
 
 

@@ -31,10 +31,10 @@ from kqv.formats import checkpoint, loading
 from kqv.settings import parse
 from kqv.text.dataset import Dataset
 from kqv.training.batches import micro_batches
-from kqv.training.distributed import World
 from kqv.training.saver import Saver
 from kqv.training.start import build_model
 from kqv.training.state import start_state
+from kqv.training.world import World
 from model import NextToken
 
 RUN = [*TINY_RUN, "--dataset=tiny", "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=1"]
