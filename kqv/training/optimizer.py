@@ -109,9 +109,7 @@ def load_optimizer(optimizer, saved):
     Raises KeyError, ValueError, TypeError, AttributeError or UserError where the state does not fit.
     """
     if "folder" in saved:
-        from kqv.formats import sharded  # slow import: only for a sharded checkpoint
-
-        return sharded.load_moments(optimizer, saved["folder"])
+        return load_sharded(optimizer, saved["folder"])
     values = saved["optimizer"]["state"]
     if not values:  # saved before the first update
         return
@@ -128,6 +126,17 @@ def load_optimizer(optimizer, saved):
                 fill(state[name], torch.as_tensor(value), f"{name} of parameter {number}")
             else:
                 state[name] = value
+
+
+def load_sharded(optimizer, folder):
+    """The same from a sharded checkpoint, of which each process reads what it needs."""
+    from kqv.formats import sharded  # slow import: only for a sharded checkpoint
+
+    if sharded.has_part(folder, "optimizer"):
+        make_state(optimizer)
+        numbered = enumerate(parameters_of(optimizer))
+        states = {str(number): optimizer.state[parameter] for number, parameter in numbered}
+        sharded.load_part(folder, "optimizer", states)
 
 
 def parameters_of(optimizer):
