@@ -22,6 +22,7 @@ from kqv.training.run import SaveSettings, TrainingRun
 from kqv.training.sharding import full_tensor, is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
+    ActivationSettings,
     ModelSettings,
     RunSettings,
     build_model,
@@ -46,6 +47,7 @@ class TrainSettings(
     SaveSettings,
     EvaluationSettings,
     OptimizerSettings,
+    ActivationSettings,
     ModelSettings,
     DataSettings,
     RunSettings,

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
-from kqv.settings import parse, setting
+from kqv.settings import group, parse, setting
 from model import GPT, GPTConfig
 
 
@@ -32,15 +32,17 @@ class RunSettings:
     deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """Model"""
+# A field that GPTConfig gains is a setting here. (block_size is among the settings of the data.)
+ModelSettings = group(
+    "ModelSettings", "Model", GPTConfig, without=("block_size", "vocab_size", "dropout"), bias=False
+)
 
-    n_layer: int = setting(12, "blocks", at_least=1)
-    n_head: int = setting(12, "attention heads in a block", at_least=1)
-    n_embd: int = setting(768, "channels of the residual stream", at_least=1)
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """Activations"""
+
     dropout: float = setting(0.0, "share of activations dropped in training", at_least=0.0, below=1.0)
-    bias: bool = setting(False, "biases in linear layers and LayerNorms")
     activation_checkpointing: bool = setting(
         False, "compute each block again in the backward pass: much less memory, about a third more time"
     )

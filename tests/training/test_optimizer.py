@@ -1,4 +1,4 @@
-"""The learning rate, and what holds for any optimizer: bad steps are skipped, and its state is resumed."""
+"""The learning rate; and what holds for any optimizer: bad steps are skipped, and its state is resumed."""
 
 import copy
 import math
