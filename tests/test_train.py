@@ -9,7 +9,6 @@ import pickle
 import pty
 import shutil
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -17,15 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    ROOT,
     TINY_RUN,
-    process_environment,
     records,
     results,
     write_text,
 )
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import prepare
 import sample
@@ -194,7 +191,7 @@ def test_lower_precision_trains_with_float32_weights(run, dtype):
 )
 def test_activation_checkpointing_changes_no_bit(run, dropout, dtype, block_size):
     computed = []
-    hook = register_module_forward_hook(lambda module, *_: computed.append(isinstance(module, MLP)))
+    hook = register_module_forward_pre_hook(lambda module, _: computed.append(isinstance(module, MLP)))
     argv = [*FOUR, f"--dropout={dropout}", f"--dtype={dtype}", f"--block_size={block_size}", "--max_iters=3"]
     try:
         run(*argv, "--out_dir=plain")
@@ -492,34 +489,40 @@ def test_nanogpts_checkpoint_resumes_and_samples(run, cli, prefix):
 
 
 def on_terminal(*argv, columns=120):
-    """train.py in a process whose output is a terminal: (exit status, all that was written to it)."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [sys.executable, str(ROOT / "train.py"), *argv]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=process_environment())
-    os.close(theirs)
+    """train.py in a forked process whose output is a terminal: (exit status, all that was written to it)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        status = 1
+        try:
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+            train.main(list(argv))
+            status = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
     written = b""
     try:
-        while chunk := os.read(ours, 65536):
+        while chunk := os.read(terminal, 65536):
             written += chunk
     except OSError:  # Linux's way to say that the other end is closed
         pass
     finally:
-        os.close(ours)
-    return process.wait(), written.decode()
+        os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(run):
-    argv = ["--max_iters=200", "--lr_decay_iters=200", "--eval_interval=100"]
+    argv = ["--max_iters=60", "--lr_decay_iters=60", "--eval_interval=30"]
     status, written = on_terminal(*TINY, *argv, columns=80)
     assert status == 0
     bar = [part for part in written.split("\r") if " left" in part and "loss" in part]
     assert (
         bar
         and "tokens/s" in bar[-1]
-        and f"loss {logged('loss')[199]:.4f}" in bar[-1]
-        and "200/200" in bar[-1]
+        and f"loss {logged('loss')[59]:.4f}" in bar[-1]
+        and "60/60" in bar[-1]
     )
     lines = [line.split("\r")[-1] for line in written.replace("\r\n", "\n").split("\n")]
-    assert any(line.startswith("step 100: train loss") for line in lines)
+    assert any(line.startswith("step 30: train loss") for line in lines)
     assert not any(line.startswith("step 3: loss") for line in lines)
