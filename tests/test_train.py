@@ -518,10 +518,7 @@ def test_a_terminal_gets_a_bar_instead_of_lines(run):
     assert status == 0
     bar = [part for part in written.split("\r") if " left" in part and "loss" in part]
     assert (
-        bar
-        and "tokens/s" in bar[-1]
-        and f"loss {logged('loss')[59]:.4f}" in bar[-1]
-        and "60/60" in bar[-1]
+        bar and "tokens/s" in bar[-1] and f"loss {logged('loss')[59]:.4f}" in bar[-1] and "60/60" in bar[-1]
     )
     lines = [line.split("\r")[-1] for line in written.replace("\r\n", "\n").split("\n")]
     assert any(line.startswith("step 30: train loss") for line in lines)
