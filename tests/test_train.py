@@ -330,6 +330,7 @@ def test_evaluating_only_prints_both_losses_and_writes_nothing(run):
 def test_a_stopped_run_goes_on_as_if_never_stopped(run):
     run(*FOUR, "--out_dir=straight")
     run(*FOUR, "--max_iters=3")
+    torch.manual_seed(0)  # as random as a new process
     run("--init_from=resume", "--max_iters=6")
     assert same_training("out/ckpt.pt", "straight/ckpt.pt")
     assert same_training_weights("out/best.pt", "straight/best.pt")

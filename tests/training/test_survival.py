@@ -90,6 +90,7 @@ def test_resume_continues_bit_for_bit(cli, tiny_set, tmp_path):
         shutil.rmtree("stopped", ignore_errors=True)
         first = ["--out_dir=stopped", f"--max_iters={stop_at}", "--eval_interval=3"]
         assert cli(train.main, *RUN, *first)[0] == 0
+        torch.manual_seed(stop_at)  # as random as a new process
         status, out, err = cli(train.main, "--init_from=resume", "--out_dir=stopped", "--max_iters=7")
         assert status == 0, err
         assert f"max_iters {stop_at} -> 7" in out
