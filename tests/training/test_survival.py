@@ -478,18 +478,28 @@ def test_a_hostile_checkpoint_runs_nothing(cli, tiny_set, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path, monkeypatch):
+class LateSaver(Saver):
+    """A Saver whose thread begins to write when it is told to."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.begin = threading.Event()
+
+    def save_file(self, path, contents):
+        assert self.begin.wait(10)
+        super().save_file(path, contents)
+
+
+def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     """Weights change while the thread writes, and tied ones are stored once."""
-    begin, write = threading.Event(), checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *arguments: begin.wait(10) and write(*arguments))
     weight = torch.zeros(100_000)
     contents = {"model": {"wte": weight, "head": weight}, "model_args": {}, "optimizer": [weight + 5]}
-    saver = Saver(tmp_path, is_new_run=True)
+    saver = LateSaver(tmp_path, True)
     for step in range(2):
-        begin.clear()
+        saver.begin.clear()
         saver.save({**contents, "iter_num": step}, best=True)
         weight += 1
-        begin.set()
+        saver.begin.set()
         saver.wait()
         saved = loading.load(tmp_path / "ckpt.pt")
         assert saved["iter_num"] == step and saved["model"]["head"].eq(step).all()
