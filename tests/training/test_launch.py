@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -124,9 +125,10 @@ def assert_one_line(end, *says):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A folder with a prepared set, and what one process makes of RUN in `short`."""
+    """A folder with a prepared set, and what one process makes of RUN in `short`, of half of it in `half`."""
     folder = tmp_path_factory.mktemp("straight")
     train_in(folder, *RUN, "--out_dir=short")
+    train_in(folder, *RUN, "--out_dir=half", "--max_iters=3")
     return folder
 
 
@@ -156,8 +158,10 @@ def two(machines, *argv, processes=1):
 # Machines with torchrun
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_two_machines_train_as_one(machines, straight, processes):
+@pytest.mark.parametrize("start, processes", [("half", 1), pytest.param(None, 2, marks=pytest.mark.slow)])
+def test_two_machines_train_as_one_from_the_start_or_from_the_last_save(machines, straight, start, processes):
+    if start:
+        shutil.copytree(straight / start, machines.folder / "out")
     found = ends(*two(machines, *RUN, processes=processes))
     assert [status for status, _, _ in found] == [0, 0], found
     out = "".join(out for _, out, _ in found)
@@ -275,6 +279,13 @@ def test_a_python_without_torch_is_refused(machines):
 # Slurm, whose commands are small scripts here
 
 
+def write_script(path, text):
+    """A bash script's path, as a string."""
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
 def slurm(machines):
     """Run slurm.sh in a job of one machine: slurm(*argv) -> its process."""
@@ -285,8 +296,7 @@ def slurm(machines):
         "scontrol": 'echo "$*" >> scontrol.log\n[[ $1 != show ]] || echo 127.0.0.1\n',
     }
     for name, text in commands.items():
-        (folder / name).write_text("#!/usr/bin/env bash\n" + text)
-        (folder / name).chmod(0o755)
+        write_script(folder / name, text)
     (machines.folder / "launch").symlink_to(ROOT / "launch")
     machines.environment |= {
         "PATH": f"{folder}:{machines.environment['PATH']}",
@@ -303,7 +313,7 @@ def requeues(machines):
     return [call for call in calls if "show" not in call]
 
 
-def test_a_job_near_its_time_limit_saves_is_queued_again_and_goes_on(machines, slurm, cli):
+def test_a_job_near_its_time_limit_saves_what_a_run_goes_on_from_and_is_queued_again(machines, slurm, cli):
     argv = [*TINY_RUN, *ENDLESS, "--out_dir=out"]
     job = slurm(*argv)
     wait_for_step(machines.folder / "out", 7, job)
@@ -314,17 +324,22 @@ def test_a_job_near_its_time_limit_saves_is_queued_again_and_goes_on(machines, s
     assert stopped > 7
     assert requeues(machines) == ["requeue 77"]
     argv += [f"--max_iters={stopped + 3}"]
-    ((status, out, err),) = ends(slurm(*argv, SLURM_RESTART_COUNT="1"))
-    assert (status, err) == (0, "") and f"done: step {stopped + 3}" in out
-    assert requeues(machines) == ["requeue 77"]
+    status, out, _ = cli(train.main, *argv, "--init_from=auto")  # what the script starts
+    assert status == 0 and f"done: step {stopped + 3}" in out
     assert cli(train.main, *argv, "--out_dir=one")[0] == 0
     assert_same_run(machines.folder / "out", machines.folder / "one")
 
 
-def test_a_job_that_fails_says_why_once_and_is_not_queued_again(machines, slurm):
+@pytest.mark.slow
+def test_a_job_that_fails_says_why_once(machines, slurm):
     ((status, _, err),) = ends(slurm(*TINY_RUN, "--learning_rat=1", RESTARTS="0", PROCESSES="2"))
     assert status == 1
     assert err.count("--learning_rat is not a setting: did you mean learning_rate?") == 1
+
+
+def test_a_job_that_fails_is_not_queued_again(machines, slurm):
+    step = write_script(machines.folder / "step", "echo error: bad >&2\nexit 1\n")
+    assert ends(slurm(STEP=step)) == [(1, "", "error: bad\n")]
     assert requeues(machines) == []
 
 
@@ -341,11 +356,8 @@ def test_a_job_that_fails_says_why_once_and_is_not_queued_again(machines, slurm)
 def test_a_job_is_queued_again_if_its_step_has_saved_before_the_time_limit(
     machines, slurm, number, ends_with, environment, expected
 ):
-    step = machines.folder / "step"
     lines = f"trap 'sleep 1; exit {ends_with}' USR1\ntouch on\nwhile :; do sleep 0.1; done\n"
-    step.write_text("#!/usr/bin/env bash\n" + lines)
-    step.chmod(0o755)
-    job = slurm(STEP=str(step), **environment)
+    job = slurm(STEP=write_script(machines.folder / "step", lines), **environment)
     deadline = time.monotonic() + WAIT
     while not (machines.folder / "on").exists():
         assert job.poll() is None and time.monotonic() < deadline
