@@ -4,7 +4,7 @@
 out_dir = "out/chat"
 dataset = "plays_chat_plays"  # plays_chat, in the tokens of plays
 init_from = "out/plays_char"  # also decides the model's size, and so which exchanges fit
-sampling = "epoch"
+data_order = "epoch"
 gradient_accumulation_steps = 1
 
 # 32 rows of one exchange or a few; the CPU's model sees each of the 5,700 rows 4 times

@@ -1,7 +1,7 @@
 # A calculator: learns to add numbers of three digits (python prepare.py addition) from a tenth of all sums.
 out_dir = "out/addition"
 dataset = "addition"
-sampling = "epoch"
+data_order = "epoch"
 gradient_accumulation_steps = 1
 
 # 0.4M parameters, a minute or two on a CPU core; a row holds one sum

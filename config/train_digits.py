@@ -1,7 +1,7 @@
 # Reads handwritten digits that are drawn as characters (pip install scikit-learn; python prepare.py digits).
 out_dir = "out/digits"
 dataset = "digits"
-sampling = "epoch"
+data_order = "epoch"
 gradient_accumulation_steps = 1
 
 # 0.6M parameters; a row holds one image, of 4 lines of 8 characters

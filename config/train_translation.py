@@ -2,7 +2,7 @@
 #   pip install tokenizers sacrebleu; python prepare.py translation
 out_dir = "out/translation"
 dataset = "translation"
-sampling = "epoch"
+data_order = "epoch"
 gradient_accumulation_steps = 1
 
 # 0.9M parameters; a row holds some five messages with their translations

@@ -116,7 +116,7 @@ def results(folder="out"):
     """All that a run logged and that does not depend on the machine's speed."""
     timing = ("tokens_per_second", "save_stall_ms")
     lasting = [{k: v for k, v in record.items() if k not in timing} for record in records(folder)]
-    return [record for record in lasting if record.keys() != {"step"}]
+    return [record for record in lasting if record.keys() != {"kind", "step"}]
 
 
 def train_in(folder, *argv):

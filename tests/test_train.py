@@ -2,52 +2,36 @@
 
 import copy
 import fcntl
-import gzip
 import json
 import math
 import os
 import pickle
 import pty
 import shutil
-import socket
 import struct
-import subprocess
 import sys
 import termios
-import threading
-import time
-import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
     TINY_RUN,
-    process_environment,
-    random_gpt,
-    random_ids,
     records,
     results,
-    script,
     write_text,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import prepare
 import sample
 import train
-from kqv import device
-from kqv.device import PEAK_TFLOPS, peak_flops
 from kqv.settings import parse
 from kqv.text import tokenizers
 from kqv.text.dataset import Dataset
 from kqv.training.optimizer import learning_rate_at
-from kqv.training.start import checkpoint_activations, set_precision
-from model import GPT, Block, GPTConfig, NextToken
+from model import GPT, MLP, GPTConfig
 
 TINY = [*TINY_RUN, "--dataset=tiny"]
 # Each step four micro-batches, with dropout: what resuming and sharing among processes must not disturb.
@@ -110,8 +94,8 @@ def test_loss_falls_far_below_that_of_guessing(run):
 
 @pytest.mark.parametrize(
     "dropout, grad_clip",
-    [(0.0, 1.0), (0.0, 0.1), (0.0, 0.0), (0.1, 1.0)],
-    ids=["plain", "clip", "no clip", "dropout"],
+    [(0.0, 0.1), (0.0, 0.0), (0.1, 1.0)],
+    ids=["clip", "no clip", "dropout"],
 )
 def test_a_run_does_what_a_plain_loop_does(run, dropout, grad_clip):
     argv = [*FOUR, f"--dropout={dropout}", f"--grad_clip={grad_clip}", "--learning_rate=1e-3", "--bias=True"]
@@ -158,7 +142,7 @@ def plain_training(config):
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient * clip
         for group in optimizer.param_groups:
-            group["lr"] = nanogpt_learning_rate(step, config)
+            group["lr"] = learning_rate_at(step, config)
         optimizer.step()
         losses.append(loss)
         norms.append(norm)
@@ -198,43 +182,24 @@ def test_lower_precision_trains_with_float32_weights(run, dtype):
     assert logged("loss", "low") != logged("loss")  # it did compute in another precision
 
 
-@pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_a_cpu_trains_in_bfloat16_where_it_has_it(run, monkeypatch, has_bfloat16):
-    monkeypatch.setattr(device, "cpu_has_bfloat16", lambda: has_bfloat16)
-    fast = "bfloat16" if has_bfloat16 else "float32"
-    assert run(*TINY, "--max_iters=2").splitlines()[0].endswith(f", 1 x cpu, {fast}")
-    run(*TINY, "--max_iters=2", f"--dtype={fast}", "--out_dir=asked")
-    assert results("out") == results("asked")
-    for name in ("float32", "bfloat16", "float16"):
-        assert device.find_dtype(name, torch.device("cpu")) == getattr(torch, name)
-    assert device.find_dtype("auto", torch.device("mps")) == torch.float32
-
-
-@pytest.mark.parametrize("before", [True, False])
-def test_a_cpu_attends_over_few_tokens_by_plain_products(before):
-    for block_size, fused in ((128, False), (129, True), (16, False)):
-        torch.backends.cuda.enable_flash_sdp(before)
-        set_precision(schedule(block_size=block_size), torch.device("cpu"))
-        assert torch.backends.cuda.flash_sdp_enabled() == fused
-    torch.backends.cuda.enable_flash_sdp(before)
-    set_precision(schedule(block_size=16), torch.device("mps"))
-    assert torch.backends.cuda.flash_sdp_enabled() == before
-
-
 # Activation checkpointing
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("block_size", [16, 136])  # on both sides of where attention is computed otherwise
-def test_activation_checkpointing_changes_no_bit(run, monkeypatch, dropout, dtype, block_size):
-    computed, forward = [], Block.forward
-    monkeypatch.setattr(Block, "forward", lambda *inputs: computed.append(1) or forward(*inputs))
+@pytest.mark.parametrize(
+    "dropout, dtype, block_size",  # the last on both sides of where attention is computed otherwise
+    [(0.0, "float32", 16), (0.1, "bfloat16", 16), (0.1, "float32", 136)],
+)
+def test_activation_checkpointing_changes_no_bit(run, dropout, dtype, block_size):
+    computed = []
+    hook = register_module_forward_pre_hook(lambda module, _: computed.append(isinstance(module, MLP)))
     argv = [*FOUR, f"--dropout={dropout}", f"--dtype={dtype}", f"--block_size={block_size}", "--max_iters=3"]
-    run(*argv, "--out_dir=plain")
-    once = len(computed)
-    run(*argv, "--activation_checkpointing=True")
-    assert len(computed) - once == once + 3 * 4 * 2  # again in each step, micro-batch and layer
+    try:
+        run(*argv, "--out_dir=plain")
+        once = sum(computed)
+        run(*argv, "--activation_checkpointing=True")
+    finally:
+        hook.remove()
+    assert sum(computed) - once == once + 3 * 4 * 2  # again in each step, micro-batch and layer
     assert same_training("out/ckpt.pt", "plain/ckpt.pt")
     assert results("out") == results("plain")
 
@@ -250,105 +215,26 @@ def test_a_run_resumes_with_activation_checkpointing_switched(run, first, then):
     assert results("out") == results("straight")
 
 
-def test_activation_checkpointing_keeps_one_tensor_of_a_block():
-    idx, kept = random_ids(4, 8), {}
-    for n_layer in (1, 3):
-        for checkpointed in (False, True):
-            gpt = random_gpt(n_layer=n_layer, dropout=0.1).train()
-            names = list(gpt.state_dict())
-            if checkpointed:
-                checkpoint_activations(gpt)
-            kept[n_layer, checkpointed] = kept_for_backward(gpt, idx)
-            assert list(gpt.state_dict()) == names
-    a_block = [(kept[3, checkpointed] - kept[1, checkpointed]) / 2 for checkpointed in (False, True)]
-    assert a_block[1] == 4 * 8 * 16 * 4  # what goes into it, (B, T, C) in float32
-    assert a_block[0] > 15 * a_block[1]
-
-
-def kept_for_backward(gpt, idx):
-    """The bytes of activations that a forward pass leaves for backward."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in gpt.parameters()}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage  # kept, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        NextToken(gpt)(idx, idx).backward()
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-# The learning rate
-
-
-def nanogpt_learning_rate(step, config):
-    """nanoGPT's get_lr, as it stands there."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if step > config.lr_decay_iters:
-        return config.min_lr
-    decay_ratio = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))
-    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
-
-
-def schedule(**settings):
-    return parse(train.TrainSettings, [f"--{name}={value}" for name, value in settings.items()])
-
-
-def test_learning_rate_warms_up_and_decays_along_a_cosine():
-    config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=4, lr_decay_iters=14)
-    rates = [learning_rate_at(step, config) for step in range(30)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == 1.0
-    assert rates[9] == pytest.approx(0.55)  # half-way down
-    assert rates[4:15] == sorted(rates[4:15], reverse=True)
-    assert rates[14:] == pytest.approx([0.1] * 16)
-
-
-def test_learning_rate_is_constant_without_decay():
-    config = schedule(learning_rate=0.5, decay_lr=False, warmup_iters=4, lr_decay_iters=8)
-    assert {learning_rate_at(step, config) for step in (0, 3, 5, 8, 100)} == {0.5}
-
-
-def test_learning_rate_needs_neither_warm_up_nor_decay():
-    config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=0, lr_decay_iters=0)
-    assert learning_rate_at(0, config) == 0.1
-    config = schedule(learning_rate=1.0, min_lr=0.1, warmup_iters=5, lr_decay_iters=5)
-    assert learning_rate_at(5, config) == 0.1
-
-
-@given(
-    step=st.integers(0, 300),
-    warmup=st.integers(0, 50),
-    decay=st.integers(1, 200),
-    peak=st.floats(0, 1),
-    end=st.floats(0, 1),
-)
-def test_learning_rate_is_nanogpts(step, warmup, decay, peak, end):
-    config = schedule(learning_rate=peak, min_lr=end, warmup_iters=warmup, lr_decay_iters=warmup + decay)
-    assert learning_rate_at(step, config) == pytest.approx(nanogpt_learning_rate(step, config), abs=1e-12)
-
-
 # What a run leaves behind
 
 
 def test_metrics_hold_one_object_for_each_logged_step_and_evaluation(run):
     run(*TINY, "--log_interval=2")
-    evaluations = [record for record in records() if "val_loss" in record]
-    steps = [record for record in records() if "loss" in record]
-    saves = [record["step"] for record in records() if "save_stall_ms" in record]
+    evaluations, steps, saves = (
+        [record for record in records() if record["kind"] == kind] for kind in ("evaluation", "train", "save")
+    )
     assert len(evaluations) + len(steps) + len(saves) == len(records())
-    assert saves == [3, 6]
+    assert [record["step"] for record in saves] == [3, 6]
     assert [record["step"] for record in evaluations] == [0, 3, 6]
     assert [record["step"] for record in steps] == [0, 2, 4]
-    assert all(
-        record.keys() == {"step", "train_loss", "val_loss", "val_bits_per_byte"} for record in evaluations
-    )
-    assert all(record.keys() == {"step", "loss", "lr", "grad_norm", "tokens_per_second"} for record in steps)
+    common = {"kind", "step"}
+    assert {frozenset(record.keys() - common) for record in evaluations} == {
+        frozenset({"train_loss", "val_loss", "val_bits_per_byte"})
+    }
+    assert {frozenset(record.keys() - common) for record in steps} == {
+        frozenset({"loss", "lr", "grad_norm", "tokens_per_second"})
+    }
+    assert {frozenset(record.keys() - common) for record in saves} == {frozenset({"save_stall_ms"})}
     # é, of two bytes, is a token here: a loss in nats per token, in bits for each of the bytes
     text = Path("text.txt").read_text("utf-8")
     val = text.encode("utf-8")[int(len(text.encode("utf-8")) * 0.9) :].decode("utf-8")
@@ -401,15 +287,6 @@ def test_only_improvements_are_saved_if_so_wanted(run):
     assert same(saved("out/ckpt.pt")["model"], saved("out/best.pt")["model"])
 
 
-def test_a_loss_that_is_no_number_is_never_the_best(run, monkeypatch):
-    losses = iter([math.nan, 2.0, math.nan, 1.0])  # at steps 0, 2, 4 and 6
-    monkeypatch.setattr(train, "evaluate", lambda *_: dict.fromkeys(["train", "val"], next(losses)))
-    run(*TINY, "--eval_interval=2")
-    assert saved("out/best.pt")["iter_num"] == 6
-    assert saved("out/ckpt.prev.pt")["best_val_loss"] == 2.0
-    assert saved("out/ckpt.pt")["best_val_loss"] == 1.0
-
-
 def test_a_new_run_leaves_no_best_weights_of_an_older_one(run):
     run(*TINY)
     old = saved("out/best.pt")["best_val_loss"]
@@ -453,6 +330,7 @@ def test_evaluating_only_prints_both_losses_and_writes_nothing(run):
 def test_a_stopped_run_goes_on_as_if_never_stopped(run):
     run(*FOUR, "--out_dir=straight")
     run(*FOUR, "--max_iters=3")
+    torch.manual_seed(0)  # as random as a new process
     run("--init_from=resume", "--max_iters=6")
     assert same_training("out/ckpt.pt", "straight/ckpt.pt")
     assert same_training_weights("out/best.pt", "straight/best.pt")
@@ -466,8 +344,8 @@ def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run, cli, 
     argv = [*FOUR, "--dataset=short", "--max_iters=12"]
     windows = Dataset("short").windows("train", 16)
     assert 3 * 16 < windows < 6 * 16  # so an epoch has some four or five steps
-    run(*argv, "--sampling=epoch", "--out_dir=straight")
-    run(*argv, "--sampling=epoch", f"--max_iters={stop_at}")
+    run(*argv, "--data_order=epoch", "--out_dir=straight")
+    run(*argv, "--data_order=epoch", f"--max_iters={stop_at}")
     run("--init_from=resume", "--max_iters=12")
     assert same_training("out/ckpt.pt", "straight/ckpt.pt")
     assert logged("loss") == logged("loss", "straight")
@@ -477,32 +355,6 @@ def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run, cli, 
 
 def same_training_weights(a, b):
     return same(saved(a)["model"], saved(b)["model"]) and saved(a)["iter_num"] == saved(b)["iter_num"]
-
-
-def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(run, cli, monkeypatch):
-    run(*FOUR, "--out_dir=straight")
-    with monkeypatch.context() as patch:
-        patch.setattr(Dataset, "training_batch", killed_at_step(5, Dataset.training_batch))
-        with pytest.raises(SystemError):
-            cli(train.main, *FOUR)
-    with open("out/metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # as a killed process leaves it
-    assert saved()["iter_num"] == 3
-    run("--init_from=resume")
-    assert same_training("out/ckpt.pt", "straight/ckpt.pt")
-    assert results("out") == results("straight")
-
-
-def killed_at_step(stop, original):
-    def training_batch(self, batch_size, block_size, seed, step, *rest):
-        if step == stop:
-            deadline = time.monotonic() + 10
-            while not Path("out/best.pt").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)  # the checkpoint may still be on its way to the disk
-            raise SystemError("killed")
-        return original(self, batch_size, block_size, seed, step, *rest)
-
-    return training_batch
 
 
 def test_resuming_needs_nothing_but_the_folder(run):
@@ -634,196 +486,41 @@ def test_nanogpts_checkpoint_resumes_and_samples(run, cli, prefix):
     assert same_training("out/ckpt.pt", "ours/ckpt.pt")
 
 
-def test_optimizer_state_of_another_shape_is_refused(run, cli):
-    """The fused kernel would read and write past the end of such a tensor."""
-    run(*TINY, "--max_iters=3")
-    wrong = saved()
-    wrong["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1)
-    torch.save(wrong, "out/ckpt.pt")
-    # max_iters as it was: no step is taken, so a fault here is a missing check and not a crash of the tests
-    status, _, err = cli(train.main, "--init_from=resume")
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1 and "out/ckpt.pt" in err
-
-
-# The device's peak
-
-
-def test_peak_is_known_by_the_whole_name_alone():
-    assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float16) == 312e12
-    assert peak_flops("NVIDIA L4", torch.bfloat16) == 121e12
-    for other in ("NVIDIA L40", "NVIDIA RTX A4000", "NVIDIA H100 NVL", "NVIDIA A10M", "Some GPU", ""):
-        assert peak_flops(other, torch.bfloat16) is None
-    assert all(peak_flops(name, torch.float32) is None for name in PEAK_TFLOPS)
-
-
 # On a terminal
 
 
 def on_terminal(*argv, columns=120):
-    """train.py in a process whose output is a terminal: (exit status, all that was written to it)."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    command = [sys.executable, str(ROOT / "train.py"), *argv]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=process_environment())
-    os.close(theirs)
+    """train.py in a forked process whose output is a terminal: (exit status, all that was written to it)."""
+    child, terminal = pty.fork()
+    if child == 0:
+        status = 1
+        try:
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+            train.main(list(argv))
+            status = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
     written = b""
     try:
-        while chunk := os.read(ours, 65536):
+        while chunk := os.read(terminal, 65536):
             written += chunk
     except OSError:  # Linux's way to say that the other end is closed
         pass
     finally:
-        os.close(ours)
-    return process.wait(), written.decode()
+        os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(run):
-    status, written = on_terminal(*TINY, "--max_iters=200", "--lr_decay_iters=200", columns=80)
+    argv = ["--max_iters=60", "--lr_decay_iters=60", "--eval_interval=30"]
+    status, written = on_terminal(*TINY, *argv, columns=80)
     assert status == 0
     bar = [part for part in written.split("\r") if " left" in part and "loss" in part]
     assert (
-        bar
-        and "tokens/s" in bar[-1]
-        and f"loss {logged('loss')[199]:.4f}" in bar[-1]
-        and "200/200" in bar[-1]
+        bar and "tokens/s" in bar[-1] and f"loss {logged('loss')[59]:.4f}" in bar[-1] and "60/60" in bar[-1]
     )
     lines = [line.split("\r")[-1] for line in written.replace("\r\n", "\n").split("\n")]
-    assert any(line.startswith("step 3: train loss") for line in lines)
+    assert any(line.startswith("step 30: train loss") for line in lines)
     assert not any(line.startswith("step 3: loss") for line in lines)
-
-
-# Weights & Biases
-
-KEY = "0123456789" * 4
-
-
-class FakeWandb(ThreadingHTTPServer):
-    """As much of wandb's server as a run needs; `history` collects what the run logged, in order."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), FakeWandbHandler)
-        self.history, self.started = [], {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def answer(self, path, asked):
-        if path.endswith("/file_stream"):
-            lines = asked.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-            self.history += map(json.loads, lines)
-        if asked.get("operationName") == "UpsertBucket":
-            self.started = self.started or asked["variables"]
-        project = {"id": "p", "name": "owt", "entity": {"id": "e", "name": "me"}}
-        bucket = {"id": "r", "name": "run1", "displayName": "run", "project": project, "config": "{}"}
-        bucket |= {"historyLineCount": 0, "logLineCount": 0, "eventsLineCount": 0}
-        viewer = {"id": "u", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
-        return {
-            "data": {
-                "viewer": viewer,
-                "serverInfo": {"features": []},
-                "model": None,
-                "upsertBucket": {"bucket": bucket, "inserted": True},
-                "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
-            }
-        }
-
-
-class FakeWandbHandler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
-        is_json = self.path.endswith(("/graphql", "/file_stream"))  # telemetry is not
-        answer = json.dumps(self.server.answer(self.path, json.loads(body)) if is_json else {}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_):
-        pass
-
-
-def train_with_wandb(tmp_path, *argv, **environment):
-    environment = {"WANDB_ERROR_REPORTING": "false", "HOME": str(tmp_path / "home"), **environment}
-    return script("train.py", *TINY, "--wandb_log", *argv, cwd=tmp_path, **environment)
-
-
-def test_without_wandb_log_wandb_is_not_imported(run, tmp_path):
-    program = (
-        "import sys, train; train.main(sys.argv[1:]); assert not {'wandb', 'requests'} & set(sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *TINY], env=process_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_every_number_goes_to_wandb_at_its_step(run, monkeypatch):
-    calls = []
-    fake = types.SimpleNamespace(
-        init=lambda **settings: calls.append(settings) or fake,
-        **{"id": "abc", "step": 0, "sweep_id": None},
-        log=lambda numbers, step: calls.append({"step": step, **numbers}),
-        finish=lambda: calls.append("finish"),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    run(*TINY, "--wandb_log", "--wandb_project=plays", "--wandb_run_name=first")
-    start, *numbers, finish = calls
-    assert numbers == records() and finish == "finish"
-    assert (start["project"], start["name"]) == ("plays", "first")
-    assert start["config"]["n_embd"] == 32
-
-
-def test_a_missing_wandb_is_one_line(run, cli, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    before = listing()
-    status, _, err = cli(train.main, *TINY, "--wandb_log")
-    assert (status, err) == (1, "error: wandb_log=True needs: pip install wandb\n")
-    assert listing() == before
-
-
-def test_wandb_offline_keeps_the_numbers_in_a_folder(run, tmp_path):
-    done = train_with_wandb(tmp_path, WANDB_MODE="offline")
-    assert done.returncode == 0, done.stderr
-    (kept,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    for number in [*logged("loss").values(), *logged("val_loss").values()]:
-        assert str(number).encode() in kept.read_bytes()
-
-
-def test_wandb_online_receives_the_numbers(run, tmp_path):
-    with FakeWandb() as server:
-        address = f"http://127.0.0.1:{server.server_port}"
-        done = train_with_wandb(tmp_path, WANDB_MODE="online", WANDB_BASE_URL=address, WANDB_API_KEY=KEY)
-        server.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert server.started["project"] == "owt" and server.started["displayName"] == "gpt2"
-    assert json.loads(server.started["config"])["n_embd"]["value"] == 32
-    for name in ("loss", "lr", "grad_norm", "train_loss", "val_loss"):
-        assert {row["_step"]: row[name] for row in server.history if name in row} == pytest.approx(
-            logged(name)
-        )
-
-
-def test_wandb_without_an_account_is_one_line(run, tmp_path):
-    before = listing()
-    done = train_with_wandb(tmp_path, WANDB_MODE="online", WANDB_API_KEY="")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: wandb can't start") and done.stderr.count("\n") == 1
-    assert "WANDB_MODE=offline" in done.stderr
-    assert {path for path in listing() if path.parts[0] != "wandb"} == set(before)
-
-
-@pytest.mark.slow  # wandb waits long before it gives up
-def test_a_run_goes_on_without_a_wandb_that_is_out_of_reach(run, tmp_path):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # and never listens
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        environment = {"WANDB_BASE_URL": address, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "2"}
-        done = train_with_wandb(tmp_path, WANDB_MODE="online", **environment)
-    said = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]
-    assert done.returncode == 0
-    assert len(said) == 1 and said[0].startswith("warning: wandb is out of reach")
-    assert saved()["iter_num"] == 6

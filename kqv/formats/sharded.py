@@ -97,21 +97,19 @@ def load_full(path, part):
     return tensors
 
 
-def load_moments(optimizer, path):
-    """
-    Load AdamW's state, whether its parameters are sharded or not: each process reads its own part only.
-    Raises UserError.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    moments = {str(number): optimizer.state[parameter] for number, parameter in enumerate(parameters)}
+def has_part(path, part):
+    """Whether the folder has any tensor of "model" or "optimizer". Raises UserError."""
     with damage_as_user_error(path):
-        load_into({"optimizer": moments}, TensorReader(path))
+        return any(name.startswith(f"{part}.") for name in TensorReader(path).metadata.state_dict_metadata)
+
+
+def load_part(path, part, tensors):
+    """
+    Fill nested dicts of tensors, sharded or full, with those of "model" or "optimizer": each process reads
+    what it needs. Raises UserError.
+    """
+    with damage_as_user_error(path):
+        load_into({part: tensors}, TensorReader(path))
 
 
 def load_into(tensors, reader):

@@ -20,9 +20,10 @@ from kqv.settings import setting
 from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches
-from kqv.training.world import World
 from kqv.training.loss import next_token_loss
-from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision, start_state
+from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision
+from kqv.training.state import start_state
+from kqv.training.world import World
 from model import GPT, NextToken
 
 
@@ -170,9 +171,9 @@ def own_step(settings, shape, machine, compiled, train_step):
     def step():
         set_precision(settings, machine.device)
         batches = micro_batches(data, settings, world, state.step)
-        loss, _ = train_step(model, state, batches, 1e-4, settings, world, autocast)
+        numbers = train_step(model, state, batches, 1e-4, settings, world, autocast)
         state.step += 1
-        return loss
+        return numbers["loss"]
 
     return step
 

@@ -18,30 +18,31 @@ class DataSettings:
         5 * 8, "micro-batches in one step, over all processes", at_least=1
     )
     block_size: int = setting(1024, "the longest context, in tokens", at_least=1)
-    sampling: Literal["random", "epoch"] = setting(
+    data_order: Literal["random", "epoch"] = setting(
         "random", "windows of the text: drawn with replacement, or each once before any comes again"
     )
 
 
 def tokens_per_step(config):
+    """How many tokens all processes together train on in a step."""
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
 def micro_batches(data, config, world, step):
     """
-    This process's share of a step: (the model's arguments, seed) each. Rank r takes every size-th, beginning
-    with the r-th.
+    This process's micro-batches of a step: for each the model's arguments, on the device, and a seed for
+    dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ...
     """
     count = config.gradient_accumulation_steps
     for index in range(world.rank, count, world.size):
         batch, seed = data.training_batch(
-            config.batch_size, config.block_size, config.seed, step, index, config.sampling, count
+            config.batch_size, config.block_size, config.seed, step, index, config.data_order, count
         )
         yield to_device(batch, world.device), seed
 
 
 def to_device(batch, device):
-    """A Batch's arrays as tensors; to a CUDA device through pinned memory, so that computing goes on."""
+    """A Batch's arrays as tensors; to a CUDA device through pinned memory, so that the host need not wait."""
     tensors = [torch.from_numpy(array) for array in batch if array is not None]
     if device.type == "cuda":
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]

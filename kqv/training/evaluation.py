@@ -1,4 +1,6 @@
-"""A run's evaluation: losses of both splits, and a sample of what the model writes."""
+"""A run's evaluation: the losses of both splits, and a sample of what the model writes."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -6,6 +8,7 @@ import torch
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate
+from kqv.settings import setting
 from kqv.text.dataset import SPLITS
 from kqv.text.text_stream import TextStream
 from kqv.training.batches import to_device
@@ -13,9 +16,21 @@ from kqv.training.sharding import full_tensor, is_sharded
 from model import GPT
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Evaluation"""
+
+    eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
+    eval_iters: int = setting(200, "most batches for a split; a small one is read once", at_least=1)
+    sample_tokens: int = setting(0, "tokens of a text written at each evaluation; 0: none", at_least=0)
+
+
 @torch.no_grad()
 def evaluate(model, data, config, world, autocast):
-    """{split: mean loss in nats per token} over fixed batches, shared among the processes."""
+    """
+    {split: mean loss in nats per token} over batches that are the same at every evaluation. The processes
+    share the batches; each gets the mean over all. `model` is called as in training, without dropout.
+    """
     model.eval()
     losses = {}
     for split in SPLITS:
@@ -34,8 +49,8 @@ def evaluate(model, data, config, world, autocast):
 
 def write_sample(gpt, data, config, world):
     """
-    What the model makes of the beginning of the validation split, or answers to its first question: in the
-    main process, which for that holds a sharded model whole.
+    A text that the model writes after the beginning of the validation split, or its answer to the split's
+    first question. The main process returns it, the others "". A sharded model is gathered whole for it.
     """
     if is_sharded(gpt):
         weights = {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}

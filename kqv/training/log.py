@@ -1,4 +1,4 @@
-"""What a run says, on the terminal and in its metrics."""
+"""What a run prints on the terminal and records in its metrics."""
 
 import sys
 import time
@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 
 from kqv.device import peak_flops
-from kqv.errors import UserError
 from kqv.settings import override, setting
 from kqv.training.batches import tokens_per_step
 from kqv.training.metrics import Metrics, start_wandb
@@ -17,30 +16,24 @@ from kqv.training.metrics import Metrics, start_wandb
 
 @dataclass(frozen=True)
 class LogSettings:
-    """Evaluation, checkpoints and logs"""
+    """Logs"""
 
-    eval_interval: int = setting(2000, "steps between evaluations", at_least=1)
-    eval_iters: int = setting(200, "most batches for a split; a small one is read once", at_least=1)
     log_interval: int = setting(1, "steps between log lines", at_least=1)
-    checkpoint_interval: int = setting(0, "steps between saves, besides evaluations; 0: none", at_least=0)
-    checkpoint_minutes: float = setting(10.0, "minutes between saves; 0: none", at_least=0.0)
-    always_save_checkpoint: bool = setting(True, "False: evaluations save only the best so far")
     wandb_log: bool = setting(False, "log to Weights & Biases too (WANDB_MODE=offline needs no network)")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's name of the run")
     wandb_resume: bool = setting(True, "a resumed run goes on in the wandb run that it was")
     tensorboard_log: bool = setting(False, "write TensorBoard's event files too, to out_dir/tensorboard")
-    sample_tokens: int = setting(0, "tokens of a text written at each evaluation; 0: none", at_least=0)
 
 
-NOT_RESUMED = ("out_dir", "init_from", "eval_only")  # where a run is and what it is to do, not what it is
-
-
-def start_tracking(config, source, world):
-    """(the settings, in a sweep with the values that it tries, wandb's run or None)."""
+def start_tracking(config, start_checkpoint, world):
+    """
+    (settings, wandb's run or None). In a wandb sweep the settings have the values that the sweep tries, in
+    every process.
+    """
     wandb_run, tried = None, {}
     if config.wandb_log and world.is_main:
-        resumed = source if config.init_from == "resume" and config.wandb_resume else {}
+        resumed = start_checkpoint if config.init_from == "resume" and config.wandb_resume else {}
         wandb_run = start_wandb(
             config.wandb_project, config.wandb_run_name, asdict(config), resumed.get("wandb_id")
         )
@@ -50,17 +43,14 @@ def start_tracking(config, source, world):
 
 
 class Log:
-    """What a run says: on the terminal, and where its numbers go. All but the main process are silent."""
+    """
+    What a run prints, and the numbers that it records. In all processes but the main one it does nothing.
+    """
 
     def __init__(self, config, world, state, dtype, wandb_run):
         self.config, self.is_main = config, world.is_main
         self.metrics = None
-        flops = (
-            peak_flops(torch.cuda.get_device_name(world.device), dtype)
-            if world.device.type == "cuda"
-            else None
-        )
-        self.mfu_per_token = state.model.flops_per_token() / (flops * world.size) if flops else None
+        self.mfu_per_token = mfu_per_token(state.model, dtype, world)
         on_terminal = self.is_main and sys.stderr.isatty() and not config.eval_only
         self.bar = tqdm(
             total=config.max_iters,
@@ -77,86 +67,82 @@ class Log:
                 wandb_run,
                 config.tensorboard_log,
             )
-        self.started = self.clock = time.perf_counter()  # of the run, and of the steps since the last line
-        self.last_step, self.paused = state.step - 1, 0.0
+        self.started = time.perf_counter()
+        self.paused = 0.0  # seconds of evaluation and saving
+        self.last_time, self.last_step = self.started, state.step - 1  # at the last record of training
 
     def line(self, text):
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def record(self, step, values):
+    def record(self, kind, step, values):
         if self.metrics:
-            self.metrics.record(step, values)
+            self.metrics.record(kind, step, values)
 
     @contextmanager
     def pause(self):
-        """Time in here (evaluation, saving) is not training time."""
+        """A context for evaluation and saving, whose time is not training time."""
         before = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - before
-        self.clock += time.perf_counter() - before
+        seconds = time.perf_counter() - before
+        self.paused += seconds
+        self.last_time += seconds
 
-    def changes(self, source):
-        """Say which settings a resumed run has that its checkpoint had not."""
-        before = source.get("config", {}) if source and self.config.init_from == "resume" else {}
-        now = asdict(self.config)
-        changed = [
-            name for name in now if name in before and name not in NOT_RESUMED and before[name] != now[name]
-        ]
+    def start(self, state, config, world, how, changed):
+        """The first line: what is trained, and `how`. Then what a resumed run has `changed`, if anything."""
+        size, tokens = state.model.num_parameters() / 1e6, tokens_per_step(config)
+        self.line(f"{size:.2f}M parameters, {tokens:,} tokens a step, {world}, {', '.join(how)}")
         if changed:
-            self.line("changed: " + ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed))
+            self.line(f"changed: {', '.join(changed)}")
 
-    def evaluation(self, step, losses, data, sample=""):
+    def training(self, step, numbers):
+        """
+        Log a step's numbers: `loss`, `lr`, `grad_norm`, `bad_steps` (skipped in a row) and whatever else
+        train_step returns. Adds the speed since the last call.
+        """
+        tokens = (step - self.last_step) * tokens_per_step(self.config)
+        now = time.perf_counter()
+        tokens_per_second = tokens / (now - self.last_time)
+        self.last_time, self.last_step = now, step
+        numbers = {**numbers, "tokens_per_second": tokens_per_second}
+        text = "loss {loss:.4f}, lr {lr:.2e}".format_map(numbers)
+        text += f", {tokens_per_second / 1e3:.1f}k tokens/s"
+        if self.mfu_per_token:
+            numbers["mfu"] = tokens_per_second * self.mfu_per_token
+            text += f", MFU {numbers['mfu']:.1%}"
+        if numbers["bad_steps"]:
+            text += f", {numbers['bad_steps']} steps skipped"
+        else:
+            del numbers["bad_steps"]
+        self.record("train", step, numbers)
+        if self.bar.disable:
+            self.line(f"step {step}: {text}")
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+
+    def evaluation(self, step, losses, bits_per_byte=None, sample=""):
+        """Log {split: loss}, the validation loss in bits per byte if known, and a sample if there is one."""
         numbers = {f"{split}_loss": loss for split, loss in losses.items()}
         text = f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        if bits := data.bits_per_byte("val", losses["val"]):
-            numbers["val_bits_per_byte"] = bits
-            text += f" = {bits:.3f} bits per byte"
+        if bits_per_byte:
+            numbers["val_bits_per_byte"] = bits_per_byte
+            text += f" = {bits_per_byte:.3f} bits per byte"
         self.line(text)
         if sample:
             self.line(sample)
             numbers["sample"] = sample
-        self.record(step, numbers)
+        self.record("evaluation", step, numbers)
 
     def saved(self, step, seconds):
-        self.record(step, {"save_stall_ms": 1000 * seconds})
-
-    def training(self, state, loss, grad_norm, learning_rate):
-        """
-        Log a step; the only place where training waits for the device. Raises UserError after too many bad
-        steps.
-        """
-        loss, grad_norm, bad_steps = loss.item(), grad_norm.item(), int(state.bad_steps)
-        tokens = (state.step - self.last_step) * tokens_per_step(self.config)
-        tokens_per_second = tokens / (time.perf_counter() - self.clock)
-        numbers = {
-            "loss": loss,
-            "lr": learning_rate,
-            "grad_norm": grad_norm,
-            "tokens_per_second": tokens_per_second,
-        }
-        text = f"loss {loss:.4f}, lr {learning_rate:.2e}, {tokens_per_second / 1e3:.1f}k tokens/s"
-        if self.mfu_per_token:
-            numbers["mfu"] = tokens_per_second * self.mfu_per_token
-            text += f", MFU {numbers['mfu']:.1%}"
-        if bad_steps:
-            numbers["bad_steps"] = bad_steps
-            text += f", {bad_steps} steps skipped"
-        self.record(state.step, numbers)
-        if self.bar.disable:
-            self.line(f"step {state.step}: {text}")
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
-        self.clock, self.last_step = time.perf_counter(), state.step
-        if bad_steps >= self.config.max_bad_steps:
-            self.bar.close()
-            raise UserError(
-                f"{bad_steps} steps in a row up to step {state.step} had a gradient that is not finite: try "
-                f"--dtype=float32 or a --learning_rate below {self.config.learning_rate}; ckpt.pt stays"
-            )
+        """Log a save, for which training waited so many seconds."""
+        self.record("save", step, {"save_stall_ms": 1000 * seconds})
 
     def close(self, state, stopping, received):
+        """
+        The last lines, of a run that is done or, where it is `stopping`, was stopped by the signal that this
+        process or another one `received`.
+        """
         self.bar.close()
         seconds, out_dir = time.perf_counter() - self.started, self.config.out_dir
         who = received.name if received else "a signal to another process"
@@ -171,3 +157,14 @@ class Log:
             self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
             self.metrics.close()
+
+
+def mfu_per_token(gpt, dtype, world):
+    """
+    The model-FLOPs utilisation (PaLM, Chowdhery et al. 2022) of one token a second; None where the peak of
+    the device is not known.
+    """
+    if world.device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
+    return gpt.flops_per_token() / (peak * world.size) if peak else None

@@ -1,9 +1,9 @@
 """
-The loss of next-token prediction, without ever holding the logits of all tokens at once.
+The loss of next-token prediction, without holding the logits of all tokens at once.
 
-For 64 x 1024 tokens and GPT-2's vocabulary the logits are 3.3 billion numbers. They are needed for a moment
-only: the loss is one number, and the gradient reaches the model as one vector of C channels per token. So
-tokens are taken a chunk at a time, and a chunk's gradient is computed while its logits are there (as in Liger
+For 64 x 1024 tokens and GPT-2's vocabulary the logits are 3.3 billion numbers. They are needed only briefly:
+the loss is one number, and the gradient reaches the model as one vector of C channels per token. So the
+tokens are split into chunks, and the gradient of a chunk is computed together with its logits (as in Liger
 Kernel, Hsu et al. 2024).
 
 Shapes: N tokens, C channels, V vocabulary.
@@ -19,9 +19,8 @@ LOGITS_AT_ONCE = 2**28  # 512 MB in bfloat16, and enough tokens to keep a GPU's 
 
 def next_token_loss(x, head, targets):
     """
-    The mean cross-entropy, in nats, of the logits x @ head.T (N, V).
-
-    x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count.
+    x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count -> the mean cross-entropy of the
+    logits x @ head.T, in nats. It is model.py's function of the same name with less memory.
     """
     chunks = -(-x.size(0) * head.size(0) // LOGITS_AT_ONCE)
     if chunks == 1:
@@ -31,11 +30,11 @@ def next_token_loss(x, head, targets):
     return in_chunks(x, head, targets, chunks, torch.compiler.is_compiling())
 
 
-@torch.compiler.disable  # which would unroll the chunks, and hold some of them at the same time
-def in_chunks(x, weight, targets, chunks, compiled):
-    """The loss by ChunkedCrossEntropy, the work on one chunk's logits compiled where the model is."""
-    of_logits = compiled_cross_entropy() if compiled else cross_entropy
-    return ChunkedCrossEntropy.apply(x, weight, targets, chunks, of_logits, torch.is_grad_enabled())
+@torch.compiler.disable  # the compiler would unroll the loop, and keep several chunks in memory
+def in_chunks(x, head, targets, chunks, compiled):
+    """ChunkedCrossEntropy; if the model is compiled, so is the work on the logits of one chunk."""
+    loss_of_chunk = compiled_cross_entropy() if compiled else cross_entropy
+    return ChunkedCrossEntropy.apply(x, head, targets, chunks, loss_of_chunk, torch.is_grad_enabled())
 
 
 @functools.cache
@@ -44,33 +43,38 @@ def compiled_cross_entropy():
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """The same, in chunks. The gradient is that of the sum until backward, so float16 does not lose it."""
+    """
+    Cross-entropy that computes each chunk's gradient in its forward. Until backward it is the gradient of the
+    sum over all tokens, not of the mean, so that float16 does not round it to zero.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunks, of_logits, with_gradient):
-        matrix = weight.to(x.dtype)  # (V, C)
+    def forward(ctx, x, head, targets, chunks, loss_of_chunk, with_gradient):
+        weight = head.to(x.dtype)  # (V, C)
         total = torch.zeros((), device=x.device)
-        grad_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32) if with_gradient else None
+        grad_x, grad_head = [], torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
         for part, ids in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            loss, grad_logits = of_logits(part @ matrix.T, ids, with_gradient)  # (n, V)
+            loss, grad_logits = loss_of_chunk(part @ weight.T, ids, with_gradient)  # (n, V)
             total = total + loss
             if with_gradient:
-                grad_x.append(grad_logits @ matrix)  # (n, V) @ (V, C) -> (n, C)
-                grad_weight += grad_logits.T @ part  # (V, n) @ (n, C) -> (V, C), summed in float32
+                grad_x.append(grad_logits @ weight)  # (n, V) @ (V, C) -> (n, C)
+                grad_head += grad_logits.T @ part  # (V, n) @ (n, C) -> (V, C), summed in float32
         count = (targets >= 0).sum()
         if with_gradient:
-            ctx.save_for_backward(torch.cat(grad_x), grad_weight, count)
+            ctx.save_for_backward(torch.cat(grad_x), grad_head, count)
         return total / count
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_weight, count = ctx.saved_tensors
+        grad_x, grad_head, count = ctx.saved_tensors
         scale = grad_loss / count
-        return grad_x * scale, grad_weight * scale, None, None, None, None
+        return grad_x * scale, grad_head * scale, None, None, None, None
 
 
 def cross_entropy(logits, targets, with_gradient):
-    """The summed loss of logits (n, V), which may be overwritten, and its gradient (n, V) or None."""
+    """
+    The summed loss of logits (n, V), and its gradient (n, V) or None. The logits may be overwritten.
+    """
     counts = (targets >= 0)[:, None]  # (n, 1)
     targets = targets.clamp(min=0)[:, None]  # (n, 1)
     scores = logits.float()  # (n, V)

@@ -1,5 +1,5 @@
 """
-Where a run's numbers go: metrics.jsonl in its folder always, Weights & Biases and TensorBoard where asked.
+Where a run's numbers go: to metrics.jsonl in its folder; if asked for, to Weights & Biases and TensorBoard.
 """
 
 import html
@@ -16,24 +16,24 @@ class Metrics:
 
     def __init__(self, out_dir, step, evaluated, wandb_run=None, tensorboard=False):
         """
-        Go on from `step`: what an earlier run in `out_dir` wrote behind that is removed. `evaluated` is the
-        step of the last evaluation. Without `out_dir` no file is written.
+        Go on from `step`: what an earlier run in `out_dir` wrote of later steps is removed. `evaluated` is
+        the step of the last evaluation. Without `out_dir` no file is written.
         """
         self.wandb = wandb_run
         self.file = open_file(Path(out_dir), step, evaluated) if out_dir else None
         self.tensorboard = start_tensorboard(out_dir, step) if tensorboard and out_dir else None
 
-    def record(self, step, values):
-        """Write {name: number or text} of a step."""
+    def record(self, kind, step, values):
+        """Write {name: number or text} of a step; `kind` is "train", "evaluation" or "save"."""
         if self.file:
             plain = {name: None if is_infinite(value) else value for name, value in values.items()}
             try:
-                self.file.write(json.dumps({"step": step, **plain}) + "\n")
+                self.file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
                 self.file.flush()
             except OSError as error:
                 warn(f"{self.file.name} can't be written ({error.strerror}): training goes on without it")
                 self.file = None
-        if self.wandb and step >= self.wandb.step:  # a resumed run is told again what wandb knows already
+        if self.wandb and step >= self.wandb.step:  # a resumed run repeats steps that wandb has
             self.wandb.log({name: as_html(value) for name, value in values.items()}, step=step)
         if self.tensorboard:
             for name, value in values.items():
@@ -50,7 +50,7 @@ class Metrics:
 
 
 def is_infinite(value):
-    """Whether a value is a number that JSON does not know."""
+    """Whether a value is a number that JSON has no form for: NaN or infinite."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
@@ -64,7 +64,10 @@ def as_html(value):
 
 
 def open_file(out_dir, step, evaluated):
-    """metrics.jsonl, without the lines that an earlier run wrote past the state that this one starts from."""
+    """
+    Open metrics.jsonl, and remove the lines that an earlier run wrote after the checkpoint at `step`. Raises
+    UserError where the folder can't be made.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,12 +77,12 @@ def open_file(out_dir, step, evaluated):
     kept = []
     for line in old.splitlines(keepends=True):
         try:
-            numbers = json.loads(line)
-            at = numbers["step"]
+            record = json.loads(line)
+            at, kind = record["step"], kind_of(record)
         except (ValueError, TypeError, KeyError):
             break  # torn when the run was killed
-        before_it = "val_loss" in numbers and at == evaluated or "save_stall_ms" in numbers
-        if at < step or at == step and before_it:
+        before_save = kind == "evaluation" and at == evaluated or kind == "save"
+        if at < step or at == step and before_save:
             kept.append(line)
     beside = path.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), "utf-8")
@@ -87,10 +90,16 @@ def open_file(out_dir, step, evaluated):
     return open(path, "a", encoding="utf-8")
 
 
+def kind_of(record):
+    """A record's kind; files of older versions do not name it."""
+    older = "evaluation" if "val_loss" in record else "save" if "save_stall_ms" in record else "train"
+    return record.get("kind", older)
+
+
 def start_wandb(project, name, settings, run_id=None):
     """
-    wandb's run, the one of that id where it is given; None, with a warning, where its server is out of reach.
-    Raises UserError where it needs the user.
+    Start wandb's run, or go on with the one of that id. Returns None, with a warning, where wandb's server is
+    out of reach. Raises UserError where wandb is not installed or not set up.
     """
     try:
         import wandb
@@ -107,8 +116,8 @@ def start_wandb(project, name, settings, run_id=None):
 
 def start_tensorboard(out_dir, step):
     """
-    A writer of TensorBoard's event files. What an earlier run wrote behind `step` is hidden; of `step` it may
-    have an evaluation.
+    A writer of TensorBoard's event files. What an earlier run wrote of steps after `step` is hidden. Raises
+    UserError where TensorBoard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,10 +1,15 @@
-"""The optimizer and its learning rate."""
+"""
+The optimizer: its settings, how it is made, its learning rate, the steps that it skips, its saved state.
+
+To use another optimizer, change `make_optimizer`: the other functions work with any torch.optim.Optimizer.
+"""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
+from kqv.errors import UserError
 from kqv.settings import setting
 from kqv.training.sharding import shard_like
 
@@ -29,10 +34,7 @@ class OptimizerSettings:
 
 
 def make_optimizer(gpt, config):
-    """
-    AdamW (Loshchilov & Hutter 2017) as one fused kernel, which can leave out a bad step without asking the
-    host.
-    """
+    """AdamW (Loshchilov & Hutter 2017), whose fused kernel updates all weights at once."""
     groups = gpt.parameter_groups(config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
@@ -42,9 +44,23 @@ def training_bytes(num_parameters):
     return 4 * num_parameters * (1 + 1 + 2)
 
 
-def learning_rate_at(step, config):
+# The learning rate
+
+
+def cosine(progress):
+    """Half a period of a cosine (Loshchilov & Hutter 2016): slow, fast, slow."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# A schedule turns the share of the decay that is done (0 to 1) into a learning rate between learning_rate (1)
+# and min_lr (0).
+SCHEDULES = {"cosine": cosine}
+
+
+def learning_rate_at(step, config, schedule="cosine"):
     """
-    The learning rate of a step: linear warm-up, then a cosine from learning_rate to min_lr at lr_decay_iters.
+    The learning rate of a step: linear warm-up to learning_rate, then the schedule down to min_lr, which it
+    reaches at step lr_decay_iters. Constant without decay_lr.
     """
     if not config.decay_lr:
         return config.learning_rate
@@ -52,25 +68,101 @@ def learning_rate_at(step, config):
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if step >= config.lr_decay_iters:
         return config.min_lr
-    done = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * done)) * (config.learning_rate - config.min_lr)
+    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    return config.min_lr + SCHEDULES[schedule](progress) * (config.learning_rate - config.min_lr)
+
+
+# Bad steps
+
+
+def step_unless(bad, optimizer):
+    """
+    Update the weights, unless `bad`: a tensor of one bool, on the device. A skipped step changes neither a
+    weight nor the optimizer's state.
+    """
+    # A fused optimizer reads `found_inf` on the device, so the host need not wait. Not so in its first step,
+    # which makes its state: torch's SGD leaves that uninitialised when it skips.
+    if optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = bad.float()
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def limit_bad_steps(bad_steps, step, config):
+    """Raise UserError where too many steps in a row, up to `step`, were skipped."""
+    if bad_steps >= config.max_bad_steps:
+        raise UserError(
+            f"{bad_steps} steps in a row up to step {step} had a gradient that is not finite: try "
+            f"--dtype=float32 or a --learning_rate below {config.learning_rate}; ckpt.pt stays"
+        )
+
+
+# The saved state
 
 
 def load_optimizer(optimizer, saved):
     """
-    AdamW's state for the optimizer's parameters, from the contents of a checkpoint: where they are sharded,
-    each process takes its part. Raises ValueError or UserError where it does not fit.
+    Fill the optimizer's state from a checkpoint's contents; its settings (betas, ...) stay the run's own.
+    Where parameters are sharded, each process takes its own part.
+
+    Raises KeyError, ValueError, TypeError, AttributeError or UserError where the state does not fit.
     """
     if "folder" in saved:
-        from kqv.formats import sharded
+        return load_sharded(optimizer, saved["folder"])
+    values = saved["optimizer"]["state"]
+    if not values:  # saved before the first update
+        return
+    make_state(optimizer)
+    for number, parameter in enumerate(parameters_of(optimizer)):
+        state = optimizer.state[parameter]
+        if state.keys() != values[number].keys():
+            raise ValueError(
+                f"the optimizer keeps {', '.join(state)} of a parameter, but the checkpoint has "
+                f"{', '.join(values[number])} of parameter {number}"
+            )
+        for name, value in values[number].items():
+            if isinstance(state[name], torch.Tensor):
+                fill(state[name], torch.as_tensor(value), f"{name} of parameter {number}")
+            else:
+                state[name] = value
 
-        return sharded.load_moments(optimizer, saved["folder"])
-    settings = optimizer.state_dict()["param_groups"]  # the run's own, not the checkpoint's
-    moments = {number: dict(state) for number, state in saved["optimizer"]["state"].items()}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, parameter in enumerate(parameters):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if moments[number][name].shape != parameter.shape:  # the fused kernel trusts these shapes
-                raise ValueError(f"{name} of parameter {number} has another shape than the parameter")
-            moments[number][name] = shard_like(parameter, moments[number][name])
-    optimizer.load_state_dict({"state": moments, "param_groups": settings})
+
+def load_sharded(optimizer, folder):
+    """The same from a sharded checkpoint, of which each process reads what it needs."""
+    from kqv.formats import sharded  # slow import: only for a sharded checkpoint
+
+    if sharded.has_part(folder, "optimizer"):
+        make_state(optimizer)
+        numbered = enumerate(parameters_of(optimizer))
+        states = {str(number): optimizer.state[parameter] for number, parameter in numbered}
+        sharded.load_part(folder, "optimizer", states)
+
+
+def parameters_of(optimizer):
+    """The optimizer's parameters, in the order in which a checkpoint numbers them."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def make_state(optimizer):
+    """
+    Let the optimizer make the state that it keeps of each parameter, by a step which changes no weight: of
+    gradient 0 and learning rate 0.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for parameter in parameters_of(optimizer):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def fill(target, value, name):
+    """Copy a whole tensor into `target`, which may be this process's part of one that is sharded."""
+    if value.shape != target.shape:  # fused kernels trust these shapes
+        raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(target.shape)}")
+    target.copy_(shard_like(target, value))

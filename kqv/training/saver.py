@@ -1,4 +1,4 @@
-"""Saves a run as it goes on."""
+"""Saving checkpoints while training goes on."""
 
 import threading
 import time
@@ -12,16 +12,21 @@ from kqv.formats.checkpoint import BEST, NEWEST, ONLY_TO_TRAIN, PREVIOUS, save
 
 
 class Saver:
-    """Saves a run as it goes on: the run waits for a copy in host memory, and a thread writes that."""
+    """
+    Saves checkpoints while training goes on: training waits for a copy in host memory, which a thread writes.
+    """
 
     def __init__(self, out_dir, is_new_run):
         self.out_dir = Path(out_dir)
-        self.older = (PREVIOUS, BEST) if is_new_run else ()  # what another run may have left here
+        self.older = (PREVIOUS, BEST) if is_new_run else ()  # files that another run may have left here
         self.copies = {}  # (address, shape, type) of a tensor -> its copy, used again at the next save
         self.thread = None
 
     def save(self, contents, best):
-        """Copy `contents`, begin to write ckpt.pt (and best.pt); returns the seconds the caller waited."""
+        """
+        Copy a checkpoint's contents and begin to write them to ckpt.pt, and to best.pt if they are the best.
+        Returns how many seconds the caller waited.
+        """
         before = time.perf_counter()
         self.wait()
         copy = self.stage(contents)
@@ -35,7 +40,7 @@ class Saver:
         return time.perf_counter() - before
 
     def stage(self, contents):
-        """What to write, so that training may go on."""
+        """A copy of the contents, which training does not change."""
         return self.copy(contents)
 
     def copy(self, value):
@@ -52,6 +57,7 @@ class Saver:
         return self.copies[key].copy_(value, non_blocking=True)
 
     def write(self, files):
+        """Write {name: contents}. A file that can't be written is a warning: training goes on."""
         for name, contents in files.items():
             try:
                 self.save_file(self.out_dir / name, contents)
@@ -61,15 +67,17 @@ class Saver:
                 warn(f"{self.out_dir / name} can't be saved ({reason}): training goes on, the last one stays")
 
     def save_file(self, path, contents):
+        """Write one file, whole or not at all."""
         save(path, contents)
 
     def forget_older_run(self):
+        """Remove the checkpoints that another run left in the folder, now that this run has one."""
         for name in self.older:
             remove(self.out_dir / name)
         self.older = ()
 
     def wait(self):
-        """Until what is being written is on disk."""
+        """Wait until the files are on disk."""
         if self.thread:
             self.thread.join()
             self.thread = None

@@ -1,19 +1,17 @@
-"""Signals that ask a run to stop. It finishes its step, saves, and leaves."""
+"""Signals that ask a run to stop: it finishes its step, saves a checkpoint and ends."""
 
 import signal
 
 
 class StopSignals:
     """
-    While this context is open, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) only leave their name
-    in `received`.
-
-    A second Ctrl-C raises KeyboardInterrupt, as it would without this.
+    A context in which SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) do no more than set `received`
+    to the signal. A second Ctrl-C raises KeyboardInterrupt as usual.
     """
 
     def __init__(self):
-        self.received = None
-        self.before = {}
+        self.received = None  # the last signal.Signals that came
+        self.before = {}  # number of a signal -> the handler that it had
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -1,8 +1,8 @@
-"""From settings to the state in which a run starts."""
+"""From settings to the model that a run trains."""
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
-from kqv.settings import parse, setting
-from kqv.training.log import NOT_RESUMED
-from kqv.training.optimizer import load_optimizer, make_optimizer
-from kqv.training.saver import Saver
+from kqv.settings import group, parse, setting
 from model import GPT, GPTConfig
 
 
@@ -35,59 +32,40 @@ class RunSettings:
     deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
 
 
-@dataclass(frozen=True)
-class ModelSettings:
-    """Model"""
+# A field that GPTConfig gains is a setting here. (block_size is among the settings of the data.)
+ModelSettings = group(
+    "ModelSettings", "Model", GPTConfig, without=("block_size", "vocab_size", "dropout"), bias=False
+)
 
-    n_layer: int = setting(12, "blocks", at_least=1)
-    n_head: int = setting(12, "attention heads in a block", at_least=1)
-    n_embd: int = setting(768, "channels of the residual stream", at_least=1)
+
+@dataclass(frozen=True)
+class ActivationSettings:
+    """Activations"""
+
     dropout: float = setting(0.0, "share of activations dropped in training", at_least=0.0, below=1.0)
-    bias: bool = setting(False, "biases in linear layers and LayerNorms")
     activation_checkpointing: bool = setting(
         False, "compute each block again in the backward pass: much less memory, about a third more time"
     )
 
 
-ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")  # what a checkpoint's weights decide
+# The settings that weights decide: all of GPTConfig but the tokenizer's part of it, and dropout.
+ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
+
+# The run's place and task are new at each start; a resumed run takes all other settings from its checkpoint.
+NOT_RESUMED = ("out_dir", "init_from", "eval_only")
+
+# old name in a checkpoint -> name
+RENAMED = {"sampling": "data_order"}
 
 
-@dataclass
-class TrainingState:
-    """Everything that changes during training, saved and loaded whole."""
-
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    bad_steps: torch.Tensor  # skipped in a row, counted on the device
-    step: int = 0  # steps done
-    evaluated: int = -1  # the step of the last evaluation
-    best_val_loss: float = math.inf
-
-    def state_dict(self):
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "bad_steps": self.bad_steps,
-            "iter_num": self.step,
-            "evaluated": self.evaluated,
-            "best_val_loss": self.best_val_loss,
-        }
-
-    def load_state_dict(self, saved):
-        """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
-        load_optimizer(self.optimizer, saved)
-        if self.scaler.is_enabled() and saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        self.bad_steps += saved.get("bad_steps", 0)
-        self.step = int(saved["iter_num"])
-        self.evaluated = int(saved.get("evaluated", -1))
-        self.best_val_loss = float(saved["best_val_loss"])
+# Settings of a resumed run
 
 
-def start_of(config, argv, world):
-    """(the settings, on resume with the checkpoint's for defaults, the contents to start from or None)."""
+def resolve_start(config, argv, world):
+    """
+    (settings, start_checkpoint): the contents of the checkpoint that the run starts from, or None, and the
+    settings, which on resume have the checkpoint's for defaults. Raises UserError.
+    """
     newest = Path(config.out_dir) / checkpoint.NEWEST
     if config.init_from == "auto":
         found = newest.exists() or newest.with_name(checkpoint.PREVIOUS).exists()
@@ -95,9 +73,9 @@ def start_of(config, argv, world):
     if config.init_from == "scratch":
         return config, None
     if config.init_from == "resume":
-        source = loading.load(newest, mapped=world.size > 1)
-        saved = {name: value for name, value in source.get("config", {}).items() if name not in NOT_RESUMED}
-        return replace(parse(type(config), argv, saved), init_from="resume"), source
+        start_checkpoint = loading.load(newest, mapped=world.size > 1)
+        config = parse(type(config), argv, saved_settings(start_checkpoint))
+        return replace(config, init_from="resume"), start_checkpoint
     start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
     if out_dir in (start, start.parent) and not config.eval_only:
         raise UsageError(
@@ -107,86 +85,136 @@ def start_of(config, argv, world):
     return config, loading.load_start(config.init_from)
 
 
-def contents(state, config, tokenizer, wandb_run=None):
-    """What a checkpoint holds: all that training, sampling and exporting need."""
-    return {
-        **state.state_dict(),
-        "model_args": asdict(state.model.config),
-        "config": asdict(config),
-        "tokenizer": tokenizer.to_json(),
-        "wandb_id": wandb_run.id if wandb_run else None,
-    }
+def saved_settings(contents):
+    """The settings in a checkpoint's contents that a resumed run goes on with, under today's names."""
+    settings = contents.get("config", {})
+    return {RENAMED.get(name, name): value for name, value in settings.items() if name not in NOT_RESUMED}
 
 
-def start_state(config, gpt, source, dtype):
-    """The state at the run's first step: all new, or on resume as it was saved."""
-    device = gpt.lm_head.weight.device
-    state = TrainingState(
-        model=gpt,
-        optimizer=make_optimizer(gpt, config),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        bad_steps=torch.zeros((), dtype=torch.int64, device=device),
+def changed_settings(config, start_checkpoint):
+    """What a resumed run has changed, as "name before -> now" each."""
+    if config.init_from != "resume":
+        return []
+    before, now = saved_settings(start_checkpoint), asdict(config)
+    changed = (name for name in now if name in before and before[name] != now[name])
+    return [f"{name} {before[name]} -> {now[name]}" for name in changed]
+
+
+def require_divisible(config, world):
+    """Raise UsageError where the processes can't share a step's micro-batches equally."""
+    if config.gradient_accumulation_steps % world.size:
+        raise UsageError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts all processes, so it "
+            f"must be divisible by their number, {world.size}"
+        )
+
+
+def require_same_start(config, start_checkpoint, data, dtype, world):
+    """Raise UserError where the processes do not start the same run."""
+    if world.size == 1:  # and need not read so much of its data
+        return
+    world.require_same(
+        {
+            **asdict(config),
+            "the step to go on from": start_checkpoint.get("iter_num") if start_checkpoint else 0,
+            f"the content of data/{config.dataset}": data.fingerprint(),
+            "the precision": dtype,
+            "torch": torch.__version__,
+        }
     )
-    if config.init_from == "resume":
-        try:
-            state.load_state_dict(source)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error!r}") from None
-    return state
 
 
-def build_model(config, source, tokenizer):
+# The model
+
+
+def build_model(config, start_checkpoint, data):
     """
-    The model to train, and the settings with the architecture that it has got.
-
-    Raises UsageError for a shape that can't be, or, on resume, for one other than the checkpoint's.
+    (settings, model): the GPT to train, on the CPU, new or with a checkpoint's weights, and the settings with
+    the architecture that it has. Raises UserError where weights, settings and data do not fit together.
     """
+    if start_checkpoint is None:
+        data.require_length(config.block_size)  # before a model of that size is built
+        gpt = new_model(config, data.tokenizer.vocab_size)
+    else:
+        gpt = model_of_checkpoint(config, start_checkpoint)
+        require_tokenizer(config, start_checkpoint, gpt, data.tokenizer)
+    config = replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE})
+    data.require_length(config.block_size)
+    return config, gpt
+
+
+def new_model(config, vocab_size):
+    """A GPT with random weights. Raises UsageError for a shape that can't be."""
+    shape = {name: getattr(config, name) for name in (*ARCHITECTURE, "dropout")}
     try:
-        if source is None:
-            torch.manual_seed(config.seed)
-            shape = {name: getattr(config, name) for name in (*ARCHITECTURE, "dropout")}
-            shape = GPTConfig(vocab_size=padded(tokenizer.vocab_size), **shape)
-            require_memory(shape)
-            return config, GPT(shape)
-        shape = GPTConfig.from_args(source["model_args"])
-        gpt = GPT.from_weights(replace(shape, dropout=config.dropout), source["model"])
+        shape = GPTConfig(vocab_size=padded(vocab_size), **shape)
+        require_memory(shape)
+        torch.manual_seed(config.seed)
+        return GPT(shape)
     except (ValueError, TypeError) as error:
-        if source is None:
-            raise UsageError(str(error)) from None
-        start = Path(config.out_dir, checkpoint.NEWEST) if config.init_from == "resume" else config.init_from
-        raise UserError(f"the weights of {start} are not those of a GPT: {error}") from None
-    if config.init_from == "resume":
+        raise UsageError(str(error)) from None
+
+
+def model_of_checkpoint(config, contents):
+    """
+    The GPT in a checkpoint's contents, cropped to a shorter block_size. Raises UserError where there is none,
+    and UsageError where a resumed run asks for another architecture.
+    """
+    resumes = config.init_from == "resume"
+    path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
+    gpt = loading.model_of(contents, path, dropout=config.dropout)
+    if resumes:
         for name in ARCHITECTURE:
-            if getattr(config, name) != getattr(shape, name):
+            if getattr(config, name) != getattr(gpt.config, name):
                 raise UsageError(
                     f"{name}={getattr(config, name)}, but the run in {config.out_dir} has "
-                    f"{name}={getattr(shape, name)}: leave it out, or use --init_from=scratch"
+                    f"{name}={getattr(gpt.config, name)}: leave it out, or use --init_from=scratch"
                 )
-    elif config.block_size < shape.block_size:
+    elif config.block_size < gpt.config.block_size:
         gpt.crop_block_size(config.block_size)
+    return gpt
+
+
+def require_tokenizer(config, contents, gpt, tokenizer):
+    """
+    Make room in `gpt` for the marks of a chat's tokenizer, if its base is the one that the checkpoint's
+    weights know. Raises UserError for any other tokenizer than theirs.
+    """
     definition = tokenizer.to_json()
-    base = definition.get("base")  # of a chat's tokenizer: its marks are new to what was trained on texts
-    known = source.get("tokenizer", definition)
+    known = contents.get("tokenizer", definition)
+    base = definition.get("base")
     if base and known == base:
         torch.manual_seed(config.seed)
-        gpt.grow_vocab_size(max(shape.vocab_size, padded(tokenizer.vocab_size)))
-    elif shape.vocab_size < tokenizer.vocab_size or known != definition:
+        gpt.grow_vocab_size(max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
+    elif gpt.config.vocab_size < tokenizer.vocab_size or known != definition:
         raise UserError(
             f"data/{config.dataset} was made with another tokenizer than the weights of {config.init_from} "
             f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the one that the weights know"
         )
-    return replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE}), gpt
 
 
 def require_memory(shape):
-    """Raise ValueError for a model whose weights alone outgrow the machine, before it takes the memory."""
-    count = 12 * shape.n_layer * shape.n_embd**2 + (shape.vocab_size + shape.block_size) * shape.n_embd
+    """Raise ValueError for a GPTConfig whose weights alone need more memory than the machine has."""
+    try:
+        with torch.device("meta"):  # shapes alone; a billion layers would take their time, so one is compared
+            one, two = (GPT(replace(shape, n_layer=n)).num_parameters(False) for n in (1, 2))
+        count = one + (shape.n_layer - 1) * (two - one)
+    except (RuntimeError, TypeError):  # a tensor larger than torch can describe
+        count = math.inf
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * count > memory:
         raise ValueError(
             f"n_layer={shape.n_layer} and n_embd={shape.n_embd} make {count:.1e} parameters, more than the "
             f"{memory / 2**30:.0f} GiB of this machine hold: make one of them smaller"
         )
+
+
+def padded(vocab_size):
+    """A large vocabulary rounded up to a multiple of 64, which tensor cores like; a small one as it is."""
+    return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+
+
+# How it computes
 
 
 def checkpoint_activations(gpt):
@@ -197,15 +225,19 @@ def checkpoint_activations(gpt):
         block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
-def padded(vocab_size):
-    """A large vocabulary rounded up to a multiple of 64, which tensor cores like; a small one as it is."""
-    return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+def compile_blocks(gpt):
+    """
+    Compile each block of a sharded model by itself: what gathers a block's weights before it can't be
+    compiled.
+    """
+    for block in gpt.transformer.h:
+        block.forward = torch.compile(block.forward)
 
 
 def set_precision(config, device):
     """
     How float32 products and attention are computed, and with --deterministic that every operation repeats bit
-    for bit.
+    for bit. These switches are the process's.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # in TF32
@@ -220,7 +252,8 @@ def set_precision(config, device):
 
 def smaller_batch(config):
     """
-    What to try when memory is short: the next smaller micro-batch with the accumulation that keeps the total.
+    What to try when memory is short: the next smaller micro-batch, with the accumulation that keeps the
+    total.
     """
     again = "" if config.activation_checkpointing else "--activation_checkpointing=True or "
     if config.batch_size == 1:
@@ -228,12 +261,3 @@ def smaller_batch(config):
     smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.batch_size % size == 0)
     steps = config.gradient_accumulation_steps * config.batch_size // smaller
     return f"try {again}--batch_size={smaller} --gradient_accumulation_steps={steps}"
-
-
-def make_saver(out_dir, is_new_run, world, is_sharded):
-    """The Saver for this process; None where it has nothing to save."""
-    if is_sharded:
-        from kqv.training.sharded_saver import ShardedSaver  # which takes half a second to import
-
-        return ShardedSaver(out_dir, is_new_run, world)
-    return Saver(out_dir, is_new_run) if world.is_main else None

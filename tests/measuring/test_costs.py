@@ -19,8 +19,8 @@ from kqv.measuring.costs import Cluster, Job
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
 from kqv.training.sharding import is_sharded
-from kqv.training.world import World
 from kqv.training.start import checkpoint_activations, start_state
+from kqv.training.world import World
 from model import GPT, Block, GPTConfig, NextToken
 
 SMALL = GPTConfig(block_size=256, vocab_size=512, n_layer=3, n_head=4, n_embd=64, bias=False)
@@ -58,7 +58,7 @@ def training(job, world):
     state = start_state(config, gpt, None, dtype)
     if job.checkpointing:
         checkpoint_activations(gpt)
-    model = world.wrap(torch.compile(objective) if job.compiled else objective, objective)
+    model = world.wrap(torch.compile(objective) if job.compiled else objective)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def step():

@@ -264,7 +264,7 @@ def losses(folder, kind="loss"):
 
 def test_sums_are_learnt_from_pairs(run):
     argv = ["--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150", "--batch_size=16"]
-    out = run(*TINY, *argv, "--sampling=epoch")
+    out = run(*TINY, *argv, "--data_order=epoch")
     assert "warning" not in out and "bits per byte" not in out
     before, after = losses("out", "val_loss")
     assert before > 2.5 and after < 0.55 * before
@@ -274,7 +274,7 @@ def test_sums_are_learnt_from_pairs(run):
 def test_a_stopped_run_on_conversations_goes_on_bit_for_bit(sampling, run):
     argv = [
         *TINY,
-        f"--sampling={sampling}",
+        f"--data_order={sampling}",
         "--gradient_accumulation_steps=2",
         "--dropout=0.1",
         "--max_iters=7",
@@ -283,12 +283,12 @@ def test_a_stopped_run_on_conversations_goes_on_bit_for_bit(sampling, run):
     run(*argv, "--max_iters=4")
     run("--init_from=resume", "--max_iters=7")
     assert same(weights(), weights("straight")) and losses("out") == losses("straight")
-    run(*argv, "--out_dir=other", f"--sampling={'epoch' if sampling == 'random' else 'random'}")
+    run(*argv, "--out_dir=other", f"--data_order={'epoch' if sampling == 'random' else 'random'}")
     assert not same(weights(), weights("other"))
 
 
 def test_two_processes_train_on_conversations_as_one(run):
-    argv = [*TINY, "--sampling=epoch", "--gradient_accumulation_steps=4", "--dropout=0.1"]
+    argv = [*TINY, "--data_order=epoch", "--gradient_accumulation_steps=4", "--dropout=0.1"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command += [f"--master_port={free_port()}"]
     command += [str(ROOT / "train.py"), *argv]

@@ -87,10 +87,10 @@ def test_windows_start_anywhere_in_the_split_and_end_within_it(block_size, numbe
     assert starts == set(range(LONG - block_size))
 
 
-@pytest.mark.parametrize("sampling", ["random", "epoch"])
+@pytest.mark.parametrize("order", ["random", "epoch"])
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_many_processes_see_together_what_one_sees(size, sampling, numbered):
-    config = train.TrainSettings(batch_size=2, block_size=8, gradient_accumulation_steps=8, sampling=sampling)
+def test_many_processes_see_together_what_one_sees(size, order, numbered):
+    config = train.TrainSettings(batch_size=2, block_size=8, gradient_accumulation_steps=8, data_order=order)
 
     def seen(rank, size):
         world = World(torch.device("cpu"), rank, size)

@@ -37,7 +37,7 @@ from kqv.training import failures
 from kqv.training.failures import FailureDetector
 from kqv.training.process_group import is_to_restart_machines
 from kqv.training.sharding import is_sharded
-from kqv.training.start import start_state
+from kqv.training.state import start_state
 from kqv.training.world import World
 from model import GPT, GPTConfig, NextToken
 
