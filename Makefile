@@ -1,12 +1,14 @@
 # make demo   prepare Shakespeare's plays, train a small GPT on them, print what it writes
-# make test   the tests          make lint   the style checks          make clean   remove .venv
+# make test   the tests          make lint   the style checks          make clean   remove the environments
 # make test-slow, make test-gpu  the tests that take minutes, and those that need a CUDA device
+# make test-oldest               the tests with Python 3.10 and the lowest versions that the requirements allow
 
 PYTHON ?= python3
+OLDEST_PYTHON ?= python3.10
 BIN := .venv/bin
 TRAIN_ARGS ?=
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo test test-slow test-gpu test-oldest lint clean
 
 demo: .venv/runtime
 	$(BIN)/python prepare.py plays
@@ -22,12 +24,15 @@ test-slow: .venv/dev
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
 
+test-oldest: .venv-oldest/dev
+	.venv-oldest/bin/python -m pytest -n auto
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest
 
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: kqv needs Python 3.10 or newer: make PYTHON=python3.12, for example")'
@@ -40,4 +45,11 @@ clean:
 
 .venv/dev: .venv/runtime requirements-dev.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv-oldest/dev: requirements.txt requirements-dev.txt
+	@$(OLDEST_PYTHON) -c '' || { echo "error: make test-oldest needs Python 3.10: make test-oldest OLDEST_PYTHON=PATH"; exit 1; }
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	sed -n 's/>=/==/p' requirements.txt requirements-dev.txt > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -r .venv-oldest/requirements.txt
 	@touch $@

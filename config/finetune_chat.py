@@ -1,4 +1,4 @@
-# Fine-tune the demo's model to answer, on what the plays' people say to each other. After the demo:
+# Fine-tune the demo's model to answer, on the dialogue of the plays. After the demo:
 #   python prepare.py plays_chat --tokenizer=data/plays
 #   python train.py config/finetune_chat.py
 out_dir = "out/chat"
@@ -7,7 +7,7 @@ init_from = "out/plays_char"  # also decides the model's size, and so which exch
 data_order = "epoch"
 gradient_accumulation_steps = 1
 
-# 32 rows of one exchange or a few; the CPU's model sees each of the 5,700 rows 4 times
+# a row holds one exchange or a few; the CPU's model sees each of its 5,700 rows 4 times
 batch_size = 32
 max_iters = 700
 lr_decay_iters = max_iters

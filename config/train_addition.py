@@ -1,4 +1,4 @@
-# A calculator: learns to add numbers of three digits (python prepare.py addition) from a tenth of all sums.
+# Learns to add two numbers of three digits, from a tenth of all sums (python prepare.py addition).
 out_dir = "out/addition"
 dataset = "addition"
 data_order = "epoch"

@@ -1,4 +1,5 @@
-# Reads handwritten digits that are drawn as characters (pip install scikit-learn; python prepare.py digits).
+# Handwritten digits, drawn in characters -> the digit:
+#   pip install scikit-learn; python prepare.py digits
 out_dir = "out/digits"
 dataset = "digits"
 data_order = "epoch"
@@ -11,7 +12,7 @@ n_embd = 128
 block_size = 40
 batch_size = 32
 
-# 67 times through 1,427 images: so few are soon known by heart, which dropout and weight decay hinder
+# 67 passes over 1,427 images; dropout and weight decay are high, since so few images are soon overfitted
 max_iters = 3000
 lr_decay_iters = max_iters
 learning_rate = 1.5e-3

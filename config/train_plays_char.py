@@ -26,7 +26,7 @@ else:  # 0.8M parameters, a minute or two on two CPU cores
     block_size = 64
     batch_size = 32
     max_iters = 1200
-    learning_rate = 6e-3  # so small a model, trained so shortly, learns best with large steps
+    learning_rate = 6e-3  # a small model in a short run learns best with a high rate
     min_lr = 1e-4
     eval_interval = 300
     eval_iters = 30

@@ -1,5 +1,5 @@
-# A character-level GPT on tiny Shakespeare, the run that the field compares: nanoGPT's recipe.
-# It overfits this small text, so the checkpoint to keep is best.pt.
+# nanoGPT's recipe: a character-level GPT on tiny Shakespeare (python prepare.py shakespeare_char).
+# The model overfits this small text, so best.pt is the checkpoint to keep.
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 eval_interval = 250

@@ -1,18 +1,18 @@
-# English -> German, from the messages of programs and their translations:
+# English -> German, trained on messages of programs and their translations:
 #   pip install tokenizers sacrebleu; python prepare.py translation
 out_dir = "out/translation"
 dataset = "translation"
 data_order = "epoch"
 gradient_accumulation_steps = 1
 
-# 0.9M parameters; a row holds some five messages with their translations
+# 0.9M parameters; a row holds about five messages with their translations
 n_layer = 4
 n_head = 4
 n_embd = 128
 block_size = 128
 batch_size = 16
 
-# 15 times through 1,585 rows; from then on the model learns them by heart
+# 15 passes over 1,585 rows; with more the model overfits
 max_iters = 1500
 lr_decay_iters = max_iters
 learning_rate = 2e-3
