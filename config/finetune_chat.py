@@ -3,7 +3,7 @@
 #   python train.py config/finetune_chat.py
 out_dir = "out/chat"
 dataset = "plays_chat_plays"  # plays_chat, in the tokens of plays
-init_from = "out/plays_char"  # also decides the model's size, and so which exchanges fit
+init_from = "out/plays_char"  # its block_size decides which exchanges fit
 data_order = "epoch"
 gradient_accumulation_steps = 1
 

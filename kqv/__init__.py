@@ -1,1 +1,4 @@
-"""The plumbing that the scripts share. Nothing in here knows the model or a script."""
+"""
+What the commands share. A folder imports only from those before it: text, formats, generation, training,
+measuring. Nothing in here imports a command.
+"""

@@ -91,7 +91,7 @@ class BenchPlanSettings(
     usage: python bench.py plan [config.py ...] [--name=value ...]
 
     Calculate what training takes on GPUs that need not be here: memory of each, batch, communication, days.
-    GB are 10^9 bytes. docs/scaling.md has the formulas, and what of them is measured.
+    GB are 10^9 bytes. docs/lab/plan.md has the formulas, and what of them is measured.
     """
 
 

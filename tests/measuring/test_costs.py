@@ -19,7 +19,8 @@ from kqv.measuring.costs import Cluster, Job
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
 from kqv.training.sharding import is_sharded
-from kqv.training.start import checkpoint_activations, start_state
+from kqv.training.start import checkpoint_activations
+from kqv.training.state import start_state
 from kqv.training.world import World
 from model import GPT, Block, GPTConfig, NextToken
 
@@ -166,7 +167,7 @@ LARGE_JOBS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("job", LARGE_JOBS.values(), ids=LARGE_JOBS)
 def test_memory_of_models_that_people_train(job):
-    """The table of docs/scaling.md: pytest -s -m slow tests/test_costs.py"""
+    """The table of docs/lab/plan.md: pytest -s -m slow tests/measuring/test_costs.py"""
     calculated, found = costs.peak_bytes(job), measured(job)
     print(f" | {calculated / 1e9:.2f} | {found / 1e9:.2f} | {calculated / found - 1:+.1%} |", end="")
     assert calculated == pytest.approx(found, rel=0.1)
@@ -208,7 +209,7 @@ def test_activations_of_a_block_are_those_that_autograd_saves(B, nh, hs, itemsiz
 @pytest.mark.parametrize("itemsize, numbers", [(2, 36), (4, 64)])
 @pytest.mark.parametrize("shape", [GPTConfig(), GPTConfig(2048, 50304, 32, 32, 4096, bias=False)])
 def test_activations_of_a_block_by_hand(shape, itemsize, numbers):
-    """The formula of docs/scaling.md: 36 C bytes for a token, or in float32 64 C, and a few besides."""
+    """The formula of docs/lab/plan.md: 36 C bytes for a token, or in float32 64 C, and a few besides."""
     a_token = numbers * shape.n_embd + 4 * shape.n_head + 16
     for batch_size in (1, 3):
         job = Job(shape, batch_size=batch_size, itemsize=itemsize)
