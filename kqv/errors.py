@@ -175,8 +175,11 @@ def open_streams():
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
-        if number and hasattr(getattr(sys, name), "reconfigure"):  # a notebook's stream has none
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # any text shows, in any encoding
+        if number:
+            try:
+                getattr(sys, name).reconfigure(errors="backslashreplace")  # any text shows, in any encoding
+            except (AttributeError, ValueError):  # a notebook's stream has no such method; one may be closed
+                pass
 
 
 def discard(stream):
