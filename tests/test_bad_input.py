@@ -439,5 +439,5 @@ def test_control_c_ends_a_text_in_one_line(here):
     )
     assert process.stdout.read(10).startswith(b"keys")  # it is writing
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, b"error: interrupted\n")
