@@ -49,10 +49,10 @@ def require_config_file(path, types_of):
     ways = ["settings are written --name=value"]
     if "dataset" in types_of and not name.endswith(".py"):
         ways.append(f"a set is named by {shlex.quote(f'--dataset={name}')}")
+    if "out_dir" in types_of and (folder or os.path.isdir(path)):
+        ways.append(f"a run's folder by {shlex.quote(f'--out_dir={path}')}")
     if os.path.isdir(path):
         reason = "Is a directory"
-        if "out_dir" in types_of:
-            ways.append(f"a run's folder by {shlex.quote(f'--out_dir={path}')}")
     else:
         reason = "No such file or directory"
         files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []

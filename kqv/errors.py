@@ -70,12 +70,20 @@ def run_command(path):
     Run the command in the file at `path`, its imports and its `main(argv)`, and exit. It stands before a
     command's imports: so an import that fails, and Ctrl-C meanwhile, end in one line too.
     """
-    run(lambda argv: load(path).main(argv))
+    run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
     if not hasattr(sys, "ps1"):  # not in a notebook, which goes on
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback while the interpreter ends
     sys.exit(0)
+
+
+def working_folder():
+    """The working folder. Raises UserError where it has been deleted, on which libraries end in many ways."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working folder has been deleted: change to another (cd ..)") from None
 
 
 def load(path):

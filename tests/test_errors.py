@@ -134,6 +134,15 @@ def test_control_c_while_a_command_is_imported_is_one_line(name, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
 
 
+@commands
+def test_a_working_folder_that_was_deleted_is_one_line(name, tmp_path):
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$@"'
+    command = ["bash", "-c", script, "bash", sys.executable, str(ROOT / name), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: the working folder has been deleted")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_copy_of_a_command_is_that_copy(tmp_path):
     """Whoever changes a line of a copy runs the copy."""
     copy = tmp_path / "my prepare.v2.py"

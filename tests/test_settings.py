@@ -569,7 +569,7 @@ print(help_text(Whole))
         )
         for options in ([], ["-OO"])
     )
-    assert plain == stripped and plain.startswith(b"usage: mine\n\nDo something.\n\nA group:\n  --a=int ")
+    assert plain == stripped and plain.startswith("usage: mine\n\nDo something.\n\nA group:\n  --a=int ")
 
 
 # Any value, any argument
