@@ -21,6 +21,7 @@ def read_config_file(path, known):
     try:
         tree = ast.parse(source, path)
         require_effect(tree, path, known)
+        elsewhere = [*set_elsewhere(tree)]
         namespace = {"__name__": "config", "__file__": path}
         exec(compile(source, path, "exec"), namespace)
     except (KeyboardInterrupt, UsageError):
@@ -30,7 +31,7 @@ def read_config_file(path, known):
             f"config file {path}{line_of(error, path)}: {type(error).__name__}: {error}"
         ) from None
     values = plain_values(namespace, path, known)
-    for name, line, place in set_elsewhere(tree):
+    for name, line, place in elsewhere:
         if name in known and name not in values:
             raise UsageError(
                 f"{path}, line {line}: {name} is set inside {place}, which sets nothing: write it at the "

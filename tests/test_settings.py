@@ -424,6 +424,8 @@ def test_a_wrong_command_line_is_refused_with_the_value_and_the_way_out(argv, pa
         ("import sys\nsys.exit(0)", ["line 2", "SystemExit"]),
         ("raise ValueError('of two\\nlines')", ["line 1", "of two"]),
         ("n_layer = n_head", ["line 1", "n_head"]),
+        (f"n_layer = {'-' * 3000}1", ["RecursionError"]),
+        (f"n_layer = {'(' * 300}1", ["SyntaxError"]),
     ],
 )
 def test_a_wrong_config_file_is_refused_with_its_name_and_the_line(source, parts, refused, tmp_path):
