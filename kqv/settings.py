@@ -21,9 +21,13 @@ from kqv.errors import UsageError
 PLAIN = (bool, int, float, str)
 
 
-def setting(default, help, at_least=None, below=None):
-    """A dataclass field with a line of help and, for a number, bounds: `at_least <= value < below`."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
+def setting(default, help, at_least=None, below=None, at_most=None):
+    """
+    A dataclass field with a line of help and, for a number, bounds: `at_least <= value < below`, and
+    `value <= at_most`.
+    """
+    bounds = {"at_least": at_least, "below": below, "at_most": at_most}
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
 
 
 def parse(cls, argv, saved=None):
@@ -216,11 +220,13 @@ def from_value(value, kind):
 
 def check_bounds(field, value):
     """Raise UsageError for a value outside the bounds of its setting."""
-    at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
-    if at_least is not None and value < at_least:
+    at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
+    if at_least is not None and not value >= at_least:  # which NaN is not either
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")
-    if below is not None and value >= below:
+    if below is not None and not value < below:
         raise UsageError(f"{field.name} is {value}, but it must be below {below}")
+    if at_most is not None and not value <= at_most:
+        raise UsageError(f"{field.name} is {value}, but it must be at most {at_most}")
 
 
 def kind_name(kind):
