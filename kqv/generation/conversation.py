@@ -4,7 +4,7 @@ import sys
 
 from kqv.errors import UserError, warn
 from kqv.generation.printing import SEPARATOR, opening, print_pieces, print_samples
-from kqv.generation.prompts import decode_utf8, encode_prompt, require_length
+from kqv.generation.prompts import completed, decode_utf8, encode_prompt, fitted, room_for_answer
 
 
 class Conversation:
@@ -55,7 +55,7 @@ class Conversation:
         """Print the continuations of a text. Raises UserError where the model can't read it."""
         config, turn = self.config, self.turn
         self.turn += 1
-        text = text or opening("\n", self.writer.tokenizer)
+        text = completed(text, self.writer.tokenizer)
         prompt = self.prompt(text)
         start = opening(text, self.writer.tokenizer)
         if config.beams and config.num_samples > 1:
@@ -74,15 +74,15 @@ class Conversation:
     def prompt(self, text):
         """
         The ids of the history and the text. Where they leave no room for an answer, the oldest exchanges are
-        dropped from the history: max_new_tokens are kept free, but at most a quarter of the context.
+        dropped from the history.
         """
         block_size = self.writer.engine.gpt.config.block_size
-        longest = block_size - min(self.config.max_new_tokens, block_size // 4)
+        longest = block_size - room_for_answer(self.config, block_size)
         for first in range(0, len(self.history) + 1, 2):  # of the messages that are kept
             prompt = encode_prompt(text, self.writer.tokenizer, self.config, self.history[first:])
             if len(prompt) <= longest:
                 break
-        require_length(text, prompt, self.config, block_size)
+        (prompt,) = fitted([text], [prompt], self.writer.tokenizer, self.config, block_size)
         del self.history[:first]
         return prompt
 

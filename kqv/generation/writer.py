@@ -16,7 +16,7 @@ class TextSettings:
     num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=10**6)
     max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0, below=2**31)
     stop: tuple[str, ...] = setting(
-        (), "a text ends before this string (\\n in it is also a newline); may be given many times"
+        (), "a text ends before this string, with \\n in it also before a newline; may be given many times"
     )
     seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
     batch_size: int = setting(64, "texts that are written at once", at_least=1)
@@ -149,6 +149,6 @@ class Writer:
 
 
 def with_newlines(stops):
-    """The strings and, of those with a \\n as it is typed in a shell, also what was meant by it."""
+    """The strings; of one with \\n or \\t, as people type them in a shell, also what these stand for."""
     meant = (stop.replace("\\n", "\n").replace("\\t", "\t") for stop in stops)
     return tuple(dict.fromkeys((*stops, *meant)))
