@@ -186,7 +186,7 @@ def test_settings_out_of_their_bounds_are_refused_from_python_too(options):
 
 @settings(deadline=None, max_examples=200)
 @given(
-    logits=st.lists(st.floats(-1e29, 1e29, width=32), min_size=1, max_size=6),
+    logits=st.lists(st.floats(-(2.0**96), 2.0**96, width=32), min_size=1, max_size=6),
     sampling=st.builds(
         Sampling,
         temperature=st.floats(0, 1.7e308),
