@@ -363,14 +363,6 @@ def test_a_message_that_can_not_be_read_is_not_remembered_and_drops_nothing(talk
     assert unknown.startswith("warning: ") and "'X'" in unknown
 
 
-@pytest.mark.parametrize(
-    "argument", ["--start=a", "--prompts=a.txt", "--num_samples=2", "--logprobs", "--format=jsonl"]
-)
-def test_settings_that_mean_nothing_in_a_conversation(refusal, argument):
-    line = refusal(sample.main, "--chat", argument, status=2)
-    assert argument.split("=")[0] in line and "--chat" in line
-
-
 def test_a_closed_standard_input_is_an_empty_one(write, talk, monkeypatch):
     text = write()
     monkeypatch.setattr(sys, "stdin", None)
