@@ -1,5 +1,10 @@
 """The training run: batches -> steps -> evaluation -> checkpoints -> logs."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import math
 import signal
 import sys
@@ -60,6 +65,7 @@ class TrainSettings(
     """
 
 
+@report_once
 def main(argv):
     config = parse(TrainSettings, argv)
     # Handlers outlive the process group, which may still report a lost rank.
@@ -159,7 +165,3 @@ def set_up(config, start_checkpoint, world):
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     return TrainingRun(config, world, data, model, world.wrap(model), state, autocast, log, wandb_run)
-
-
-if __name__ == "__main__":
-    errors.run(report_once(main))
