@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the imports: one that fails ends in one lin
 
     run_command(__file__)
 
-import os
 import sys
 from dataclasses import dataclass
 
@@ -58,7 +57,6 @@ class SampleSettings(
 
 
 def main(argv):
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None where it is closed
     given = read_given(SampleSettings, argv)
     config = fill(SampleSettings, given)
     require_compatible(config, given)
