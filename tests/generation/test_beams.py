@@ -184,3 +184,8 @@ def test_a_search_records_no_gradients_and_leaves_them_on_and_the_texts_as_they_
     gpt.lm_head.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
     beam_search(Engine(gpt), texts, 2, beams=2)
     assert torch.is_grad_enabled() and recorded and not any(recorded) and texts == texts_of(3, 5)
+
+
+def test_no_power_of_a_length_overflows():
+    ((one,),) = beam_search(Engine(random_gpt()), [[0]], 20, beams=1, length_penalty=400.0)
+    assert len(one.ids) == 20 and one.score == 0 > one.logprob
