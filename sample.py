@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before the imports: one that fails ends in one lin
 
     run_command(__file__)
 
-import os
 import sys
 from dataclasses import dataclass
 
@@ -21,12 +20,28 @@ from kqv.generation.conversation import Conversation
 from kqv.generation.engine import Engine, compiling_pays, generation_dtype
 from kqv.generation.evaluation import EvaluationSettings
 from kqv.generation.printing import is_plain, print_continuations
-from kqv.generation.prompts import PromptSettings, encode_prompt, read_prompts, require_length
+from kqv.generation.prompts import PromptSettings, completed, encode_prompt, fitted, read_prompts
 from kqv.generation.sampling import Sampling
 from kqv.generation.writer import TextSettings, Writer, batched
-from kqv.settings import parse
+from kqv.settings import fill, read_given
 
-OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")  # settings with no part in --chat and --evaluate
+OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")
+OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "compile")
+
+UNUSED = (  # settings, when they mean nothing, and that in words
+    (("out_dir", "checkpoint"), lambda c: c.init_from != "resume", "with --init_from, which names weights"),
+    (("out_dir",), lambda c: c.checkpoint not in ("best", "newest"), "with --checkpoint=PATH"),
+    (("dataset", "max_examples", "bleu"), lambda c: not c.evaluate, "without --evaluate=train or val"),
+    (("chat", "system", "unknown", *OF_TEXTS), lambda c: c.evaluate, "with --evaluate, which reads a set"),
+    (OF_DRAWING, lambda c: c.evaluate, "with --evaluate, where answers are the likeliest"),
+    (("format", *OF_TEXTS), lambda c: c.chat, "with --chat"),
+    (("start",), lambda c: c.prompts, "with --prompts, which names the texts to continue"),
+    (("format",), lambda c: c.logprobs and c.format == "text", "with --logprobs, which prints JSON"),
+    (OF_DRAWING, lambda c: c.beams, "with --beams, which draws nothing"),
+    (("logprobs",), lambda c: c.beams, "with --beams, where --format=jsonl prints log-probabilities"),
+    (("length_penalty",), lambda c: not c.beams, "without --beams"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,35 +57,37 @@ class SampleSettings(
 
 
 def main(argv):
-    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # None where it is closed
-    config = parse(SampleSettings, argv)
-    require_compatible(config)
+    given = read_given(SampleSettings, argv)
+    config = fill(SampleSettings, given)
+    require_compatible(config, given)
     with out_of_memory_as(
         f"out of memory with num_samples={config.num_samples}, batch_size={config.batch_size}: "
         "try fewer texts at once (--batch_size), or a smaller --max_new_tokens"
     ):
-        sample(config)
+        sample(config, given)
 
 
-def sample(config):
-    """Load the model, and print what the settings ask for."""
+def sample(config, given):
+    """Load the model, and print what the settings ask for. `given`: {name: Given}, what the user gave."""
     nothing_given = is_plain(config) and not config.start and not config.prompts
     asks = config.chat or (nothing_given and sys.stdin.isatty())
     texts = [] if config.evaluate or asks else read_prompts(config)
     device = find_device(config.device)
     gpt, tokenizer, trained_on = load(config)
-    require_conversations(tokenizer, config)
+    require_conversations(tokenizer, config, given)
     gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
     block_size = gpt.config.block_size
     if config.evaluate:
         data = evaluation.open_set(config, trained_on, tokenizer)
+        if not data.is_chat:
+            refuse(given, OF_ANSWERS, f"with {data.folder}, which has texts, not conversations")
         examples = evaluation.read_examples(data, config.evaluate, block_size)
         prompts = [example.ids for example in examples]
         config = evaluation.settings_for_answers(config, examples, block_size)
     else:
+        texts = [completed(text, tokenizer) for text in texts]
         prompts = [encode_prompt(text, tokenizer, config) for text in texts]
-        for text, prompt in zip(texts, prompts, strict=True):
-            require_length(text, prompt, config, block_size)
+        prompts = fitted(texts, prompts, tokenizer, config, block_size)
     compiled = config.compile
     if compiled == "auto":
         compiled = compiling_pays(batched(prompts, config), device, gpt, config)
@@ -91,33 +108,27 @@ def load(config):
     return gpt.eval(), loading.tokenizer_of(contents), trained_on
 
 
-def require_compatible(config):
-    """Raise UsageError where two settings do not go together."""
-
-    def refuse(names, reason):
-        for name in names:
-            if getattr(config, name) != getattr(SampleSettings, name):
-                raise UsageError(f"--{name} means nothing {reason}")
-
-    if config.evaluate:
-        refuse(("chat", "system", *OF_TEXTS), "with --evaluate: leave one of them out")
-    else:
-        refuse(("dataset", "max_examples", "bleu"), "without --evaluate=train or --evaluate=val")
-    if config.chat:
-        refuse(("format", *OF_TEXTS), "with --chat: leave one of them out")
-    if config.beams and config.logprobs:
-        raise UsageError("beam search prints log-probabilities with --format=jsonl instead of --logprobs")
+def require_compatible(config, given):
+    """Raise UsageError where two settings do not go together; `given`: {name: Given}, what the user gave."""
+    for names, mean_nothing, reason in UNUSED:
+        if mean_nothing(config):
+            refuse(given, names, reason)
     if config.beams and config.num_samples > config.beams:
         raise UsageError(f"num_samples={config.num_samples} is more than beams={config.beams} can give")
-    if config.start and config.prompts:
-        raise UsageError("--start and --prompts both name texts to continue: give one of them")
     if "" in config.stop:
         raise UsageError("--stop is empty, and an empty string is everywhere: leave it out, or name one")
 
 
-def require_conversations(tokenizer, config):
+def refuse(given, names, reason):
+    """Raise UsageError where one of the settings was given. (One that is False is used: it is off.)"""
+    for name in names:
+        if name in given and given[name].value is not False:
+            raise UsageError(f"{given[name]} means nothing {reason}: leave it out")
+
+
+def require_conversations(tokenizer, config, given):
     """Raise UserError where --chat or --system is given for a model that was trained on texts."""
-    if tokenizer.kind != "chat" and (config.chat or config.system):
+    if tokenizer.kind != "chat" and (config.chat or "system" in given):
         raise UserError(
             "--chat and --system need a model of conversations, and this one was trained on texts: prepare "
             "conversations (python prepare.py plays_chat, or a .jsonl file of them) and train on those"

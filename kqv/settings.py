@@ -21,14 +21,13 @@ from kqv.errors import UsageError
 from kqv.values import HYPHENS, as_utf8, convert, expand_home, kind_name, require_path
 
 
-def setting(default, help, at_least=None, below=None, path=False):
+def setting(default, help, at_least=None, below=None, at_most=None, path=False):
     """
-    A dataclass field with a line of help and, for a number, bounds: `at_least <= value < below`. A `path` is
-    text that is, or may be, the name of a file or folder.
+    A dataclass field with a line of help and, for a number, bounds: `at_least <= value < below`, and
+    `value <= at_most`. A `path` is text that is, or may be, the name of a file or folder.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "at_least": at_least, "below": below, "path": path}
-    )
+    metadata = {"help": help, "at_least": at_least, "below": below, "at_most": at_most, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +199,13 @@ def require_no_setting(argument, types_of):
 
 def check_bounds(field, value):
     """Raise UsageError for a value outside the bounds of its setting."""
-    at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
-    if at_least is not None and value < at_least:
+    at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
+    if at_least is not None and not value >= at_least:  # which NaN is not either
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")
-    if below is not None and value >= below:
+    if below is not None and not value < below:
         raise UsageError(f"{field.name} is {value}, but it must be below {below}")
+    if at_most is not None and not value <= at_most:
+        raise UsageError(f"{field.name} is {value}, but it must be at most {at_most}")
 
 
 def help_text(cls):

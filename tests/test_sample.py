@@ -1,6 +1,8 @@
 """sample.py end to end: the text it prints, from checkpoints that a test trains or writes itself."""
 
+import dataclasses
 import io
+import json
 import math
 import os
 import subprocess
@@ -16,8 +18,8 @@ from kqv.formats import loading
 from kqv.generation import engine
 from kqv.generation.engine import compiling_pays, generation_dtype
 from kqv.generation.writer import batched
-from kqv.settings import parse
-from kqv.text.tokenizers import ByteTokenizer, CharTokenizer
+from kqv.settings import fill, parse, read_given
+from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, ChatTokenizer
 from kqv.training.start import padded
 from model import GPT, GPTConfig
 
@@ -151,7 +153,7 @@ def test_best_newest_or_any_checkpoint(cli, tmp_path):
     assert letter() == letter("--checkpoint=best") == "cbbb\n"
     assert letter("--checkpoint=newest") == letter("--checkpoint=out/ckpt.pt") == "caaa\n"
     assert letter("--checkpoint=other/any.pt") == letter("--init_from=other/any.pt") == "cccc\n"
-    assert letter("--init_from=out", "--out_dir=nowhere") == "cbbb\n"
+    assert letter("--init_from=out") == "cbbb\n"
     (tmp_path / "out/best.pt").unlink()
     assert letter() == letter("--checkpoint=best") == "caaa\n"
 
@@ -192,9 +194,8 @@ def recite(cli, tmp_path):
 
     def succeed(ids, *argv):
         save(gpt_that_writes(ids, 257), ByteTokenizer(), tmp_path / "out")
-        status, out, err = cli(
-            sample.main, "--start=>", "--device=cpu", f"--max_new_tokens={len(ids)}", *argv
-        )
+        start = [] if "--prompts=prompts.txt" in argv else ["--start=>"]
+        status, out, err = cli(sample.main, *start, "--device=cpu", f"--max_new_tokens={len(ids)}", *argv)
         assert (status, err) == (0, "")
         return out
 
@@ -306,7 +307,7 @@ def test_what_may_begin_a_stop_is_held_back_until_that_is_known(shown):
 
 def test_each_text_of_a_batch_stops_by_itself(recite, steps, tmp_path):
     (tmp_path / "prompts.txt").write_text("1\n12345678\n1234\n")  # the last two start further on
-    argv = ["--start=", "--prompts=prompts.txt", "--stop=stop", "--format=jsonl"]
+    argv = ["--prompts=prompts.txt", "--stop=stop", "--format=jsonl"]
     records = parsed(recite(b"ab stop cd and so on", *argv, "--max_new_tokens=9"))
     assert [(record["text"], record["tokens"], record["end"]) for record in records] == [
         ("ab ", 7, "stop"),
@@ -330,6 +331,16 @@ def test_the_end_of_text_ends_a_text(recite, steps):
     (record,) = parsed(recite(ids, "--format=jsonl", "--beams=2"))
     assert (record["text"], record["tokens"], record["end"]) == ("ab", 3, "end_of_text")
     assert recite(ids, "--beams=2") == ">ab\n"
+
+
+def test_a_stop_with_a_newline_as_it_is_typed_in_a_shell(recite):
+    for typed in ("\\n", "\n"):
+        assert recite(b"one\n\ntwo", f"--stop={typed}") == ">one\n"
+        assert recite(b"one\n\ntwo", f"--stop={typed}", "--beams=2") == ">one\n"
+        assert recite(b"o\ne\n\ntwo", f"--stop={typed * 2}") == ">o\ne\n"
+    assert recite(b"one\ttwo", "--stop=\\t") == ">one\n"
+    assert recite(b"x = '\\n'", "--stop=\\n") == ">x = '\n"  # a program's text may hold those two characters
+    assert recite(b"a \\textbf{b}", "--stop=\\textbf") == ">a \n"
 
 
 def test_an_empty_stop_is_refused(refusal):
@@ -473,7 +484,6 @@ def test_a_prompt_is_searched_once_for_all_its_texts(recite, steps):
 
 
 def test_beams_that_can_not_be_are_refused(refusal):
-    assert "--format=jsonl" in refusal(sample.main, "--beams=2", "--logprobs", status=2)
     line = refusal(sample.main, "--beams=2", "--num_samples=3", status=2)
     assert "num_samples=3" in line and "beams=2" in line
 
@@ -509,7 +519,7 @@ def test_prompts_are_continued_in_the_files_order_whatever_the_batches(write_all
 
 def test_a_text_is_printed_as_soon_as_those_before_it(shown, tmp_path):
     (tmp_path / "prompts.txt").write_text("va\nk\nkeys\n")
-    argv = ["--start=", "--prompts=prompts.txt", "--batch_size=1", "--max_new_tokens=1"]
+    argv = ["--prompts=prompts.txt", "--batch_size=1", "--max_new_tokens=1"]
     first_two = f"va2{SEPARATOR}k1{SEPARATOR}"
     # The model reads k, va (in two forwards) and keys (in two).
     assert shown(b"1234", *argv) == ["", "", "", first_two, first_two, f"{first_two}keys4{SEPARATOR}"]
@@ -535,7 +545,6 @@ def test_a_single_prompt_in_a_file_is_a_text_alone(write, write_all):
     "content, says",
     [
         ("keys\n\nand\n", ["prompts.txt", "line 2"]),
-        ("keys\n" + "queries " * 6, ["'queries queries queries queries queries ...'", "48 tokens", "16"]),
         ("keys\nX\n", ["'X'", "position 0"]),
     ],
 )
@@ -545,17 +554,23 @@ def test_prompts_that_can_not_be_continued(refusal, trained, tmp_path, content, 
     assert all(part in line for part in says), line
 
 
-def test_a_prompt_may_fill_the_context(write, refusal, trained):
+def test_a_prompt_may_fill_the_context_and_of_a_longer_one_the_end_is_read(write, cli, trained, tmp_path):
     text = "keys" * 4  # block_size is 16
-    assert write(f"--start={text}", "--max_new_tokens=1").startswith(text)
-    line = refusal(sample.main, f"--out_dir={trained}", "--device=cpu", f"--start={text}s")
-    assert "17 tokens" in line and "16" in line
+    short = write(f"--start={text}")
+    assert short.startswith(text)
+    argv = [f"--out_dir={trained}", "--device=cpu", "--max_new_tokens=40"]
+    status, out, err = cli(sample.main, *argv, f"--start=and {text}")
+    assert (status, out) == (0, f"and {short}")
+    assert err.startswith("warning: ") and "20 tokens" in err and len(err.splitlines()) == 1
+    (tmp_path / "prompts.txt").write_text(f"{text}\nqueries and {text}\nk\n")
+    status, out, err = cli(sample.main, *argv, "--prompts=prompts.txt", "--format=jsonl")
+    assert status == 0 and err.startswith("warning: the prompt 'queries and ") and len(err.splitlines()) == 1
+    assert [record["prompt"] for record in parsed(out)] == [text, f"queries and {text}", "k"]
+    assert f"{text}{parsed(out)[0]['text']}\n" == short
 
 
-def test_prompts_that_are_not_there_or_not_alone(refusal, trained):
+def test_prompts_that_are_not_there(refusal):
     assert "--prompts=nope.txt can't be read" in refusal(sample.main, "--prompts=nope.txt")
-    line = refusal(sample.main, "--prompts=nope.txt", "--start=keys", status=2)
-    assert "--start" in line and "--prompts" in line
 
 
 # How tokens are drawn
@@ -563,7 +578,7 @@ def test_prompts_that_are_not_there_or_not_alone(refusal, trained):
 
 def test_each_way_to_leave_only_the_likeliest_token_is_greedy(write):
     greedy = write("--temperature=0")
-    for only in ("--top_k=1", "--top_p=1e-6", "--top_p=0", "--min_p=1", "--min_p=2"):
+    for only in ("--top_k=1", "--top_p=1e-6", "--top_p=0", "--min_p=1"):
         assert write(only, "--temperature=3") == greedy
     assert write("--temperature=3") != greedy
 
@@ -584,6 +599,131 @@ def test_a_sample_is_the_same_beside_any_others(write):
     for batch_size in (1, 2, 3):
         assert write(*argv, "--num_samples=5", f"--batch_size={batch_size}").splitlines() == five
     assert f"keys{parsed(five[0])[0]['text']}\n" == write(*argv[:-1])
+
+
+def test_a_text_depends_on_its_seed_prompt_and_sample_alone(write_all):
+    argv = ["--seed=7", "--temperature=1.5", "--format=jsonl"]
+    file = "keys\nand v\nk\n"
+    texts = {}
+    for copies in (1, 2, 3):
+        for batch_size in (1, 2, 64):
+            out = write_all(file, *argv, f"--num_samples={copies}", f"--batch_size={batch_size}")
+            for record in parsed(out):
+                texts.setdefault((record["prompt"], record["sample"]), set()).add(record["text"])
+    assert len(texts) == 9 and all(len(same) == 1 for same in texts.values())
+    assert len(set.union(*texts.values())) == 9
+    for record in parsed(write_all("queries é\nand v\nva\ns\n", *argv, "--num_samples=2")):
+        if record["prompt"] == "and v":  # the second beside any others
+            assert texts["and v", record["sample"]] == {record["text"]}
+
+
+def test_a_penalty_does_not_put_off_the_end_of_a_text(cli, tmp_path):
+    tok = ChatTokenizer(CharTokenizer("abc"))
+    logits = [1.0, 2.0, 1.5, *[0.0] * tok.vocab_size][: tok.vocab_size]
+    logits[tok.separator] = 1.9
+    save(gpt_of(logits), tok, tmp_path / "out")
+    argv = ["--device=cpu", "--temperature=0", "--max_new_tokens=9", "--repetition_penalty=100"]
+    (tmp_path / "talk.txt").write_text("a\na\n")
+    with open(tmp_path / "talk.txt") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", file)
+        # "b" is the likeliest; then it is penalised, and the end of the text is, though it is in the history.
+        assert cli(sample.main, *argv, "--chat") == (0, "b\n\n", "")
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "argv", [[], ["--temperature=0"], ["--beams=2"], ["--logprobs"], ["--format=jsonl"], ["--num_samples=2"]]
+)
+def test_a_model_whose_logits_are_not_finite_writes_no_text(cli, tmp_path, wrong, argv):
+    save(gpt_of([0.0, wrong, 1.0]), CharTokenizer("abc"), tmp_path / "out")
+    status, out, err = cli(sample.main, "--device=cpu", "--start=a", *argv)
+    assert status == 1 and out in ("", "a")
+    assert err.startswith("error: the model's logits are not finite") and len(err.splitlines()) == 1
+
+
+def not_json(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_a_logarithm_of_zero_is_null_in_json(cli, tmp_path):
+    save(gpt_of([0.0, 3e38, -3e38]), CharTokenizer("abc"), tmp_path / "out")
+    for argv in (["--logprobs"], ["--format=jsonl", "--beams=2"], ["--format=jsonl"]):
+        status, out, err = cli(sample.main, "--device=cpu", "--start=a", "--max_new_tokens=1", *argv)
+        assert (status, err) == (0, "")
+        for line in out.splitlines():
+            json.loads(line, parse_constant=not_json)
+
+
+def test_no_length_overflows_a_length_penalty(recite, refusal):
+    (record,) = parsed(recite(b"ab" * 30, "--beams=2", "--length_penalty=10", "--format=jsonl"))
+    assert record["score"] == pytest.approx(record["logprob"] / 60**10)
+    line = refusal(sample.main, "--beams=2", "--length_penalty=99.9", status=2)
+    assert "length_penalty is 99.9, but it must be at most 10" in line
+
+
+# Settings that mean nothing
+
+
+DRAWING = {"temperature": 0.8, "top_k": 200, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "seed": 1337}
+TEXTS_ALONE = {"start": "a", "prompts": "a.txt", "num_samples": 1, "logprobs": True}
+OF_EVALUATION = {"dataset": "a", "max_examples": 0, "bleu": True}
+REFUSED = {  # by the command line that makes them mean nothing; most have their default
+    "": {**OF_EVALUATION, "length_penalty": 0},
+    "--evaluate=val": {
+        **DRAWING,
+        **TEXTS_ALONE,
+        "chat": True,
+        "system": "",
+        "unknown": "error",
+        "length_penalty": 0,
+    },
+    "--evaluate=val --beams=2": {**DRAWING, **TEXTS_ALONE, "chat": True, "system": "a", "unknown": "skip"},
+    "--chat": {**TEXTS_ALONE, **OF_EVALUATION, "format": "text", "length_penalty": 0},
+    "--chat --beams=2": {**DRAWING, **TEXTS_ALONE, **OF_EVALUATION, "format": "jsonl"},
+    "--beams=2": {**DRAWING, **OF_EVALUATION, "logprobs": True},
+    "--prompts=a.txt": {**OF_EVALUATION, "start": "", "length_penalty": 0},
+    "--logprobs": {**OF_EVALUATION, "format": "text", "length_penalty": 0},
+    "--init_from=gpt2": {**OF_EVALUATION, "out_dir": "out", "checkpoint": "best", "length_penalty": 0},
+    "--checkpoint=a.pt": {**OF_EVALUATION, "out_dir": "out", "length_penalty": 0},
+}
+SOME_VALUE = {
+    **{"init_from": "resume", "out_dir": "out", "checkpoint": "newest", "prompts": "a.txt", "start": "a"},
+    **{"chat": True, "system": "a", "unknown": "skip", "num_samples": 1, "max_new_tokens": 500, "stop": "a"},
+    **{"batch_size": 64, "format": "jsonl", "logprobs": True, "beams": 2, "length_penalty": 1.5},
+    **{
+        "evaluate": "train",
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": False,
+        **DRAWING,
+        **OF_EVALUATION,
+    },
+}
+
+
+@pytest.mark.parametrize("command", REFUSED, ids=lambda command: command or "texts")
+def test_what_is_given_is_used_or_refused(refusal, command):
+    for name, value in REFUSED[command].items():
+        line = refusal(sample.main, *command.split(), f"--{name}={value}", status=2)
+        assert line.startswith(f"error: --{name}={value} means nothing with"), line
+    assert SOME_VALUE.keys() == {field.name for field in dataclasses.fields(sample.SampleSettings)}
+    own = {argument[2:].split("=")[0] for argument in command.split()}
+    turns_it = {"evaluate", "chat", "beams", "prompts", "logprobs", "init_from", "checkpoint"}
+    for name in SOME_VALUE.keys() - REFUSED[command].keys() - own - turns_it:
+        given = read_given(sample.SampleSettings, [*command.split(), f"--{name}={SOME_VALUE[name]}"])
+        sample.require_compatible(fill(sample.SampleSettings, given), given)
+
+
+def test_what_a_config_file_gives_is_given_and_what_is_off_is_off(refusal, cli, tmp_path):
+    (tmp_path / "mine.py").write_text("beams = 2\ntemperature = 0.5\n")
+    line = refusal(sample.main, "mine.py", status=2)
+    assert "mine.py: temperature = 0.5 means nothing with --beams" in line
+    save(gpt_that_likes([1], 3), CharTokenizer("abc"), tmp_path / "out")
+    argv = ["--start=a", "--device=cpu", "--max_new_tokens=2", "--beams=2"]
+    assert cli(sample.main, *argv, "--logprobs=False", "--chat=False", "--bleu=False") == (0, "abb\n", "")
 
 
 # Precision, compilation
@@ -692,7 +832,7 @@ def test_a_reader_that_leaves_ends_the_text_quietly(trained, tmp_path):
     os.close(ours)  # as `| head` does
     _, err = process.communicate(timeout=60)
     assert err == b""
-    assert process.returncode == 1
+    assert process.returncode == 0
 
 
 def test_the_text_of_a_process_is_that_of_main_in_the_terminals_encoding(write, trained, tmp_path):

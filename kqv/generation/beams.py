@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from kqv.generation.stream import ContextWindow
+from kqv.generation.sampling import are_finite, not_finite
+from kqv.generation.stream import ContextWindow, lists_of_ids
 from kqv.settings import setting
 
 
@@ -20,7 +21,7 @@ class BeamSettings:
 
     beams: int = setting(0, "how many continuations to follow at once; 0: draw", at_least=0, below=2**31)
     length_penalty: float = setting(
-        0.0, "divide log-probabilities by length to this power", at_least=0.0, below=100.0
+        0.0, "divide log-probabilities by length to this power", at_least=0.0, at_most=10.0
     )
 
 
@@ -30,6 +31,11 @@ class Hypothesis(NamedTuple):
     ids: list
     logprob: float  # of all its tokens together
     score: float  # logprob / len(ids) ** length_penalty
+
+
+def score_of(logprob, length, length_penalty):
+    """The score of a hypothesis. As a product, because a large power of the length is no float."""
+    return logprob * length**-length_penalty
 
 
 @torch.no_grad()
@@ -44,9 +50,15 @@ def beam_search(
     where `ends(ids)` is true, or after max_new_tokens. Its score is its log-probability divided by
     length ** length_penalty, because longer texts are less likely (Wu et al. 2016, section 7). The search of
     a text stops early when no kept beam can reach the score of the finished ones. Ids from vocab_size on are
-    never chosen. Raises ValueError where a text has no token or more than block_size.
+    never chosen; of a text that is longer than block_size, the model reads the end. Raises the errors of
+    `stream`, and ValueError for less than one beam.
     """
+    if beams < 1:
+        raise ValueError(f"beams is {beams}, but a search follows at least one")
     vocab_size = vocab_size or engine.gpt.config.vocab_size
+    texts = lists_of_ids(texts, engine.gpt.config.vocab_size)
+    if not texts:
+        return []
     window = ContextWindow(engine, [text for text in texts for _ in range(beams)], max_new_tokens)
     alive = [[Hypothesis([], 0.0, 0.0)] for _ in texts]
     finished = [[] for _ in texts]
@@ -61,7 +73,7 @@ def beam_search(
             kept, ended = extend(alive[number], *candidates, beams, vocab_size, length_penalty, ends)
             finished[number] = best(finished[number] + ended, beams)
             if kept and len(finished[number]) == beams:
-                reachable = kept[0][1].logprob / max_new_tokens**length_penalty
+                reachable = score_of(kept[0][1].logprob, max_new_tokens, length_penalty)
                 if reachable <= finished[number][-1].score:
                     kept = []
             alive[number] = [hypothesis for _, hypothesis in kept]
@@ -85,11 +97,13 @@ def extend(hypotheses, logprobs, indices, beams, vocab_size, length_penalty, end
     """
     kept, ended = [], []
     for logprob, index in zip(logprobs, indices, strict=True):
+        if math.isnan(logprob):
+            raise not_finite()
         if logprob == -math.inf or len(kept) == beams:
             break
         beam, token = divmod(index, vocab_size)
         ids = [*hypotheses[beam].ids, token]
-        hypothesis = Hypothesis(ids, logprob, logprob / len(ids) ** length_penalty)
+        hypothesis = Hypothesis(ids, logprob, score_of(logprob, len(ids), length_penalty))
         if ends(ids):
             ended.append(hypothesis)
         else:
@@ -102,10 +116,12 @@ def extensions(logits, scores, vocab_size):
     The 2N likeliest extensions of each prompt's beams by a token; 2N, because N of them may end their text.
 
     logits (P N, V), the beams' log-probabilities (P, N) -> log-probabilities (P, 2N), the likeliest first,
-    and indices (P, 2N): beam * vocab_size + id. Of a vocabulary of one id there are N, not 2N.
+    and indices (P, 2N): beam * vocab_size + id. Of a vocabulary of one id there are N, not 2N. Of logits that
+    are not finite, the log-probabilities are NaN, and come first.
     """
     P, N = scores.shape
-    logprobs = logits[:, :vocab_size].log_softmax(dim=-1).view(P, N, vocab_size)
+    logits = logits[:, :vocab_size]
+    logprobs = torch.where(are_finite(logits), logits.log_softmax(dim=-1), math.nan).view(P, N, vocab_size)
     return (scores[:, :, None] + logprobs).flatten(1).topk(min(2 * N, N * vocab_size))
 
 

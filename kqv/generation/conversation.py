@@ -4,7 +4,8 @@ import sys
 
 from kqv.errors import UserError, warn
 from kqv.generation.printing import SEPARATOR, opening, print_pieces, print_samples
-from kqv.generation.prompts import decode_utf8, encode_prompt, require_length
+from kqv.generation.prompts import completed, decode_utf8, encode_prompt, fitted, room_for_answer
+from kqv.values import as_utf8
 
 
 class Conversation:
@@ -29,7 +30,7 @@ class Conversation:
         """Answer each line of standard input; print only answers. Raises UserError at the first error."""
         for number, line in enumerate(sys.stdin.buffer, 1):
             text = decode_utf8(line, f"message {number} of standard input")
-            self.reply(text.removesuffix("\n").removesuffix("\r"))
+            self.reply(*self.read(text.removesuffix("\n").removesuffix("\r")))
 
     def run_on_terminal(self):
         """Ask for a text and continue it, again and again. Ctrl-C ends a text, Ctrl-D the program."""
@@ -42,21 +43,27 @@ class Conversation:
         print(f"{hint}. Ctrl-C stops it; Ctrl-D ends the program.")
         while True:
             try:
-                self.reply(input("> "))
-            except (UserError, UnicodeDecodeError) as error:
-                warn(str(error))
+                try:
+                    text, prompt = self.read(as_utf8(input("> ")))
+                except (UserError, UnicodeDecodeError) as error:
+                    warn(str(error))
+                else:
+                    self.reply(text, prompt)
             except KeyboardInterrupt:
                 print()
             except EOFError:
                 print()
                 return
 
-    def reply(self, text):
-        """Print the continuations of a text. Raises UserError where the model can't read it."""
-        config, turn = self.config, self.turn
+    def read(self, text):
+        """The text to continue where `text` was typed, and its ids. Raises UserError where there are none."""
         self.turn += 1
-        text = text or opening("\n", self.writer.tokenizer)
-        prompt = self.prompt(text)
+        text = completed(text, self.writer.tokenizer)
+        return text, self.prompt(text)
+
+    def reply(self, text, prompt):
+        """Print the continuations of a text with these ids."""
+        config, number = self.config, self.turn - 1
         start = opening(text, self.writer.tokenizer)
         if config.beams and config.num_samples > 1:
             print_samples([start], self.writer.records([prompt]))
@@ -64,7 +71,7 @@ class Conversation:
         for copy in range(config.num_samples):
             said = []
             try:
-                print_pieces(start, remembered(self.writer.pieces(prompt, (turn, copy)), said))
+                print_pieces(start, remembered(self.writer.pieces(prompt, (number, copy)), said))
             finally:  # an answer that Ctrl-C stopped is remembered as far as it was printed
                 if config.chat:
                     self.history += [("user", text), ("assistant", "".join(said))]
@@ -74,15 +81,15 @@ class Conversation:
     def prompt(self, text):
         """
         The ids of the history and the text. Where they leave no room for an answer, the oldest exchanges are
-        dropped from the history: max_new_tokens are kept free, but at most a quarter of the context.
+        dropped from the history.
         """
         block_size = self.writer.engine.gpt.config.block_size
-        longest = block_size - min(self.config.max_new_tokens, block_size // 4)
+        longest = block_size - room_for_answer(self.config, block_size)
         for first in range(0, len(self.history) + 1, 2):  # of the messages that are kept
             prompt = encode_prompt(text, self.writer.tokenizer, self.config, self.history[first:])
             if len(prompt) <= longest:
                 break
-        require_length(text, prompt, self.config, block_size)
+        (prompt,) = fitted([text], [prompt], self.writer.tokenizer, self.config, block_size)
         del self.history[:first]
         return prompt
 

@@ -9,7 +9,7 @@ Shapes: B rows of text, T tokens, V vocabulary.
 """
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ class MatVec(nn.Linear):
 
 def compiled_for_decoding(gpt):
     """A GPT on the same weights, compiled for decoding on a CPU. All blocks share one compilation."""
-    twin = copy.deepcopy(gpt, {id(parameter): parameter for parameter in gpt.parameters()})
+    twin = copy.deepcopy(gpt, {id(parameter): parameter for parameter in gpt.parameters()}).eval()
     for module in twin.modules():
         if type(module) is nn.Linear:
             module.__class__ = MatVec
@@ -73,13 +73,29 @@ def compiled_for_decoding(gpt):
 
 
 def decode(gpt, cache, tokens, sampler, *inputs):
-    """Read the newest token of each row, (B, 1) -> the tensors that `sampler` makes of the logits (B, V)."""
-    return sampler(gpt(tokens, cache=cache)[:, 0].float(), *inputs)
+    """
+    Read the newest token of each row, (B, 1) -> the tensors that `sampler` makes of the logits (B, V). A
+    sampler says -1 where it has no token; that is read as id 0, because the host may not know it yet.
+    """
+    return sampler(gpt(tokens.clamp(min=0), cache=cache)[:, 0].float(), *inputs)
+
+
+@contextmanager
+def evaluating(gpt):
+    """Within this context a GPT drops nothing out; then its modules are in the modes in which they were."""
+    in_training = [module for module in gpt.modules() if module.training] if gpt.training else []
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 class Engine:
     """
-    Runs a GPT: plain, or compiled, which pays for many tokens.
+    Runs a GPT: plain, or compiled, which pays for many tokens. A GPT in training mode drops nothing out here.
 
     Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step. A graph
     needs the same shapes and addresses again, so the cache always has block_size slots, and lengths are
@@ -157,4 +173,5 @@ class Engine:
     def run(self, function, *arguments, **options):
         if self.use_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
-        return function(*arguments, **options)
+        with evaluating(self.gpt):
+            return function(*arguments, **options)

@@ -4,7 +4,7 @@ Evaluation on a prepared set: the loss on a split, and how many of its answers t
 Shapes: B rows, T tokens.
 """
 
-import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -14,6 +14,9 @@ import torch
 from tqdm import tqdm
 
 from kqv.errors import UsageError, UserError
+from kqv.generation.engine import evaluating
+from kqv.generation.printing import print_object
+from kqv.generation.sampling import not_finite
 from kqv.settings import setting
 from kqv.text.dataset import Dataset
 from model import NextToken
@@ -54,7 +57,7 @@ class Example(NamedTuple):
 def open_set(config, trained_on, tokenizer):
     """
     The Dataset to evaluate on; of its split only the first --max_examples conversations. Raises UserError
-    where its tokenizer is not the model's, UsageError where the settings do not fit it.
+    where its tokenizer is not the model's, UsageError where the settings name none.
     """
     name = config.dataset or trained_on
     if not name:
@@ -65,12 +68,7 @@ def open_set(config, trained_on, tokenizer):
             f"{data.folder} was made with another tokenizer than the model knows: prepare texts or "
             "conversations, whichever it was trained on, with --tokenizer=CHECKPOINT"
         )
-    if not data.is_chat and (config.max_examples or config.bleu):
-        raise UsageError(
-            f"{data.folder} has texts, not conversations: leave out "
-            + ("--max_examples" if config.max_examples else "--bleu")
-        )
-    if config.max_examples:
+    if config.max_examples and data.is_chat:
         starts = data.conversation_starts
         starts[config.evaluate] = starts[config.evaluate][: config.max_examples + 1]
     return data
@@ -111,7 +109,7 @@ def settings_for_answers(config, examples, block_size):
 def mean_loss(gpt, data, split, batch_size):
     """
     (mean cross-entropy in nats per token, number of tokens) over every target of a split, once. Raises
-    UserError where it has none.
+    UserError where it has none, or where the model's logits are not finite.
     """
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
@@ -121,12 +119,15 @@ def mean_loss(gpt, data, split, batch_size):
     batches = whole_split(data, split, batch_size, block_size)
     for batch in with_progress(batches, data.batches(split, batch_size, block_size)):
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
-        with autocast:
+        with autocast, evaluating(gpt):
             losses.append(loss(*arrays))
         counts.append(int((batch.targets >= 0).sum()))
     if not counts:
         raise UserError(f"the {split} split of {data.folder} is too short to predict anything: use more text")
-    return float(np.average(torch.stack(losses).tolist(), weights=counts)), sum(counts)
+    mean = float(np.average(torch.stack(losses).tolist(), weights=counts))
+    if not math.isfinite(mean):
+        raise not_finite()
+    return mean, sum(counts)
 
 
 def whole_split(data, split, batch_size, block_size):
@@ -157,7 +158,7 @@ def report(config, gpt, data, examples, records):
         texts.append(record["text"])
         if not plain:
             about = {"prompt": example.prompt, "text": texts[-1], "expected": example.expected}
-            print(json.dumps({**about, "match": texts[-1] == example.expected}), flush=True)
+            print_object({**about, "match": texts[-1] == example.expected})
     if examples:
         matches = sum(map(str.__eq__, texts, expected))
         numbers |= {"max_examples": config.max_examples, "block_size": gpt.config.block_size}
@@ -166,7 +167,10 @@ def report(config, gpt, data, examples, records):
     if bleu:
         score = bleu.corpus_score(texts, [expected]).score
         numbers |= {"bleu": score, "bleu_signature": str(bleu.get_signature())}
-    print(in_words(numbers) if plain else json.dumps(numbers))
+    if plain:
+        print(in_words(numbers))
+    else:
+        print_object(numbers)
 
 
 def in_words(numbers):

@@ -1,6 +1,7 @@
 """Continuations on standard output: as plain text, as a JSON object for each, or for each token."""
 
 import json
+import math
 
 from kqv.generation.writer import batched
 
@@ -47,17 +48,24 @@ def print_samples(openings, records):
             print(f"{openings[number]}{record['text']}\n{SEPARATOR}", flush=True)
 
 
+def print_object(found):
+    """Print a JSON object in a line."""
+    print(json.dumps(found, allow_nan=False), flush=True)
+
+
 def print_json(texts, records):
     """Print a JSON object for each continuation; records are those of Writer.records."""
     for number, copy, record in records:
         if record:
-            print(json.dumps({"prompt": texts[number], "sample": copy, **record}), flush=True)
+            print_object({"prompt": texts[number], "sample": copy, **record})
 
 
 def print_logprobs(writer, prompts):
     """Print a JSON object for each token drawn: the model's log-probability of it and of the likeliest."""
 
     def token(id, logprob):
+        # A logarithm of 0 is -inf, which JSON can't say.
+        logprob = logprob if math.isfinite(logprob) else None
         return {"token": writer.tokenizer.decode([id]), "id": id, "logprob": logprob}
 
     for batch in batched(prompts, writer.config):
@@ -67,4 +75,4 @@ def print_logprobs(writer, prompts):
             number, copy = batch[row]
             top = list(map(token, drawn.top_ids[row], drawn.top_logprobs[row]))
             said = token(drawn.ids[row], drawn.logprobs[row])
-            print(json.dumps({"prompt": number, "sample": copy, **said, "top": top}), flush=True)
+            print_object({"prompt": number, "sample": copy, **said, "top": top})

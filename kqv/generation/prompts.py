@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UserError
+from kqv.errors import UserError, warn
 from kqv.settings import setting
 from kqv.values import expand_home
 
@@ -15,7 +15,7 @@ class PromptSettings:
     """The text to continue"""
 
     start: str = setting(
-        "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or a newline"
+        "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or begin anew"
     )
     prompts: str = setting("", "a file of texts to continue, one a line", path=True)
     chat: bool = setting(False, "talk, on a terminal or a line of standard input a message; it remembers")
@@ -25,11 +25,11 @@ class PromptSettings:
 
 def read_prompts(config):
     """
-    The texts to continue, a list: the lines of the file --prompts, or the one text of --start, by default a
-    newline. Raises UserError for what can't be read, is not UTF-8, or has an empty line.
+    The texts to continue, a list: the lines of the file --prompts, or the one text of --start. Raises
+    UserError for what can't be read, is not UTF-8, or has an empty line.
     """
     if not config.prompts:
-        return [read_start(config.start or "\n")]
+        return [read_start(config.start)]
     content = read_file(config.prompts, f"--prompts={config.prompts}")
     lines = content.replace("\r\n", "\n").removesuffix("\n").split("\n")
     if "" in lines:
@@ -65,6 +65,20 @@ def decode_utf8(content, name):
         ) from None
 
 
+def completed(text, tokenizer):
+    """
+    The text that is continued where the user gave `text`. Of an empty one that is a newline, or where the
+    tokenizer has none its first character; a message to a model of conversations may be empty. The newline
+    that ends a file is left out where the tokenizer has none.
+    """
+    has_newline = tokenizer.encode("\n", "skip").size > 0
+    if not has_newline:
+        text = text.removesuffix("\n").removesuffix("\r")
+    if text or tokenizer.kind == "chat":
+        return text
+    return "\n" if has_newline else tokenizer.decode([0])
+
+
 def encode_prompt(text, tokenizer, config, history=()):
     """
     The ids that the model continues: those of the text; for a model of conversations those of a conversation
@@ -76,12 +90,55 @@ def encode_prompt(text, tokenizer, config, history=()):
     return tokenizer.encode_chat(messages, config.unknown).tolist()
 
 
-def require_length(text, ids, config, block_size):
-    """Raise UserError unless 1 <= len(ids) <= block_size, which is what the model can read of a prompt."""
-    if not 1 <= len(ids) <= block_size:
-        text = config.system + text
-        excerpt = text if len(text) <= 40 else f"{text[:40]}..."
-        raise UserError(
-            f"the prompt {excerpt!r} has {len(ids)} tokens, but the model takes 1 to {block_size}: "
-            + ("shorten it" if ids else "give a --start")
+def fitted(texts, prompts, tokenizer, config, block_size):
+    """
+    What the model reads of prompts, lists of ids, whose texts are `texts`. Of a prompt that is longer than
+    block_size that is the end; of a conversation, what comes before the last message and the end of that,
+    with room for an answer. One warning says that something is left out.
+
+    Raises UserError for a prompt without a token, or where --system leaves no room for a message.
+    """
+    long = [number for number, ids in enumerate(prompts) if len(ids) > block_size]
+    found = [
+        end_of(ids, tokenizer, config, block_size, excerpt(config.system + text))
+        for text, ids in zip(texts, prompts, strict=True)
+    ]
+    if len(long) == 1:
+        text, count = excerpt(texts[long[0]]), len(prompts[long[0]])
+        warn(f"the prompt {text} has {count} tokens, more than block_size={block_size}: only its end is read")
+    elif long:
+        warn(
+            f"{len(long)} prompts, the first of them {excerpt(texts[long[0]])}, have more tokens than "
+            f"block_size={block_size}: only their ends are read"
         )
+    return found
+
+
+def end_of(ids, tokenizer, config, block_size, shown):
+    """What `fitted` gives of one prompt, which is `shown` in errors."""
+    if not ids:
+        raise UserError(
+            f"the prompt {shown} has 0 tokens, but the model continues at least 1: give a --start"
+        )
+    if len(ids) <= block_size:
+        return ids
+    if tokenizer.kind != "chat":
+        return ids[-block_size:]
+    begin = len(ids) - ids[::-1].index(tokenizer.user)  # of the last message, after its mark
+    end = begin + len(ids) - (block_size - room_for_answer(config, block_size))
+    if end >= len(ids) - 1:  # not even one token of the message would be left
+        raise UserError(
+            f"the prompt {shown} has {len(ids)} tokens, and those before the message leave no room for it in "
+            f"block_size={block_size}: shorten --system"
+        )
+    return ids[:begin] + ids[end:]
+
+
+def room_for_answer(config, block_size):
+    """The tokens of the context that a long conversation leaves free: what may be said, or a quarter."""
+    return min(config.max_new_tokens, block_size // 4)
+
+
+def excerpt(text):
+    """The beginning of a text, in quotes."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -4,32 +4,45 @@ From logits to the next token.
 Shapes: B rows of text, V vocabulary, k the tokens that top_k keeps.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kqv.settings import setting
+from kqv.errors import UserError
+from kqv.settings import check_bounds, setting
 
 N_ALTERNATIVES = 5  # how many of the likeliest tokens are reported with log-probabilities
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn"""
+    """
+    How tokens are drawn
+
+    Raises UsageError for a value outside of its bounds, from Python too.
+    """
 
     temperature: float = setting(
         0.8, "below 1: likelier tokens more often; 0: always the likeliest", at_least=0.0
     )
     top_k: int = setting(200, "draw among the k likeliest tokens; 0: among all", at_least=0)
-    top_p: float = setting(1.0, "draw among the likeliest that have this probability together", at_least=0.0)
-    min_p: float = setting(
-        0.0, "draw among those with this share of the likeliest's probability", at_least=0.0
+    top_p: float = setting(
+        1.0, "draw among the likeliest that have this probability together", at_least=0.0, at_most=1.0
     )
-    repetition_penalty: float = setting(1.0, "above 1: tokens of the text become less likely", at_least=1e-9)
+    min_p: float = setting(
+        0.0, "draw among those with this share of the likeliest's probability", at_least=0.0, at_most=1.0
+    )
+    repetition_penalty: float = setting(
+        1.0, "above 1: tokens of the text become less likely", at_least=1e-9, at_most=1e9
+    )
     logprobs: bool = setting(False, "print a JSON object a line for each token, with its log-probability")
+
+    def __post_init__(self):
+        for field in fields(Sampling):
+            check_bounds(field, getattr(self, field.name))
 
 
 PLAIN = Sampling(temperature=1.0, top_k=0)  # draws with the model's own probabilities
@@ -48,14 +61,14 @@ def draw(logits, uniform, sampling):
     if sampling.temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: dividing it does not overflow
-    logits = logits / max(sampling.temperature, 1e-30)  # below that, 1/temperature is no float32
+    logits = logits / min(max(sampling.temperature, 1e-30), 1e30)  # beyond, it or 1/it is no float32
     ids = None  # all of them, in order
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
         k = min(sampling.top_k or logits.size(-1), logits.size(-1))
         logits, ids = logits.topk(k)  # (B, V) -> (B, k), the likeliest first
         p = F.softmax(logits, dim=-1)
         before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens; 0 for the first, which stays
-        p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= min(sampling.min_p, 1) * p[:, :1]))
+        p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= sampling.min_p * p[:, :1]))
         ids, order = ids.sort(dim=-1)  # by id: rounding may swap two tokens in an order by probability
         p = p.gather(1, order)
     else:
@@ -69,38 +82,57 @@ def draw(logits, uniform, sampling):
 class Sampler(nn.Module):
     """
     Draws the next token of each row. It keeps the set of ids in each row's text for the repetition penalty,
-    which divides positive logits of those ids and multiplies negative ones (Keskar et al. 2019). Ids from
-    vocab_size on are never drawn.
+    which divides positive logits of those ids and multiplies negative ones (Keskar et al. 2019). The ids
+    `exempt` are never penalised, and ids from vocab_size on are never drawn.
     """
 
-    def __init__(self, sampling, texts, vocab_size, device):
+    def __init__(self, sampling, texts, vocab_size, device, exempt=()):
         super().__init__()
         self.sampling, self.vocab_size = sampling, vocab_size
-        seen = None
+        seen = penalised = None
         if sampling.repetition_penalty != 1:
             seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
             for row, text in zip(seen, texts, strict=True):
-                row[text] = True
+                row[[token for token in text if token < vocab_size]] = True
+            penalised = torch.ones(vocab_size, dtype=torch.bool, device=device)
+            penalised[[token for token in exempt if token < vocab_size]] = False
         self.register_buffer("seen", seen)  # (B, V): the ids in each row's text
+        self.register_buffer("penalised", penalised)  # (V,): the ids that the penalty is for
 
     def forward(self, logits, uniform):
         """
-        logits (B, V), uniform (B, 1) -> ids (B, 1). With sampling.logprobs also their log-probabilities
-        (B, 1), the ids of the 5 likeliest tokens (B, 5) and the log-probabilities of those (B, 5).
+        logits (B, V), uniform (B, 1) -> ids (B, 1); the id is -1 where the logits of a row are not finite,
+        so that whoever looks at the ids learns it without another copy from the device. With
+        sampling.logprobs also their log-probabilities (B, 1), the ids of the 5 likeliest tokens (B, 5) and
+        the log-probabilities of those (B, 5).
         """
         logits = scores = logits[:, : self.vocab_size]
         if self.seen is not None:
             penalty = self.sampling.repetition_penalty
-            penalised = torch.where(scores > 0, scores / penalty, scores * penalty)
-            scores = torch.where(self.seen, penalised, scores)
+            lowered = torch.where(scores > 0, scores / penalty, scores * penalty)
+            scores = torch.where(self.seen & self.penalised, lowered, scores)
         ids = draw(scores, uniform, self.sampling)
         if self.seen is not None:
             self.seen.scatter_(1, ids, True)
+        said = torch.where(are_finite(logits), ids, -1)
         if not self.sampling.logprobs:
-            return (ids,)
+            return (said,)
         logprobs = logits.log_softmax(dim=-1)  # of the model itself, before penalty and temperature
         top_logprobs, top_ids = logprobs.topk(min(N_ALTERNATIVES, logprobs.size(-1)))
-        return ids, logprobs.gather(1, ids), top_ids, top_logprobs
+        return said, logprobs.gather(1, ids), top_ids, top_logprobs
+
+
+def are_finite(logits):
+    """logits (B, V) -> (B, 1) bool: whether all of a row are finite numbers."""
+    return logits.isfinite().all(dim=-1, keepdim=True)
+
+
+def not_finite():
+    """The UserError for a model whose logits are not finite."""
+    return UserError(
+        "the model's logits are not finite (NaN or infinity): its weights are damaged, or too large for the "
+        "dtype. Try --dtype=float32, or another checkpoint"
+    )
 
 
 def uniforms(seed, rows, device):

@@ -4,18 +4,47 @@ Generation token by token: B texts grow by one token in each step.
 Sampling stays on the device, so that nothing waits for the host between two steps.
 """
 
+import operator
 from collections import deque
 from typing import NamedTuple
 
 import torch
 
-from kqv.generation.sampling import PLAIN, Sampler, uniforms
+from kqv.generation.sampling import PLAIN, Sampler, not_finite, uniforms
+
+
+def lists_of_ids(texts, vocab_size):
+    """
+    Texts as a user of Python gives them, lists, arrays or tensors (T,) of ids -> lists of ids. Raises
+    TypeError for what is no text of ids, ValueError for a text without a token or with an id that the model
+    does not know.
+    """
+    found = []
+    for number, text in enumerate(texts):
+        try:
+            # Neither a list of characters nor a number is a text: of those, operator.index raises TypeError.
+            ids = list(map(operator.index, text.tolist() if hasattr(text, "tolist") else text))
+        except TypeError:
+            shown = repr(text) if len(repr(text)) <= 40 else f"{repr(text)[:40]}..."
+            raise TypeError(
+                f"each text must be a list of ids, but text {number} is {shown}: encode it first, "
+                "generate(engine, [tokenizer.encode(text)], ...)"
+            ) from None
+        if not ids:
+            raise ValueError(f"text {number} has no token, but the model continues at least one")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            wrong = next(id for id in ids if not 0 <= id < vocab_size)
+            raise ValueError(
+                f"text {number} has the id {wrong}, but the model knows ids from 0 to {vocab_size - 1}"
+            )
+        found.append(ids)
+    return found
 
 
 class ContextWindow:
     """
-    B texts, and how much of them is in the cache. The model sees the last tokens of each text, at most
-    block_size of them.
+    B texts, lists of ids, and how much of them is in the cache. The model sees the last tokens of each text,
+    at most block_size of them.
 
     When a window is full, its oldest quarter is dropped and the rest is read again. (A key holds its token's
     position, so the keys in the cache can't be moved along.)
@@ -23,14 +52,9 @@ class ContextWindow:
 
     def __init__(self, engine, texts, max_new_tokens):
         block_size = engine.gpt.config.block_size
-        for text in texts:
-            if not 1 <= len(text) <= block_size:
-                raise ValueError(
-                    f"the prompt has {len(text)} tokens, but 1 to block_size={block_size} can be read"
-                )
         self.engine, self.block_size = engine, block_size
         self.texts = [list(text) for text in texts]
-        self.window_start = [0] * len(texts)  # of each row, in tokens
+        self.window_start = [max(0, len(text) - block_size) for text in texts]  # of each row, in tokens
         self.n_cached = None  # the tokens of the longest row in the cache; None: not read yet
         slots = min(block_size, max(map(len, texts)) + max_new_tokens)
         self.cache = engine.new_cache(len(texts), slots)
@@ -74,22 +98,32 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, vocab_size=None):
+def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, vocab_size=None, exempt=()):
     """
-    Continue B texts, lists of ids: an iterator of max_new_tokens steps, each a Drawn.
+    Continue B texts, lists of ids: an iterator of max_new_tokens steps, each a Drawn. Of a text that is
+    longer than block_size, the model reads the end.
 
-    Row b draws by (seed, rows[b]), by default (seed, b), and ids from `vocab_size` on are never drawn. On a
-    GPU the host is one token behind: it looks at a token while the device computes the next. Raises
-    ValueError where a text has no token or more than block_size.
+    Row b draws by (seed, rows[b]), by default (seed, b). Ids from `vocab_size` on are never drawn, and the
+    ids `exempt` are free of the repetition penalty. On a GPU the host is one token behind: it looks at a
+    token while the device computes the next. Raises TypeError and ValueError as `lists_of_ids`, and
+    UserError where the model's logits are not finite.
     """
+    texts = lists_of_ids(texts, engine.gpt.config.vocab_size)
+    rows = range(len(texts)) if rows is None else rows
+    if len(rows) != len(texts):
+        raise ValueError(f"there are {len(texts)} texts, but {len(rows)} rows to draw by")
+    if not texts:
+        return
     window = ContextWindow(engine, texts, max_new_tokens)
-    sampler = Sampler(sampling, texts, vocab_size or engine.gpt.config.vocab_size, engine.device)
-    numbers = uniforms(seed, range(len(texts)) if rows is None else rows, engine.device)
+    sampler = Sampler(sampling, texts, vocab_size or engine.gpt.config.vocab_size, engine.device, exempt)
+    numbers = uniforms(seed, rows, engine.device)
     ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device may be ahead of the host
     pending = deque()  # steps whose tokens the host has not looked at
 
     def pop_drawn():
         drawn = pending.popleft()()
+        if min(drawn.ids) < 0:
+            raise not_finite()
         for text, token in zip(window.texts, drawn.ids, strict=True):
             text.append(token)
         return drawn
@@ -132,8 +166,10 @@ def copy_to_host(chosen):
 
 
 def generate(engine, texts, max_new_tokens, **options):
-    """The texts, lists of ids, with max_new_tokens more each. The options are those of `stream`."""
-    texts = [list(text) for text in texts]
+    """
+    The texts, lists of ids, with max_new_tokens more each. The options and the errors are those of `stream`.
+    """
+    texts = lists_of_ids(texts, engine.gpt.config.vocab_size)
     for drawn in stream(engine, texts, max_new_tokens, **options):
         for text, token in zip(texts, drawn.ids, strict=True):
             text.append(token)

@@ -14,8 +14,10 @@ class TextSettings:
     """What to write"""
 
     num_samples: int = setting(1, "how many continuations of each text", at_least=1, below=10**6)
-    max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0)
-    stop: tuple[str, ...] = setting((), "a text ends before this string; may be given many times")
+    max_new_tokens: int = setting(500, "tokens in each, at most", at_least=0, below=2**31)
+    stop: tuple[str, ...] = setting(
+        (), "a text ends before this string, with \\n in it also before a newline; may be given many times"
+    )
     seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
     batch_size: int = setting(64, "texts that are written at once", at_least=1)
     format: Literal["text", "jsonl"] = setting("text", "jsonl: a JSON object a line for each continuation")
@@ -52,6 +54,7 @@ class Writer:
 
     def __init__(self, engine, tokenizer, config):
         self.engine, self.tokenizer, self.config = engine, tokenizer, config
+        self.stops = with_newlines(config.stop)
 
     def records(self, prompts):
         """
@@ -79,15 +82,16 @@ class Writer:
     def steps(self, batch, prompts):
         """Draw the continuations of a batch of keys together: an iterator of Pieces."""
         config = self.config
-        texts = [TextStream(self.tokenizer, config.stop) for _ in batch]
+        texts = [TextStream(self.tokenizer, self.stops) for _ in batch]
         for drawn in stream(
             self.engine,
             [prompts[number] for number, _ in batch],
             config.max_new_tokens,
             sampling=config,
             seed=config.seed,
-            rows=[number * config.num_samples + copy for number, copy in batch],
+            rows=[(copy, number) for number, copy in batch],
             vocab_size=self.tokenizer.vocab_size,
+            exempt=self.tokenizer.specials().values(),
         ):
             for row, text in enumerate(texts):
                 if not text.ended:
@@ -126,7 +130,7 @@ class Writer:
         records = {(number, copy): None for number, _ in batch for copy in range(config.num_samples)}
         for (number, _), hypotheses in zip(batch, found, strict=True):
             for copy, hypothesis in enumerate(hypotheses[: config.num_samples]):
-                text = TextStream(self.tokenizer, config.stop)
+                text = TextStream(self.tokenizer, self.stops)
                 records[number, copy] = {
                     "text": "".join(map(text.feed, hypothesis.ids)) + text.finish(),
                     "tokens": len(hypothesis.ids),
@@ -140,5 +144,11 @@ class Writer:
         """Whether the last of the ids ends their text: it is the separator, or completes a --stop string."""
         if ids[-1] == self.tokenizer.separator:
             return True
-        text = self.tokenizer.decode(ids) if self.config.stop else ""
-        return any(stop in text for stop in self.config.stop)
+        text = self.tokenizer.decode(ids) if self.stops else ""
+        return any(stop in text for stop in self.stops)
+
+
+def with_newlines(stops):
+    """The strings; of one with \\n or \\t, as people type them in a shell, also what these stand for."""
+    meant = (stop.replace("\\n", "\n").replace("\\t", "\t") for stop in stops)
+    return tuple(dict.fromkeys((*stops, *meant)))

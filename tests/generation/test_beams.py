@@ -161,11 +161,22 @@ def test_ids_from_vocab_size_on_are_never_chosen():
     assert beam_search(Engine(gpt), [[0]], 3, beams=2, vocab_size=1) == [[([0, 0, 0], 0.0, 0.0)]]
 
 
-@pytest.mark.parametrize("length", [0, 9])
-def test_a_text_of_no_tokens_or_too_many_is_refused(length):
-    for texts in (texts_of(length), texts_of(3, length)):
-        with pytest.raises(ValueError, match=rf"\b{length}\b.*block_size=8"):
-            beam_search(Engine(random_gpt()), texts, 1, beams=2)
+def test_what_is_no_text_or_no_search_is_refused():
+    engine = Engine(random_gpt())
+    with pytest.raises(ValueError, match="text 1 has no token"):
+        beam_search(engine, texts_of(3, 0), 1, beams=2)
+    with pytest.raises(TypeError, match="text 0 is 'abc'"):
+        beam_search(engine, ["abc"], 1, beams=2)
+    with pytest.raises(ValueError, match="beams is 0"):
+        beam_search(engine, texts_of(3), 1, beams=0)
+    assert beam_search(engine, [], 1, beams=2) == []
+
+
+def test_of_a_text_longer_than_the_context_the_end_is_read():
+    engine, texts = Engine(random_gpt()), texts_of(3, 20)
+    expected = beam_search(engine, [texts[0], texts[1][-8:]], 12, beams=3)
+    for found, wanted in zip(beam_search(engine, texts, 12, beams=3), expected, strict=True):
+        assert_found(found, [(one.score, one.logprob, one.ids) for one in wanted])
 
 
 def test_a_search_records_no_gradients_and_leaves_them_on_and_the_texts_as_they_were():
@@ -173,3 +184,8 @@ def test_a_search_records_no_gradients_and_leaves_them_on_and_the_texts_as_they_
     gpt.lm_head.register_forward_hook(lambda module, inputs, output: recorded.append(output.requires_grad))
     beam_search(Engine(gpt), texts, 2, beams=2)
     assert torch.is_grad_enabled() and recorded and not any(recorded) and texts == texts_of(3, 5)
+
+
+def test_no_power_of_a_length_overflows():
+    ((one,),) = beam_search(Engine(random_gpt()), [[0]], 20, beams=1, length_penalty=400.0)
+    assert len(one.ids) == 20 and one.score == 0 > one.logprob

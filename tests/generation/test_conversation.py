@@ -218,10 +218,45 @@ def test_a_model_of_texts_has_no_characters_left_to_go_on_from(refusal, write):
     assert "0 tokens" in line
 
 
-def test_a_prompt_too_long_is_shown_with_the_system_text(talk, refusal):
+def test_a_system_text_that_leaves_no_room_is_shown(talk, refusal):
     argv = ["--out_dir=talk", "--device=cpu", f"--system={'d' * 28}"]
-    assert "the prompt 'ddd" in refusal(sample.main, *argv, "--start=ab")
-    assert "the prompt 'ddd" in refusal(sample.main, "--out_dir=talk", argv[2], "--start=a" + 40 * "b")
+    line = refusal(sample.main, *argv, "--start=ab")
+    assert "the prompt 'ddd" in line and "shorten --system" in line
+
+
+def test_of_a_message_longer_than_the_context_the_end_is_answered(talk, answer, cli, monkeypatch):
+    argv = ["--out_dir=talk", "--device=cpu", "--temperature=0", "--max_new_tokens=6", "--system=d."]
+    text = "abcdef" * 8
+    expected = answer(
+        chat_ids(text[-21:], system="d.")
+    )  # 26 of 32 tokens are read, 5 of them around the text
+    status, out, err = cli(sample.main, *argv, f"--start={text}")
+    assert (status, out) == (0, f"{expected}\n") and expected != answer(chat_ids(text[-20:], system="d."))
+    assert err.startswith("warning: the prompt 'abcdef") and len(err.splitlines()) == 1
+    piped(monkeypatch, f"ab\n{text}\n")
+    status, out, err = cli(sample.main, *argv, "--chat")
+    assert (status, out.splitlines()[1:]) == (0, [expected])  # what was said before is dropped
+    assert err.startswith("warning: the prompt 'abcdef") and len(err.splitlines()) == 1
+
+
+def test_without_a_newline_in_its_vocabulary_a_model_begins_by_itself(cli, tmp_path, asked, monkeypatch):
+    tok = CharTokenizer("ACGT")
+    save(random_gpt(vocab_size=4), tok, tmp_path / "dna")
+    argv = ["--out_dir=dna", "--device=cpu", "--max_new_tokens=5"]
+    asked += [""]  # the Enter key
+    status, out, err = cli(sample.main, *argv)
+    assert (status, err) == (0, "") and out.splitlines()[1].startswith("A") and len(out.splitlines()[1]) == 6
+    piped(monkeypatch, "")
+    expected = cli(sample.main, *argv)
+    assert expected == cli(sample.main, *argv, "--start=A") and expected[0] == 0
+    piped(monkeypatch, "GAT\n")  # by echo, with its newline
+    assert cli(sample.main, *argv, "--start=-") == cli(sample.main, *argv, "--start=GAT")
+    save(random_gpt(vocab_size=8), ChatTokenizer(tok), tmp_path / "dna")
+    piped(monkeypatch, "")
+    assert cli(sample.main, *argv)[0] == 0
+    piped(monkeypatch, "\n\n")
+    status, out, err = cli(sample.main, *argv, "--chat")
+    assert (status, err, len(out.splitlines())) == (0, "", 2)
 
 
 @pytest.mark.parametrize("argument", ["--chat", "--system=a"])
@@ -263,8 +298,9 @@ def test_each_answer_of_a_conversation_draws_anew(talk, monkeypatch):
 def test_the_oldest_exchanges_make_room_for_an_answer(talk, answer, monkeypatch, beams, tokens, room):
     said = ["a", "bb", "abc", "d" * 10, "a", "ef" * 12, "f", "e", "d"]  # the sixth fills the context alone
     piped(monkeypatch, "".join(f"{text}\n" for text in said))
-    argv = ["--chat", "--system=d.", f"--max_new_tokens={tokens}", "--stop= ", "--temperature=0"]
-    answers = talk(*argv, f"--beams={beams}").split("\n")
+    how = f"--beams={beams}" if beams else "--temperature=0"
+    argv = ["--chat", "--system=d.", f"--max_new_tokens={tokens}", "--stop= ", how]
+    answers = talk(*argv).split("\n")
     assert len(answers) == len(said) + 1
     messages = [text for pair in zip(said, answers, strict=False) for text in pair]
 
@@ -291,7 +327,6 @@ def test_the_oldest_exchanges_make_room_for_an_answer(talk, answer, monkeypatch,
 def test_an_error_ends_a_conversation_with_a_program(talk, cli, monkeypatch):
     for content, says in (
         ("ab\nX\nab", ["'X'"]),
-        ("ab\n" + "f" * 30 + "\nab", ["f" * 30, "33 tokens", "1 to 32"]),
         (b"ab\n\xff\nab", ["message 2 of standard input", "0xff"]),
     ):
         piped(monkeypatch, content)
@@ -317,24 +352,15 @@ def test_an_answer_that_was_stopped_is_remembered_so_far(talk, answer, asked):
 
 
 def test_a_message_that_can_not_be_read_is_not_remembered_and_drops_nothing(talk, answer, cli, asked):
-    asked += ["ab", "f" * 30, "X", "c"]
+    asked += ["ab", "X", "c"]
     argv = ["--out_dir=talk", "--device=cpu", "--max_new_tokens=6", "--chat", "--temperature=0"]
     status, out, err = cli(sample.main, *argv)
     first = answer(chat_ids("ab"))
     assert status == 0
     assert out.splitlines()[1:] == [first, answer(chat_ids("ab", first, "c")), ""]
     assert answer(chat_ids("ab", first, "c")) != answer(chat_ids("c"))
-    too_long, unknown = err.splitlines()
-    assert too_long.startswith("warning: ") and "33 tokens" in too_long
+    (unknown,) = err.splitlines()
     assert unknown.startswith("warning: ") and "'X'" in unknown
-
-
-@pytest.mark.parametrize(
-    "argument", ["--start=a", "--prompts=a.txt", "--num_samples=2", "--logprobs", "--format=jsonl"]
-)
-def test_settings_that_mean_nothing_in_a_conversation(refusal, argument):
-    line = refusal(sample.main, "--chat", argument, status=2)
-    assert argument.split("=")[0] in line and "--chat" in line
 
 
 def test_a_closed_standard_input_is_an_empty_one(write, talk, monkeypatch):
@@ -439,7 +465,9 @@ def test_texts_on_a_terminal(tmp_path):
         shown = screen.until("\n> ").splitlines()
         assert shown[1].startswith("warning: the character 'X' at position 5 ") and len(shown) == 3
         screen.type("k" * 65 + "\n")
-        assert "has 65 tokens, but the model takes 1 to 64" in screen.until("\n> ")
+        assert "65 tokens, more than block_size=64: only its end is read" in screen.until("kkss")
+        screen.type("\x03")
+        screen.until("\n> ")
         screen.type(b"\xff\n")
         assert "warning: " in screen.until("\n> ")
         screen.type("\x1b[A\x1b[A\x1b[A\x1b[A\n")  # up arrows: the fourth line before this one

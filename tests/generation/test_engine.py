@@ -1,5 +1,6 @@
 """The engine and the stream against plain loops that keep nothing, in NumPy and float64."""
 
+import math
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from known_models import gpt_of
 from reference import exact_gpt, log_softmax, next_logits, positions_read, probabilities, texts_of
 from torch import nn
 
+from kqv.errors import UserError
 from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine, MatVec
 from kqv.generation.sampling import PLAIN
@@ -258,12 +260,120 @@ def test_stream_yields_a_token_at_a_time_and_leaves_gradients_on():
     assert torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("length", [0, 9])
-def test_a_text_of_no_tokens_or_too_many_is_refused(length):
+@pytest.mark.parametrize("length", [9, 17, 40])
+@pytest.mark.parametrize("mode", ["greedy", "temperature"])
+def test_of_a_text_longer_than_the_context_the_end_is_read(length, mode):
+    engine, texts = Engine(exact_gpt()), texts_of(3, length)
+    ends = [texts[0], texts[1][-8:]]
+    found = generate(engine, texts, 20, sampling=MODES[mode])  # block_size is 8
+    assert found[1][:length] == texts[1]
+    written = [text[len(start) :] for text, start in zip(found, texts, strict=True)]
+    expected = generate(engine, ends, 20, sampling=MODES[mode])
+    assert written == [text[len(start) :] for text, start in zip(expected, ends, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "texts, error, says",
+    [
+        (["abc"], TypeError, "text 0 is 'abc'.*tokenizer.encode"),
+        ("abc", TypeError, "text 0 is 'a'"),
+        ([1, 2, 3], TypeError, "text 0 is 1"),
+        (torch.tensor([1, 2]), TypeError, "text 0 is tensor"),
+        ([[1, 2], [0.5]], TypeError, "text 1 is "),
+        ([torch.tensor([1.0])], TypeError, "text 0 is "),
+        ([[[1]]], TypeError, "text 0 is "),
+        ([None], TypeError, "text 0 is None"),
+        ([["x" * 1000]], TypeError, r"text 0 is \['x{38}\.\.\.: "),
+        ([[1], []], ValueError, "text 1 has no token"),
+        ([[1], [2, 19]], ValueError, "text 1 has the id 19, but the model knows ids from 0 to 18"),
+        ([[-1]], ValueError, "text 0 has the id -1"),
+    ],
+)
+def test_what_is_no_text_of_ids_is_refused_in_a_sentence(texts, error, says):
     engine = Engine(random_gpt())
-    for texts in (texts_of(length), texts_of(3, length)):
-        with pytest.raises(ValueError, match=rf"\b{length}\b.*block_size=8"):
-            generate(engine, texts, 1)
+    with pytest.raises(error, match=says) as found:
+        generate(engine, texts, 1)
+    assert len(str(found.value)) < 200
+    with pytest.raises(error, match=says):
+        next(stream(engine, texts, 1))
+
+
+def test_texts_may_be_arrays_or_tensors_and_there_may_be_none():
+    engine, texts = Engine(random_gpt()), texts_of(3, 3)
+    expected = generate(engine, texts, 5)
+    for same in (
+        np.array(texts, np.uint32),
+        torch.tensor(texts),
+        map(np.array, texts),
+        (tuple(texts[0]), texts[1]),
+    ):
+        assert generate(engine, same, 5) == expected
+    assert generate(engine, [], 5) == [] and list(stream(engine, [], 5)) == []
+    with pytest.raises(ValueError, match="2 texts, but 1 rows"):
+        generate(engine, texts, 5, rows=[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_in_training_mode_drops_nothing_out_here_and_stays_in_it(compiled):
+    gpt, texts = random_gpt(dropout=0.5), texts_of(3, 5)
+    expected = generate(Engine(gpt), texts, 12), beam_search(Engine(gpt), texts, 12, 2)
+    gpt.train().transformer.h[1].eval()
+    modes = [module.training for module in gpt.modules()]
+    engine = Engine(gpt)
+    for _ in range(2):
+        assert (generate(engine, texts, 12), beam_search(engine, texts, 12, 2)) == expected
+        steps = stream(engine, texts, 12)
+        next(steps)
+        assert [module.training for module in gpt.modules()] == modes  # between two steps too
+    assert not Engine(gpt, compiled=True).decoder.training
+
+
+# Numbers that are none
+
+
+def broken(name, value):
+    """A GPT with a number in its weights that is none, or none in the end."""
+    gpt = random_gpt()
+    gpt.state_dict()[name].view(-1)[0] = value
+    return gpt
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("lm_head.weight", math.nan),
+        ("lm_head.weight", math.inf),
+        ("lm_head.weight", -math.inf),
+        ("transformer.ln_f.bias", math.inf),
+        ("transformer.h.0.mlp.c_fc.weight", math.nan),
+        ("transformer.h.1.attn.c_proj.bias", 3e38),  # overflows in the LayerNorm
+    ],
+)
+@pytest.mark.parametrize("mode", ["greedy", "plain", "all"])
+def test_logits_that_are_not_finite_are_an_error(name, value, mode):
+    engine, texts = Engine(broken(name, value)), texts_of(3, 8)
+    for sampling in (MODES[mode], replace(MODES[mode], logprobs=True)):
+        with pytest.raises(UserError, match="logits are not finite"):
+            generate(engine, texts, 3, sampling=sampling)
+    with pytest.raises(UserError, match="logits are not finite"):
+        beam_search(engine, texts, 3, beams=2)
+
+
+def test_what_came_before_a_number_that_is_none_is_given():
+    gpt, (text,) = random_gpt(), texts_of(2)
+    expected = generate(Engine(gpt), [text], 3)
+    with torch.no_grad():
+        gpt.transformer.wpe.weight[5] = math.nan  # which the token after four others reads
+    found = stream(Engine(gpt), [text], 9)
+    assert text + [next(found).ids[0] for _ in range(3)] == expected[0]
+    with pytest.raises(UserError):
+        list(found)
+
+
+def test_large_finite_logits_are_none_of_them():
+    gpt = gpt_of([-3e15, 1e15, 2e15])
+    for mode in MODES.values():
+        assert len(generate(Engine(gpt), [[0]], 9, sampling=mode)[0]) == 10
 
 
 # Compiled

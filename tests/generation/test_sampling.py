@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from reference import probabilities
 
+from kqv.errors import UsageError
 from kqv.generation.sampling import PLAIN, Sampler, Sampling, draw, uniforms
 
 LARGEST = torch.tensor(1.0 - 1e-6)  # of the numbers that `uniforms` gives
@@ -98,7 +99,7 @@ def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
         assert cdf[drawn.item()] - 1e-5 <= uniform <= cdf[drawn.item() + 1] + 1e-5
 
 
-@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30, 1e39, 1.7e308])
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 1}, {"top_k": 100}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
 )
@@ -150,3 +151,68 @@ def test_the_repetition_penalty_is_its_formula_for_prompt_and_drawn_ids():
     assert drawn == [[0, 0], [1, 0], [2, 0], [0, 0], [0, 0]]
     sampler = Sampler(changed(temperature=0, repetition_penalty=1.7), [[0, 1, 2]], 4, "cpu")
     assert [sampler(logits[1:], None)[0].item() for _ in range(2)] == [3, 0]
+
+
+def test_exempt_ids_are_not_penalised_nor_those_beyond_the_vocabulary_looked_up():
+    sampling = changed(temperature=0, repetition_penalty=100.0)
+    logits = torch.tensor([[3.0, 2.5, 2.2, 9.0]])
+    sampler = Sampler(sampling, [[0, 1, 3]], 3, "cpu", exempt=[1, 3])
+    assert [sampler(logits, None)[0].item() for _ in range(3)] == [1, 1, 1]
+    sampler = Sampler(sampling, [[0, 1, 3]], 3, "cpu")
+    assert [sampler(logits, None)[0].item() for _ in range(3)] == [2, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 90.0},
+        {"top_p": -0.1},
+        {"top_p": math.nan},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e300},
+        {"repetition_penalty": math.inf},
+    ],
+    ids=str,
+)
+def test_settings_out_of_their_bounds_are_refused_from_python_too(options):
+    ((name, _),) = options.items()
+    with pytest.raises(UsageError, match=f"{name} is .*, but it must be at "):
+        changed(**options)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    logits=st.lists(st.floats(-(2.0**96), 2.0**96, width=32), min_size=1, max_size=6),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.floats(0, 1.7e308),
+        top_k=st.integers(0, 10**30),
+        top_p=st.floats(0, 1),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(1e-9, 1e9),
+        logprobs=st.booleans(),
+    ),
+    uniform=st.floats(0, LARGEST.item(), width=32),
+)
+def test_every_setting_within_its_bounds_draws_an_id_whatever_the_logits(logits, sampling, uniform):
+    sampler = Sampler(sampling, [[0]], len(logits), "cpu")
+    for _ in range(2):
+        (drawn,), *_ = sampler(torch.tensor([logits]), torch.tensor([[uniform]]))
+        assert 0 <= drawn.item() < len(logits)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "sampling", [PLAIN, Sampling(), changed(temperature=0, repetition_penalty=2.0)], ids=str
+)
+def test_a_row_whose_logits_are_not_finite_draws_no_id(wrong, sampling):
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 4)
+    logits[1, 0] = wrong
+    logits[2] = wrong
+    logits[3, 3] = wrong  # of an id beyond the vocabulary
+    ids = Sampler(sampling, [[0]] * 4, 3, "cpu")(logits, torch.full((4, 1), 0.5))[0].flatten().tolist()
+    assert ids[1:3] == [-1, -1] and ids[0] == ids[3] >= 0
