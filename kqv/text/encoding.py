@@ -68,11 +68,10 @@ def finish(writer, source, tokenizer):
 def read_parts(source, what):
     """
     Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
-    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content); the joint is
-    what stands between two documents where the tokenizer has no id for that, None where no document ends.
+    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content), as of a Piece.
     `what` names the progress bar.
     """
-    digest, documents, number, seen, before = hashlib.sha256(), 0, 0, set(), None
+    digest, documents, number = hashlib.sha256(), 0, 0
     unit, unit_size, part_size = [], 0, 0
     for piece in with_progress(source, what):
         content = piece.content if isinstance(piece.content, str) else json.dumps(piece.content)
@@ -80,10 +79,8 @@ def read_parts(source, what):
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
         digest.update(content)
         documents += piece.begins
-        is_border = (piece.begins or piece.split != before) and piece.split in seen
-        unit.append((piece.split, piece.joint if is_border else None, piece.content))
-        seen.add(piece.split)
-        before, unit_size = piece.split, unit_size + len(content)
+        unit.append((piece.split, piece.joint, piece.content))
+        unit_size += len(content)
         if unit_size >= utf8.PIECE:
             yield number, unit
             unit, unit_size, part_size = [], 0, part_size + unit_size

@@ -34,7 +34,7 @@ def texts(source, split=None, at_most=math.inf):
     """
     for piece in with_progress(source, "learning"):
         if split is None:
-            yield piece.joint
+            yield piece.joint or ""
         if split in (None, piece.split):
             for text in (piece.content,) if isinstance(piece.content, str) else (t for _, t in piece.content):
                 yield text

@@ -30,7 +30,9 @@ class Piece(NamedTuple):
     split: str  # "train" or "val"
     begins: bool  # whether it is a document's first piece
     content: str | list
-    joint: str = ""  # what a tokenizer without an end of text puts before it: a newline that is missing
+    # What a tokenizer without an id for the end of a text puts before it: "\n", or "" where there is one
+    # already; None where no document of the split ended.
+    joint: str | None = None
 
 
 class Source:
@@ -68,17 +70,20 @@ class Source:
         self.has_other_line_ends = False  # whether one that was read was no newline
 
     def __iter__(self):
-        kind, ends_a_line = None, {}  # of each split, whether its text does so far
+        kind, before = None, None
+        ends_a_line = {}  # of each split that has begun, whether its text does so far
         for name, piece in self.read_all():
             kind = kind or type(piece.content)
             if type(piece.content) is not kind:
                 raise UserError(
                     f"{name} mixes texts and conversations with what came before: prepare each apart"
                 )
-            is_joined = kind is str and piece.begins and not ends_a_line.get(piece.split, True)
-            self.has_joints |= is_joined
-            yield piece._replace(joint="\n") if is_joined else piece
-            ends_a_line[piece.split] = kind is str and piece.content.endswith("\n")
+            if (piece.begins or piece.split != before) and piece.split in ends_a_line:
+                piece = piece._replace(joint="" if ends_a_line[piece.split] else "\n")
+                self.has_joints |= piece.joint == "\n"
+            yield piece
+            before = piece.split
+            ends_a_line[before] = kind is list or piece.content.endswith("\n")
 
     def with_newlines(self, text):
         changed = utf8.with_newlines(text)
