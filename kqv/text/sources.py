@@ -127,9 +127,11 @@ class Source:
                 yield from self.pieces(document)
             return
         before = self.seen.setdefault(path, identity(self.status(path)))
+        is_one_text = format_of(path).documents is None
         try:
+            size = self.length(path, name) if is_one_text and self.cut else None
             with self.opened(path, name) as (file, on_disk):
-                for piece in self.pieces_of_file(path, name, file):
+                for piece in self.pieces_of_file(path, name, file, size):
                     yield piece
                     self.position = done + on_disk.tell()
         except OSError as error:
@@ -139,10 +141,10 @@ class Source:
                 f"{name} changed while it was read: prepare it when nothing writes to it any more"
             )
 
-    def pieces_of_file(self, path, name, file):
+    def pieces_of_file(self, path, name, file, size):
         read_documents = format_of(path).documents
         if not read_documents:
-            yield from self.text_pieces(file, name, self.length(path, name) if self.cut else None)
+            yield from self.text_pieces(file, name, size)
             return
         for document in read_documents(file, name, self.text_column):
             yield from self.pieces(document)

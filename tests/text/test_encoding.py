@@ -230,7 +230,7 @@ def test_documents_in_any_pieces_and_parts_have_separators_between_them_alone(
         try:
             prepare.main(["*.txt", "--name=x", "--val_fraction=0.5", f"--tokenizer={kind}"])
         except prepare.UserError as error:
-            assert "more text" in str(error) and not Path("data").exists()
+            assert "--val=FILE" in str(error) and not Path("data").exists()
             assert min(len("x".join(expected[split]).encode()) for split in SPLITS) < 6
             return
         data = Dataset(Path("data/x").resolve())
@@ -417,7 +417,7 @@ def test_what_a_worker_finds_wrong_is_the_same_line(workers, documents):
     with open("docs.jsonl", "a") as file:
         file.write('{"text": "document \\u2603"}')
     line = fail(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}")
-    assert "'☃' at position 9" in line and "--unknown=skip" in line
+    assert "'☃' at position 10" in line and "--unknown=skip" in line
     assert parts_done() > 5  # the same command goes on from there, once the line is gone
     finish_apart(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}", "--unknown=skip")
     decoded = Dataset(Path("data/docs").resolve()).tokenizer.decode
