@@ -170,7 +170,7 @@ def test_a_separator_or_a_newline_stands_between_two_documents(prepared, tmp_pat
     assert ids("bytes", "train") == [*b"aa", 256, *b"bb", 256, *b"ccc"]
     assert ids("bytes", "val") == [*b"a", 256, *b"\n", 256, *b"c"]
     assert (ids("chars", "train"), ids("chars", "val")) == (
-        [1, 1, 0, 2, 2, 0, 3, 3, 3],
+        [1, 1, 0, 2, 2, 3, 3, 3],
         [1, 0, 0, 3],
     )
 

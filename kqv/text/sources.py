@@ -30,8 +30,8 @@ class Piece(NamedTuple):
     split: str  # "train" or "val"
     begins: bool  # whether it is a document's first piece
     content: str | list
-    # What a tokenizer without an id for the end of a text puts before it: "\n", or "" where there is one
-    # already; None where no document of the split ended.
+    # What a tokenizer without an id for the end of a text puts before it: "\n", or "" where the document
+    # before it ends so; None where no document of the split came before.
     joint: str | None = None
 
 
@@ -71,7 +71,8 @@ class Source:
 
     def __iter__(self):
         kind, before = None, None
-        ends_a_line = {}  # of each split that has begun, whether its text does so far
+        ends_a_line = {}  # of each split that has begun, whether the last document in it does
+        where = set()  # the splits of the document so far
         for name, piece in self.read_all():
             kind = kind or type(piece.content)
             if type(piece.content) is not kind:
@@ -82,8 +83,8 @@ class Source:
                 piece = piece._replace(joint="" if ends_a_line[piece.split] else "\n")
                 self.has_joints |= piece.joint == "\n"
             yield piece
-            before = piece.split
-            ends_a_line[before] = kind is list or piece.content.endswith("\n")
+            before, where = piece.split, {piece.split} | (where if not piece.begins else set())
+            ends_a_line |= dict.fromkeys(where, kind is list or piece.content.endswith("\n"))
 
     def with_newlines(self, text):
         changed = utf8.with_newlines(text)
