@@ -160,7 +160,8 @@ def encoded(items, kept, tokenizer, unknown, workers):
         ) from None
     finally:
         if pool:
-            pool.shutdown(cancel_futures=True)
+            with control_c_held_back():  # a second one would leave processes that just start without a parent
+                pool.shutdown(cancel_futures=True)
 
 
 def result_of(number, item):
@@ -205,11 +206,16 @@ def start_workers(count, tokenizer, unknown):
 @contextmanager
 def control_c_held_back():
     """Ctrl-C comes after the block. A process that is started in it leaves Ctrl-C to its parent for ever."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread may get the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
 
 
 def become_worker(definition, unknown):

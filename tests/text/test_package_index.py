@@ -59,7 +59,7 @@ def server():
         found = collections.namedtuple("Index", "url pages asked")(
             f"http://127.0.0.1:{running.server_port}", {}, []
         )
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield found
         running.shutdown()
