@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import numpy as np
 
@@ -102,20 +102,21 @@ def text_facts(source):
 def write_parts(writer, source, tokenizer, unknown, workers):
     """Encode and write the parts of a Source that `writer` lacks; all of them where its text has changed."""
     kept, number, sizes = len(writer.parts), -1, dict.fromkeys(SPLITS, 0)
-    for number, found in encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers):
-        if isinstance(found, dict) and number < kept:
-            if found["text_sha256"] != writer.parts[number]["text_sha256"]:
-                number = -1
-                break
-        elif isinstance(found, dict):
-            writer.end_part(**found, bytes=sizes)
-            sizes = dict.fromkeys(SPLITS, 0)
-        else:
-            for split, ids, size in found:
-                if not any(writer.count(split) for split in SPLITS):
-                    require_space(writer, source, ids, size)
-                writer.append(split, ids)
-                sizes[split] += size
+    with closing(encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers)) as items:
+        for number, found in items:
+            if isinstance(found, dict) and number < kept:
+                if found["text_sha256"] != writer.parts[number]["text_sha256"]:
+                    number = -1
+                    break
+            elif isinstance(found, dict):
+                writer.end_part(**found, bytes=sizes)
+                sizes = dict.fromkeys(SPLITS, 0)
+            else:
+                for split, ids, size in found:
+                    if not any(writer.count(split) for split in SPLITS):
+                        require_space(writer, source, ids, size)
+                    writer.append(split, ids)
+                    sizes[split] += size
     if number + 1 < kept:
         writer.parts.clear()
         write_parts(writer, source, tokenizer, unknown, workers)
