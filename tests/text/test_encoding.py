@@ -393,6 +393,20 @@ def test_no_process_outlives_the_one_that_was_stopped(how, documents):
     assert files() == found
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_control_c_while_workers_start_is_one_line(times, documents):
+    tag = uuid.uuid4().hex
+    process = start(*COMMAND[:-1], "--tokenizer=byte", "--workers=2", tag=tag)
+    while not workers_of(tag):
+        time.sleep(0.001)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("", "error: interrupted\n")
+    assert not tagged(tag)
+
+
 def test_a_worker_that_was_killed_is_one_line_and_what_was_finished_stays(documents):
     tag = uuid.uuid4().hex
     process = start(*COMMAND, "--tokenizer=byte", "--workers=2", tag=tag, pause=0.01)
