@@ -35,6 +35,8 @@ class Dataset:
         Open `data/<name>`, or the folder `name` where that is a path. Raises UserError where it is no whole
         set.
         """
+        if not name:
+            raise UserError("no set is named: --dataset=NAME, of a folder in data")
         self.folder = folder_of(str(name))
         if not (self.folder / META).is_file():
             self.require_files("train.bin", "val.bin")

@@ -31,6 +31,8 @@ NO_TEXT = (
     (0, b"ARROW1", "a table", "let its name end in .arrow"),
 )
 
+CONTROL = {*range(1, 32)} - {*b"\t\n\v\f\r\x1b"}  # bytes that texts seldom have; Esc is for colours
+
 HEAD = 4096  # bytes that show what a file is
 
 
@@ -115,7 +117,12 @@ def require_text(head, name):
     for place, magic, what, way_out in NO_TEXT:
         if head[place:].startswith(magic):
             raise UserError(f"{name} is {what}, not a text: {way_out}")
-    if head.startswith(tuple(MARKS)) or head.count(0) <= len(head) // 4:
+    if head.startswith(tuple(MARKS)):
+        return
+    control = sum(byte in CONTROL for byte in head)
+    if control > len(head) // 20:
+        raise UserError(f"{name} is no text: {control} of its first {len(head)} bytes are control characters")
+    if head.count(0) <= len(head) // 4:
         return
     even, odd = head[::2].count(0), head[1::2].count(0)  # of UTF-16 in Latin letters, one of both is the half
     if min(even, odd) > len(head) // 8:

@@ -87,6 +87,14 @@ def test_the_end_of_a_text_is_as_long_whatever_its_encoding(tmp_path):
         assert len(ends.encode()) == pytest.approx(0.1 * len(text.encode()), abs=5)
 
 
+def test_line_ends_in_conversations_are_newlines_too(tmp_path):
+    rows = [[{"role": "user", "content": "a\r\nb"}, {"role": "assistant", "content": "c\rd\n"}]]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = Source([str(tmp_path / "a.json")])
+    assert [piece.content for piece in source] == [[("user", "a\nb"), ("assistant", "c\nd\n")]]
+    assert source.has_other_line_ends
+
+
 def test_line_ends_that_are_changed_are_said(prepared, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n" * 20)
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\n" * 20)
@@ -119,7 +127,8 @@ NO_TEXT = {
     "PDF": (b"%PDF-1.7\nsome text", ["PDF", "pdftotext"]),
     "zstd": (b"\x28\xb5\x2f\xfd\x00\x00", ["zstd", "zstd -d"]),
     "parquet": (b"PAR1 and more", [".parquet"]),
-    "numbers": (bytes([0, 0, 0, 7, 1, 0, 0, 0]) * 99, ["is no text", "are 0"]),
+    "numbers": (bytes([0, 0, 0, 7, 1, 0, 0, 0]) * 99, ["is no text", "control characters"]),
+    "any bytes": (bytes(range(1, 256)) * 20, ["is no text", "control characters"]),
     "UTF-16 without a mark": (GERMAN.encode("utf-16-le"), ["without a byte order mark", "iconv -f utf-16le"]),
     "the other UTF-16": (GERMAN.encode("utf-16-be"), ["without a byte order mark", "iconv -f utf-16be"]),
     "half a UTF-16": (GERMAN.encode("utf-16")[:-1], ["utf-16", "not whole"]),
