@@ -6,15 +6,18 @@ if __name__ == "__main__":  # before the imports: one that fails ends in one lin
     run_command(__file__)
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError
-from kqv.settings import parse, setting
-from kqv.text import dataset, encoding, learning, names, sources, token_files, tokenizers
+from kqv.errors import UsageError, UserError, warn
+from kqv.settings import fill, read_given, setting
+from kqv.text import dataset, documents, encoding, learning, names, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
 from kqv.text.tokenizers import TOKENIZERS
+
+RULES = 2  # how text is read; a set that was made by other rules is made again
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,9 @@ Turn text into the token files that train.py reads, in data/<name>. A SOURCE is
 
 {sources.listing()}
 
-A row of a table or a line of JSON has a text; or it is a conversation, with messages, or with a prompt and
+A row of a table or an object of JSON has a text; or it is a conversation, with messages, or with a prompt and
 its completion. Of conversations, the answers are learnt. Several sources make one set, which needs a --name.
+Line ends \\r\\n and \\r become \\n. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
 The --tokenizer is
 
@@ -44,7 +48,8 @@ Stopped at any moment, the same command goes on with what was finished.
     )
     unknown: Literal["error", "skip"] = setting("error", "what to do with characters the tokenizer lacks")
     name: str = setting("", "the set's name; empty: the source's")
-    text_column: str = setting("text", "where a .jsonl or .parquet file has its text")
+    text_column: str = setting(documents.TEXT, "the column of the text, in tables and JSON")
+    val: str = setting("", "a file, folder or hf:NAME for validation; empty: a share of the text")
     val_fraction: float = setting(0.1, "share of the text for validation", at_least=0.0, below=1.0)
     workers: int = setting(0, "processes that encode; 0: one a core. The result is the same", at_least=0)
 
@@ -54,13 +59,16 @@ def main(argv):
     existing_tokenizer = find_tokenizer(config.tokenizer)
     new_tokenizer = None if existing_tokenizer else tokenizers.by_name(config.tokenizer)
     name = config.name or names.default_name(config.sources, config.tokenizer)
+    names.require_name(name)
     folder = Path("data") / name
-    source = sources.Source(config.sources, config.text_column, config.val_fraction)
+    source = sources.Source(config.sources, config.text_column, config.val_fraction, config.val)
     about = {
+        "rules": RULES,
         "source": list(config.sources),
         "text_column": config.text_column,
         "cut": source.cut,
-        "val_fraction": config.val_fraction,
+        "val_fraction": source.val_fraction,
+        "val": config.val,
         "made_with": existing_tokenizer.to_json() if existing_tokenizer else config.tokenizer,
         "unknown": config.unknown,
     }
@@ -70,12 +78,16 @@ def main(argv):
     tokenizer = learning.tokenizer_for(source, existing_tokenizer, new_tokenizer)
     encoding.write_set(folder, source, tokenizer, about, config.unknown, config.workers)
     report(folder, tokenizer)
-    print(f"train on it with: python train.py --dataset={name}")
+    report_changes(source, tokenizer)
+    print(f"train on it with: python train.py --dataset={shlex.quote(name)}")
 
 
 def read_settings(argv):
     """The settings; where a built-in set has some of its own, these are the defaults. Raises UsageError."""
-    config = parse(PrepareSettings, argv)
+    given = read_given(PrepareSettings, argv)
+    config = fill(PrepareSettings, given)
+    if config.val and "val_fraction" in given:
+        raise UsageError(f"{given['val']} and {given['val_fraction']}: a set has one of them")
     if not config.sources:
         raise UsageError(
             f"no source: python prepare.py plays, or another of {', '.join(BUILT_IN)}, or text files"
@@ -86,7 +98,7 @@ def read_settings(argv):
     if len(config.sources) > 1:
         other = next(name for name in config.sources if name != built_in)
         raise UsageError(f"{built_in} is a whole set by itself: prepare {other} apart, with its own --name")
-    return parse(PrepareSettings, argv, saved=BUILT_IN[built_in].settings)
+    return fill(PrepareSettings, given, saved=BUILT_IN[built_in].settings)
 
 
 def find_tokenizer(name):
@@ -109,7 +121,7 @@ def find_tokenizer(name):
 def is_prepared(folder, about, source):
     """Whether the folder has this very set, whole."""
     try:
-        dataset.Dataset(folder.resolve())
+        dataset.Dataset(folder)
         meta = json.loads((folder / token_files.META).read_text("utf-8"))
     except (UserError, OSError):
         return False
@@ -129,3 +141,19 @@ def report(folder, tokenizer):
         f"{folder}: {counts}, of {meta['documents']:,} {documents}; {tokenizer.kind} tokenizer with "
         f"{tokenizer.vocab_size:,} ids{a_token if meta['bytes'] else ''}"
     )
+
+
+def report_changes(source, tokenizer):
+    """Say what was done to the text."""
+    if source.has_other_line_ends:
+        print("line ends \\r\\n or \\r became \\n")
+    if source.has_joints and tokenizer.separator is None:
+        if encoding.joint_of(tokenizer, "\n"):
+            print(
+                f"a newline stands between documents, since the {tokenizer.kind} tokenizer has no end of text"
+            )
+        else:
+            warn(
+                f"documents run into each other: the {tokenizer.kind} tokenizer has neither an end of text "
+                "nor a newline"
+            )

@@ -50,6 +50,16 @@ def put_in_place(beside, path, previous=None):
         remove(earlier)
 
 
+def require_no_dangling_link(path):
+    """Raise UserError where a path (a Path), or a folder on the way to it, is a link to what is not there."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            raise UserError(
+                f"{part.absolute()} is a link to {os.readlink(part)}, which is not there: make that, or "
+                "remove the link"
+            )
+
+
 def sync(path):
     """Make a file's content, or a folder's renames, last through a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -179,7 +179,7 @@ def test_an_environment_of_many_processes_that_makes_no_sense(refuse, monkeypatc
         (b"", ["is empty"]),
         (b" \n\t\n", ["is empty"]),
         (b"caf\xe9 au lait", ["0xe9", "offset 3", "iconv"]),
-        ("text".encode("utf-16"), ["0xff", "offset 0", "iconv"]),
+        ("text".encode("utf-16-le"), ["UTF-16", "byte order mark", "iconv -f utf-16le"]),
         (b"ab", ["split", "more text", "--val_fraction"]),
     ],
     ids=["empty", "blank", "latin1", "utf-16", "short"],

@@ -5,11 +5,16 @@ import gzip
 import json
 import os
 import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_RUN, script, write_text
+from conftest import ROOT, TINY_RUN, process_environment, script, write_text
 
 import prepare
 import train
@@ -156,25 +161,29 @@ def test_files_come_in_the_order_given_and_those_of_a_glob_by_name(prepared, tmp
         (tmp_path / f"{name}.txt").write_text(name[-1] * 40)
     prepared("b.txt", "a.txt", "--name=ba", "--val_fraction=0.5")
     prepared("**/*.txt", "--name=all", "--val_fraction=0.5", "--tokenizer=byte")
-    assert text("ba", "train") == text("ba", "val") == "b" * 20 + "a" * 20
+    assert text("ba", "train") == text("ba", "val") == "b" * 20 + "\n" + "a" * 20
     assert text("all", "train") == text("all", "val") == "a" * 20 + "b" * 20 + "c" * 20
 
 
-def test_a_separator_stands_between_two_documents(prepared, tmp_path):
+def test_a_separator_or_a_newline_stands_between_two_documents(prepared, tmp_path):
     (tmp_path / "a.txt").write_text("aaa")
     (tmp_path / "b.txt").write_text("bb\n")
     (tmp_path / "c.txt").write_text("cccc")
     prepared("a.txt", "b.txt", "c.txt", "--name=bytes", "--tokenizer=byte", "--val_fraction=0.2")
-    prepared("a.txt", "b.txt", "c.txt", "--name=chars", "--val_fraction=0.2")
+    out = prepared("a.txt", "b.txt", "c.txt", "--name=chars", "--val_fraction=0.2")
+    assert "a newline stands between documents" in out
     assert ids("bytes", "train") == [*b"aa", 256, *b"bb", 256, *b"ccc"]
     assert ids("bytes", "val") == [*b"a", 256, *b"\n", 256, *b"c"]
-    assert (ids("chars", "train"), ids("chars", "val")) == ([1, 1, 2, 2, 3, 3, 3], [1, 0, 3])
+    assert (ids("chars", "train"), ids("chars", "val")) == (
+        [1, 1, 0, 2, 2, 3, 3, 3],
+        [1, 0, 0, 3],
+    )
 
 
-def test_a_text_is_taken_as_it_is_but_for_a_byte_order_mark(prepared, tmp_path):
+def test_a_text_is_taken_as_it_is_but_for_line_ends_and_a_byte_order_mark(prepared, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\n \t\xe2\x98\x83\0 " * 10)
-    prepared("text.txt")
-    assert text("text", "train") + text("text", "val") == "one\r\ntwo\n \t☃\0 " * 10
+    assert "line ends" in prepared("text.txt")
+    assert text("text", "train") + text("text", "val") == "one\ntwo\n \t☃\0 " * 10
 
 
 @pytest.mark.parametrize(
@@ -185,7 +194,6 @@ def test_a_text_is_taken_as_it_is_but_for_a_byte_order_mark(prepared, tmp_path):
         (b"\xef\xbb\xbf", "text.txt", ["text.txt is empty"]),
         (b"\xef\xbb\xbf\n", "text.txt", ["text.txt is empty"]),
         (b"abc\xff", "text.txt", ["text.txt is not UTF-8", "0xff", "offset 3", "iconv"]),
-        ("text".encode("utf-16"), "text.txt", ["text.txt is not UTF-8", "offset 0", "iconv"]),
         (b"text " * 9, "missing.txt", ["missing.txt", "glob", "plays"]),
         (b"text " * 9, "no*.txt --name=x", ["no*.txt", "glob", "plays"]),
         (b"text " * 9, "text.txt --val_fraction=0", ["val split", "0 tokens", "--val_fraction", "0.0"]),
@@ -394,3 +402,153 @@ def test_a_folder_with_a_tokenizers_name_is_not_in_its_way(base, cli):
         Path(name).mkdir()
         assert cli(prepare.main, written_by_others("new.txt"), f"--tokenizer={name}", "--name=new")[0] == 0
         assert Dataset(base / "data/new").tokenizer.kind == name
+
+
+# Borders of documents
+
+
+@pytest.mark.parametrize("ends", ["", "\n"])
+def test_documents_do_not_run_into_each_other_where_a_tokenizer_has_no_end_of_text(ends, prepared):
+    names = [f"emma{number}" for number in range(40)]
+    Path("names.jsonl").write_text("".join(json.dumps({"text": name + ends}) + "\n" for name in names))
+    out = prepared("names.jsonl")
+    assert ("a newline stands between documents" in out) == (ends == "")
+    found = [line for split in SPLITS for line in text("names", split).splitlines()]
+    assert sorted(found) == sorted(names) and min(len(ids("names", split)) for split in SPLITS) > 0
+    data = Dataset("names")
+    assert data.bytes == {split: len(ids("names", split)) for split in SPLITS}  # ASCII
+    assert "newline" not in prepared("names.jsonl", "--tokenizer=byte")
+
+
+def test_documents_that_run_into_each_other_are_said(prepared, cli):
+    Path("dna.txt").write_text("acgt" * 50)
+    prepared("dna.txt")
+    Path("more.jsonl").write_text("".join(f'{{"text": "{"acgt"[n % 4] * (n + 5)}"}}\n' for n in range(40)))
+    status, out, err = cli(prepare.main, "more.jsonl", "--tokenizer=data/dna")
+    assert status == 0 and err.startswith("warning: documents run into each other: the char tokenizer")
+
+
+def test_bits_per_byte_count_what_the_ids_stand_for(prepared):
+    Path("known.txt").write_text("ab\n" * 50)
+    prepared("known.txt")
+    Path("new.txt").write_text("aébccb\n" * 50, "utf-8")
+    prepared("new.txt", "--tokenizer=data/known", "--unknown=skip")
+    assert Dataset("new_known").bytes == {split: len(ids("new_known", split)) for split in SPLITS}
+
+
+# A validation file
+
+
+def test_a_validation_file_is_the_validation_split_and_the_sources_are_all_of_the_other(prepared, tmp_path):
+    write_text(tmp_path / "a.txt"), (tmp_path / "b.txt").write_text("values and heads\n" * 9)
+    prepared("a.txt", "--val=b.txt", "--name=ab")
+    assert text("ab", "train") == (tmp_path / "a.txt").read_text("utf-8")
+    assert text("ab", "val") == (tmp_path / "b.txt").read_text("utf-8")
+    assert "ready" in prepared("a.txt", "--val=b.txt", "--name=ab")
+    (tmp_path / "b.txt").write_text("values and keys\n" * 9)
+    assert "ready" not in prepared("a.txt", "--val=b.txt", "--name=ab")
+    assert text("ab", "val").startswith("values and keys")
+    assert "ready" not in prepared("a.txt", "--name=ab")
+
+
+def test_a_validation_folder_of_conversations(prepared):
+    Path("val").mkdir()
+    Path("train.tsv").write_text("Hi\tHello\n" * 9)
+    Path("val/a.tsv").write_text("Hi\tYes\n" * 2), Path("val/b.tsv").write_text("Hi\tNo\n")
+    assert "of 12 conversations" in prepared("train.tsv", "--val=val")
+    assert [len(list(Dataset("train").conversations(split))) for split in SPLITS] == [9, 3]
+
+
+@pytest.mark.parametrize(
+    "argv, status, parts",
+    [
+        ("a.txt --val=b.txt --val_fraction=0.1", 2, ["--val=b.txt and --val_fraction=0.1", "one of them"]),
+        ("a.txt --val=none.txt", 1, ["none.txt names no file"]),
+        ("a.txt --val=blank.txt", 1, ["blank.txt is empty"]),
+        ("a.txt --val=one.txt", 1, ["val split would have 1 tokens", "more text for it"]),
+        ("a.txt --val=c.tsv", 1, ["c.tsv mixes texts and conversations"]),
+    ],
+)
+def test_a_validation_file_that_can_not_be_used_is_refused(argv, status, parts, refusal, tmp_path):
+    for name, content in {"a.txt": "text " * 9, "b.txt": "text", "blank.txt": "\n", "one.txt": "t"}.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "c.tsv").write_text("a\tb\n")
+    line = refusal(prepare.main, *argv.split(), status=status)
+    assert all(part in line for part in parts), line
+
+
+def test_an_empty_split_is_told_what_fills_it(refusal, prepared):
+    def write(*questions):
+        Path("a.tsv").write_text("".join(f"{question}\tabc\n" for question in questions))
+
+    write("Hi", "Hi", "Hi")  # no fraction can cut these
+    line = refusal(prepare.main, "a.tsv")
+    assert "begin alike" in line and "--val=FILE" in line and "--val_fraction" not in line
+    for argv in (["--val_fraction=0.00001"], ["--val_fraction=0.99999"], ["--val_fraction=0"]):
+        write("Hi", "Who?", "Where?")
+        share = re.search(r"--val_fraction=[0-9.]+", refusal(prepare.main, "a.tsv", *argv))[0]
+        prepared("a.tsv", share)
+
+
+# Sources that are no plain files
+
+
+@pytest.mark.parametrize("how", ["a pipe's path", "compressed", "/dev/stdin"])
+def test_a_pipe_is_read_once_and_used_as_often_as_needed(how, tmp_path):
+    content = ("keys and values\n" * 99).encode()
+    command = [sys.executable, str(ROOT / "prepare.py"), "--name=pipe"]
+    source = f"<(cat {'text.gz' if how == 'compressed' else 'text'})" if how != "/dev/stdin" else "/dev/stdin"
+    (tmp_path / "text").write_bytes(content), (tmp_path / "text.gz").write_bytes(gzip.compress(content))
+    line = f"cat text | {shlex.join(command)} {source}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=process_environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    data = Dataset(tmp_path / "data/pipe")
+    assert "".join(data.tokenizer.decode(data.splits[split][:]) for split in SPLITS).encode() == content
+
+
+def test_a_pipe_needs_a_name(refusal):
+    os.mkfifo("pipe")
+    assert "--name=" in refusal(prepare.main, "pipe", status=2)
+
+
+def test_a_set_that_datasets_saved_is_read_and_of_several_splits_the_training_split(prepared, refusal):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": f"document {number}"} for number in range(60)]
+    parts = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:3])}
+    parts["train"].save_to_disk("one", num_shards=3)
+    datasets.DatasetDict(parts).save_to_disk("several")
+    datasets.DatasetDict({"test": parts["test"]}).save_to_disk("other")
+    shutil.copy("one/data-00000-of-00003.arrow", "one/cache-1234.arrow")  # left there by a map()
+    for source in ("one", "hf:one", "several", "several/train", "hf:several", "one/data*.arrow"):
+        assert "of 60 documents" in prepared(source, "--name=saved", "--tokenizer=byte")
+    assert "of 63 documents" in prepared("several", "--val=several/test", "--name=saved")
+    assert "other has no split called train" in refusal(prepare.main, "other")
+    Path("one/state.json").write_text("{}")
+    assert "state.json" in refusal(prepare.main, "one")
+
+
+# Names and folders of sets
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "/tmp/a", ".", "..", "~a", "data/a"])
+def test_a_name_that_is_a_path_is_refused(name, refusal):
+    Path("a.txt").write_text("text " * 9)
+    assert f"--name={name} is no name of a set" in refusal(prepare.main, "a.txt", f"--name={name}", status=2)
+    assert not Path("data").exists()
+
+
+def test_the_printed_command_is_quoted_for_the_shell(prepared):
+    Path("Mein Text 1.txt").write_text("text " * 99)
+    command = prepared("Mein Text 1.txt").split("with: ")[1]
+    assert shlex.split(command)[2] == "--dataset=Mein Text 1"
+
+
+def test_a_link_to_nowhere_is_named(refusal):
+    Path("data").symlink_to("larger_disk")
+    Path("a.txt").write_text("text " * 9)
+    line = refusal(prepare.main, "a.txt")
+    assert f"{Path('data').absolute()} is a link to larger_disk, which is not there" in line
+    Path("larger_disk").mkdir()
+    Path("data/a").symlink_to("/no/where")
+    for main, argv in ((prepare.main, ["a.txt"]), (train.main, ["--dataset=a", "--device=cpu"])):
+        assert "data/a is a link to /no/where, which is not there" in refusal(main, *argv)

@@ -12,7 +12,7 @@ from kqv.errors import UserError, warn
 from kqv.formats import huggingface
 from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS, REST, is_checkpoint, plain_names, read
 from kqv.settings import setting
-from kqv.text import dataset, tokenizers
+from kqv.text import dataset, names, tokenizers
 from model import GPT, GPTConfig
 
 
@@ -146,7 +146,7 @@ def tokenizer_of(contents):
         raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)
-    folder = Path("data") / str(contents.get("config", {}).get("dataset", "unnamed"))
+    folder = names.folder_of(str(contents.get("config", {}).get("dataset", "unnamed")))
     if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         return dataset.read_meta(folder)[0]
     vocab_size = contents["model_args"].get("vocab_size")

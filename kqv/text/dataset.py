@@ -8,13 +8,13 @@ Shapes: B rows, T = block_size tokens.
 import hashlib
 import json
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from kqv.errors import UserError
-from kqv.text.names import how_to_prepare
+from kqv.files import require_no_dangling_link
+from kqv.text.names import folder_of, how_to_prepare
 from kqv.text.order import packed, shuffled
 from kqv.text.token_files import META, SPLITS, Tokens, file_names, read_meta
 
@@ -32,10 +32,12 @@ class Dataset:
 
     def __init__(self, name):
         """
-        Open `data/<name>`, or the folder `name` where it is an absolute path. Raises UserError where it is no
-        whole set.
+        Open `data/<name>`, or the folder `name` where that is a path. Raises UserError where it is no whole
+        set.
         """
-        self.folder = Path("data") / name
+        if not name:
+            raise UserError("no set is named: --dataset=NAME, of a folder in data")
+        self.folder = folder_of(str(name))
         if not (self.folder / META).is_file():
             self.require_files("train.bin", "val.bin")
         self.tokenizer, dtype, parts, self.bytes, is_ours = read_meta(self.folder)
@@ -54,8 +56,10 @@ class Dataset:
     def require_files(self, *names):
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
+            require_no_dangling_link(self.folder)
             raise UserError(
-                f"{self.folder} has no {' and no '.join(missing[:2])}: {how_to_prepare(self.folder.name)}"
+                f"{self.folder.absolute()} has no {' and no '.join(missing[:2])}: "
+                f"{how_to_prepare(self.folder.name)}"
             )
 
     def open_split(self, split, dtype, parts):

@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 
 from kqv.errors import UserError
-from kqv.files import sha256_of_file, write_json
+from kqv.files import require_no_dangling_link, sha256_of_file, write_json
 from kqv.text.token_files import FORMAT, META, SPLITS, file_names, smallest_dtype
 
 PROGRESS = "progress.json"
@@ -37,6 +37,7 @@ class Writer:
             "separator": tokenizer.separator,
             **about,
         }
+        require_no_dangling_link(folder)
         self.new.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.new / "lock", "w")  # until this process ends or leaves
         try:

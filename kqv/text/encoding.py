@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 
 import numpy as np
 
@@ -54,10 +55,7 @@ def finish(writer, source, tokenizer):
     for split in SPLITS:
         if (count := writer.count(split)) < 2:
             writer.parts.clear()
-            raise UserError(
-                f"the {split} split would have {count} tokens: give more text, or another --val_fraction "
-                f"than {source.val_fraction}"
-            )
+            raise UserError(f"the {split} split would have {count} tokens: {source.remedy()}")
     sizes = {split: sum(part["bytes"][split] for part in writer.parts) for split in SPLITS}
     last = writer.parts[-1]
     writer.finish(
@@ -70,10 +68,10 @@ def finish(writer, source, tokenizer):
 def read_parts(source, what):
     """
     Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
-    "documents": ...}) of the text up to its end. A unit is a list of (split, whether a document begins there,
-    content). `what` names the progress bar.
+    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content), as of a Piece.
+    `what` names the progress bar.
     """
-    digest, documents, number, before = hashlib.sha256(), 0, 0, None
+    digest, documents, number = hashlib.sha256(), 0, 0
     unit, unit_size, part_size = [], 0, 0
     for piece in with_progress(source, what):
         content = piece.content if isinstance(piece.content, str) else json.dumps(piece.content)
@@ -81,8 +79,8 @@ def read_parts(source, what):
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
         digest.update(content)
         documents += piece.begins
-        unit.append((piece.split, piece.begins or piece.split != before, piece.content))
-        before, unit_size = piece.split, unit_size + len(content)
+        unit.append((piece.split, piece.joint, piece.content))
+        unit_size += len(content)
         if unit_size >= utf8.PIECE:
             yield number, unit
             unit, unit_size, part_size = [], 0, part_size + unit_size
@@ -104,22 +102,21 @@ def text_facts(source):
 def write_parts(writer, source, tokenizer, unknown, workers):
     """Encode and write the parts of a Source that `writer` lacks; all of them where its text has changed."""
     kept, number, sizes = len(writer.parts), -1, dict.fromkeys(SPLITS, 0)
-    for number, found in encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers):
-        if isinstance(found, dict) and number < kept:
-            if found["text_sha256"] != writer.parts[number]["text_sha256"]:
-                number = -1
-                break
-        elif isinstance(found, dict):
-            writer.end_part(**found, bytes=sizes)
-            sizes = dict.fromkeys(SPLITS, 0)
-        else:
-            for split, ids, size in found:
-                if not any(writer.count(split) for split in SPLITS):
-                    require_space(writer, source, ids, size)
-                if tokenizer.kind != "chat" and tokenizer.separator is not None and not writer.count(split):
-                    ids = ids[1:]  # it stands between documents; this one is the first
-                writer.append(split, ids)
-                sizes[split] += size
+    with closing(encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers)) as items:
+        for number, found in items:
+            if isinstance(found, dict) and number < kept:
+                if found["text_sha256"] != writer.parts[number]["text_sha256"]:
+                    number = -1
+                    break
+            elif isinstance(found, dict):
+                writer.end_part(**found, bytes=sizes)
+                sizes = dict.fromkeys(SPLITS, 0)
+            else:
+                for split, ids, size in found:
+                    if not any(writer.count(split) for split in SPLITS):
+                        require_space(writer, source, ids, size)
+                    writer.append(split, ids)
+                    sizes[split] += size
     if number + 1 < kept:
         writer.parts.clear()
         write_parts(writer, source, tokenizer, unknown, workers)
@@ -150,7 +147,8 @@ def encoded(items, kept, tokenizer, unknown, workers):
                     item = encode(item, tokenizer, unknown)
                 else:
                     pool = pool or start_workers(workers, tokenizer, unknown)
-                    item = pool.submit(encode_in_worker, item)
+                    with control_c_held_back():
+                        item = pool.submit(encode_in_worker, item)
             waiting.append((number, item))
             while len(waiting) > 3 * workers or (waiting and not pool):
                 yield result_of(*waiting.popleft())
@@ -163,7 +161,8 @@ def encoded(items, kept, tokenizer, unknown, workers):
         ) from None
     finally:
         if pool:
-            pool.shutdown(cancel_futures=True)
+            with control_c_held_back():  # a second one would leave processes that just start without a parent
+                pool.shutdown(cancel_futures=True)
 
 
 def result_of(number, item):
@@ -172,21 +171,30 @@ def result_of(number, item):
 
 def encode(unit, tokenizer, unknown):
     """
-    A unit, as of `read_parts`, -> [(split, (N,) ids, bytes of text), ...], one for each split that it has.
+    A unit, as of `read_parts`, -> [(split, (N,) ids, bytes of the text that they stand for), ...], one for
+    each split that it has.
     """
     ids, sizes = {}, {}
     dtype = smallest_dtype(tokenizer)
-    for split, begins, content in unit:
+    for split, joint, content in unit:
         some = ids.setdefault(split, [])
         if not isinstance(content, str):
             some.append(tokenizer.encode_chat(content, unknown))
-            content = "".join(text for _, text in content)
+            size = sum(len(text.encode("utf-8")) for _, text in content)
         else:
-            if begins and tokenizer.separator is not None:
+            if joint is not None and tokenizer.separator is not None:
                 some.append(np.array([tokenizer.separator]))
+            elif joint:
+                content = joint_of(tokenizer, joint) + content
             some.append(tokenizer.encode(content, unknown))
-        sizes[split] = sizes.get(split, 0) + len(content.encode("utf-8"))
+            size = len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(some[-1]))
+        sizes[split] = sizes.get(split, 0) + size
     return [(split, np.concatenate(some).astype(dtype), sizes[split]) for split, some in ids.items()]
+
+
+def joint_of(tokenizer, joint):
+    """What stands between documents where a tokenizer has no separator; empty where it lacks that, too."""
+    return joint if len(tokenizer.encode(joint, "skip")) else ""
 
 
 def start_workers(count, tokenizer, unknown):
@@ -196,9 +204,23 @@ def start_workers(count, tokenizer, unknown):
     )
 
 
+@contextmanager
+def control_c_held_back():
+    """Ctrl-C comes after the block. A process that is started in it leaves Ctrl-C to its parent for ever."""
+    came = []
+    handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread may get the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
 def become_worker(definition, unknown):
-    """What a new process does first: it leaves Ctrl-C to its parent, and ends when the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What a new process does first: it ends when the parent ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     worker.update(tokenizer=from_json(definition), unknown=unknown)

@@ -28,8 +28,13 @@ def learnt(cls, options, source):
 
 
 def texts(source, split=None, at_most=math.inf):
-    """The texts of a source, or of its one split, until they have so many characters."""
+    """
+    The texts of a source, with what joins them; or those of its one split, until they have so many
+    characters.
+    """
     for piece in with_progress(source, "learning"):
+        if split is None:
+            yield piece.joint or ""
         if split in (None, piece.split):
             for text in (piece.content,) if isinstance(piece.content, str) else (t for _, t in piece.content):
                 yield text

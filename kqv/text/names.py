@@ -1,14 +1,16 @@
 """What a set is called, after its source and its tokenizer; and back: the command that makes a set."""
 
+import os
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
 from kqv.errors import UsageError
 from kqv.text import hub, tokenizers
 from kqv.text.built_in import BUILT_IN
-from kqv.text.file_formats import COMPRESSED
-from kqv.text.sources import STDIN
+from kqv.text.file_formats import without_compression
+from kqv.text.paths import STDIN
 
 USUAL = "char"  # the tokenizer where the user names none
 
@@ -25,12 +27,26 @@ def default_name(sources, tokenizer):
     suffix = "" if tokenizer == usual_tokenizer(source) else f"_{short(tokenizer)}"
     if source in BUILT_IN:
         return source + suffix
-    if len(sources) > 1 or source == STDIN or any(letter in source for letter in "*?["):
+    is_pipe = os.path.exists(source) and not os.path.isfile(source) and not os.path.isdir(source)
+    is_glob = any(letter in source for letter in "*?[") and not os.path.exists(source)
+    if len(sources) > 1 or source == STDIN or is_pipe or is_glob:
         raise UsageError("several files, or standard input, need a name for their set: --name=mytext")
     if source.startswith(hub.PREFIX):
         return source.removeprefix(hub.PREFIX).rstrip("/").split("/")[-1].replace(":", "_") + suffix
     path = Path(source).resolve()
-    return (path.name if path.is_dir() else Path(path.name.removesuffix(COMPRESSED)).stem) + suffix
+    return (path.name if path.is_dir() else Path(without_compression(path.name)).stem) + suffix
+
+
+def require_name(name):
+    """Raise UsageError where a set can't be called so: it would be outside of data/, or data/ itself."""
+    if not name or name in (".", "..") or "/" in name or name.startswith("~"):
+        raise UsageError(f"--name={name} is no name of a set, which is a folder in data: --name=mytext")
+
+
+def folder_of(dataset):
+    """The folder of the set that a user names: data/NAME; or the folder itself where that is a path."""
+    is_path = dataset.startswith(("data/", "./", "../", "/", "~"))
+    return Path(os.path.expanduser(dataset)) if is_path else Path("data", dataset)
 
 
 def short(tokenizer):
@@ -45,7 +61,7 @@ def how_to_prepare(name):
         source, _, suffix = name.rpartition("_")
         tokenizer = tokenizer_of(suffix)
         if source not in BUILT_IN or not tokenizer:
-            return f"make it with: python prepare.py YOUR_TEXT.txt --name={name}"
+            return f"make it with: python prepare.py YOUR_TEXT.txt --name={shlex.quote(name)}"
     options = f" --tokenizer={tokenizer} --name={name}" if tokenizer else ""
     return f"make it with: python prepare.py {source}{options}"
 

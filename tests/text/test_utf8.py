@@ -31,8 +31,8 @@ SCRIPTS = st.text(st.sampled_from("ab  \n\n\r\té☃😀\ufeff\u3000")).map(lamb
 
 
 def after_byte(data, cut):
-    """Where the first character begins at or after a byte."""
-    while cut < len(data) and data[cut] & 0xC0 == 0x80:
+    """Where the first character, of which \\r\\n is one, begins at or after a byte."""
+    while cut < len(data) and (data[cut] & 0xC0 == 0x80 or data[cut - 1 : cut + 1] == b"\r\n"):
         cut += 1
     return cut
 
