@@ -140,7 +140,7 @@ def build_model(config, start_checkpoint, data):
         require_tokenizer(config, start_checkpoint, gpt, data.tokenizer)
     config = replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE})
     data.require_length(config.block_size)
-    return config, gpt
+    return config, gpt.train()
 
 
 def new_model(config, vocab_size):
