@@ -37,7 +37,7 @@ TINY = [*TINY_RUN, "--dataset=tiny"]
 # Each step four micro-batches, with dropout: what resuming and sharing among processes must not disturb.
 FOUR = [*TINY, "--gradient_accumulation_steps=4", "--dropout=0.1"]
 # A learning rate that climbs until training falls apart: the best weights are not the last.
-FALLING_APART = [*TINY, "--max_iters=12", "--lr_decay_iters=12", "--learning_rate=1e-2", "--min_lr=0.1"]
+FALLING_APART = [*TINY, "--max_iters=12", "--warmup_iters=12", "--learning_rate=0.1"]
 
 
 @pytest.fixture

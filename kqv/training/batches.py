@@ -23,20 +23,26 @@ class DataSettings:
     )
 
 
+def windows_per_step(config):
+    """How many windows all processes together train on in a step."""
+    return config.gradient_accumulation_steps * config.batch_size
+
+
 def tokens_per_step(config):
     """How many tokens all processes together train on in a step."""
-    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+    return windows_per_step(config) * config.block_size
 
 
-def micro_batches(data, config, world, step):
+def micro_batches(data, config, world, step, before=None):
     """
     This process's micro-batches of a step: for each the model's arguments, on the device, and a seed for
-    dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ...
+    dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ... `before` is how many
+    windows the steps before have read; None: as many each as this one.
     """
     count = config.gradient_accumulation_steps
     for index in range(world.rank, count, world.size):
         batch, seed = data.training_batch(
-            config.batch_size, config.block_size, config.seed, step, index, config.data_order, count
+            config.batch_size, config.block_size, config.seed, step, index, config.data_order, count, before
         )
         yield to_device(batch, world.device), seed
 

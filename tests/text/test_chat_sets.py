@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import prepare
 import train
 from kqv.formats import loading
+from kqv.settings import parse
 from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.order import packed
@@ -308,7 +309,7 @@ def test_a_run_on_conversations_with_activations_computed_again_is_the_same(run)
 
 def test_evaluation_is_the_mean_over_all_rows(run):
     run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
-    config = train.parse(train.TrainSettings, [*TINY, "--batch_size=1"])
+    config = parse(train.TrainSettings, [*TINY, "--batch_size=1"])
     data = Dataset("sums")
     _, gpt = build_model(config, None, data.tokenizer)
     rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
