@@ -1,5 +1,10 @@
 """The training run: batches -> steps -> evaluation -> checkpoints -> logs."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import math
 import signal
 import sys
@@ -63,9 +68,12 @@ class TrainSettings(
     """
 
 
+@report_once
 def main(argv):
     given = read_given(TrainSettings, argv)
     config = fill(TrainSettings, given)
+    if not config.eval_only:  # nobody need read what a run of days prints
+        errors.output_may_be_lost()
     # Handlers outlive the process group, which may still report a lost rank.
     with StopSignals() as stop, join_world(config) as world, own_folder(config, world):
         config, start_checkpoint = resolve_start(config, given, world)
@@ -167,7 +175,3 @@ def set_up(config, given, start_checkpoint, world):
     saver = make_saver(config, world, sharded, state)
     wandb_id = wandb_run.id if wandb_run else None
     return TrainingRun(config, world, data, model, world.wrap(model), state, autocast, log, saver, wandb_id)
-
-
-if __name__ == "__main__":
-    errors.run(report_once(main))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
+from kqv import errors
 from kqv.device import peak_flops
 from kqv.settings import override, setting
 from kqv.training.batches import tokens_per_step
@@ -51,6 +52,7 @@ class Log:
     def __init__(self, config, world, state, evaluated, dtype, wandb_run):
         self.config, self.is_main = config, world.is_main
         self.metrics = None
+        self.is_noted = False  # whether the metrics say that standard output can't be written
         self.mfu_per_token = mfu_per_token(state.model, dtype, world)
         on_terminal = self.is_main and sys.stderr.isatty() and not config.eval_only
         self.bar = tqdm(
@@ -77,6 +79,12 @@ class Log:
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+            lost = getattr(sys.stdout, "lost", None)
+            if lost and self.metrics and not self.is_noted:
+                text = (
+                    f"standard output can't be written ({errors.reason_of(lost)}): the run goes on without it"
+                )
+                self.is_noted = self.metrics.note(max(0, self.last_step), text)
 
     def record(self, kind, step, values):
         if self.metrics:

@@ -46,9 +46,10 @@ class Metrics:
                     add(name, value, step)
 
     def note(self, step, text):
-        """Write something that a reader of the numbers should know, to the file alone."""
+        """Write to the file what a reader of the numbers should know. Returns whether that was possible."""
         if self.file:
             self.write("note", step, {"note": text})
+        return not self.lost
 
     def write(self, kind, step, values):
         """
