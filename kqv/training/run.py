@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from kqv.formats.checkpoint import BEST, PREVIOUS
+from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
 from kqv.training.batches import micro_batches, windows_per_step
 from kqv.training.evaluation import evaluate, write_sample
-from kqv.training.metrics import OLDER_METRICS
 from kqv.training.optimizer import limit_bad_steps
-from kqv.training.saver import Saver
+from kqv.training.saver import OLD, Saver
 from kqv.training.state import snapshot
 
 
@@ -145,8 +144,9 @@ def make_saver(config, world, sharded, state):
     """The Saver of this process; None where it has nothing to save."""
     if config.eval_only or not (sharded or world.is_main):
         return None
-    resumed, has_best = config.init_from == "resume", state.best_val_loss < math.inf
-    older = (() if resumed else (PREVIOUS, OLDER_METRICS)) + (() if resumed and has_best else (BEST,))
+    resumed, older = config.init_from == "resume", tuple(OLD)
+    if resumed:
+        older = () if state.best_val_loss < math.inf else (BEST,)
     arguments = (config.out_dir, older, state.step if resumed else None)
     if sharded:
         from kqv.training.sharded_saver import ShardedSaver  # slow import: only when sharding

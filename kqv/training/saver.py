@@ -7,8 +7,12 @@ from pathlib import Path
 import torch
 
 from kqv.errors import UserError, first_line, warn
-from kqv.files import remove
-from kqv.formats.checkpoint import BEST, NEWEST, ONLY_TO_TRAIN, save
+from kqv.files import put_in_place, remove
+from kqv.formats.checkpoint import BEST, NEWEST, ONLY_TO_TRAIN, PREVIOUS, save
+from kqv.training.metrics import OLDER_METRICS
+
+# What a run leaves in its folder is kept under these names when another run saves there.
+OLD = {PREVIOUS: "ckpt.old.pt", BEST: "best.old.pt", OLDER_METRICS: "metrics.old.jsonl"}
 
 
 class Saver:
@@ -18,8 +22,8 @@ class Saver:
 
     def __init__(self, out_dir, older=(), newest=None):
         """
-        `older` names files in the folder that the first save makes obsolete. `newest` is the step of this
-        run's checkpoint there, if it has one.
+        `older` names files in the folder that are not this run's once it has saved: they get their names in
+        OLD. `newest` is the step of this run's checkpoint there, if it has one.
         """
         self.out_dir, self.older, self.newest = Path(out_dir), older, newest
         self.failed = {}  # name of a file -> why its last save failed
@@ -68,7 +72,7 @@ class Saver:
                 self.save_file(self.out_dir / name, contents)
                 if name == NEWEST:
                     self.newest = contents["iter_num"]
-                    self.forget_older()
+                    self.rename_older()
                 del self.failed[name]
             except (OSError, RuntimeError, MemoryError) as error:  # torch's writer raises RuntimeError
                 self.failed[name] = getattr(error, "strerror", None) or first_line(error)
@@ -81,10 +85,13 @@ class Saver:
         """Write one file, whole or not at all."""
         save(path, contents)
 
-    def forget_older(self):
-        """Remove the files in the folder that are obsolete, now that this run has a checkpoint."""
+    def rename_older(self):
+        """Rename the files in the folder that are not this run's, now that it has a checkpoint."""
         for name in self.older:
-            remove(self.out_dir / name)
+            if (self.out_dir / name).exists():
+                put_in_place(self.out_dir / name, self.out_dir / OLD[name])
+            else:
+                remove(self.out_dir / OLD[name])  # of a run before that one
         self.older = ()
 
     def wait(self):

@@ -70,7 +70,7 @@ class ShardedSaver(Saver):
         if problem[0]:
             raise RuntimeError(problem[0])
 
-    def forget_older(self):
+    def rename_older(self):
         if self.world.is_main:
-            super().forget_older()
+            super().rename_older()
         self.older = ()

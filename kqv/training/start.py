@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
 from kqv.settings import fill, group, setting
-from kqv.training.metrics import OLDER_METRICS
 from kqv.training.optimizer import last_learning_rate
 from model import GPT, GPTConfig
 
@@ -130,14 +129,14 @@ def unused_settings(config, given, world):
 
 
 def what_is_replaced(config):
-    """Which checkpoints of another run a new one finds in its out_dir, as a line; none: ""."""
-    names = (checkpoint.NEWEST, checkpoint.PREVIOUS, checkpoint.BEST)
-    found = [name for name in names if Path(config.out_dir, name).exists()]
+    """What a new run does with the checkpoints of another one in its out_dir, as a line; none: ""."""
+    found = [name for name in (checkpoint.NEWEST, checkpoint.BEST) if Path(config.out_dir, name).exists()]
     if not found or config.init_from == "resume" or config.eval_only:
         return ""
+    old = [f"{Path(name).stem}.old.pt" for name in found]
     return (
-        f"{config.out_dir} has another run's {', '.join(found)}: this run's first save replaces them and "
-        f"{OLDER_METRICS}, the numbers of that run; to keep them, stop now and give another --out_dir"
+        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save they become "
+        f"{' and '.join(old)}"
     )
 
 
