@@ -1,10 +1,15 @@
 """A trained model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, first_line, run
+from kqv.errors import UsageError, UserError, first_line
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
@@ -66,7 +71,3 @@ def main(argv):
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
-
-
-if __name__ == "__main__":
-    run(main)

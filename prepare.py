@@ -1,11 +1,16 @@
 """Text -> token files: what `train.py` reads, in data/<name>."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, run
+from kqv.errors import UsageError, UserError
 from kqv.settings import parse, setting
 from kqv.text import dataset, encoding, learning, names, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
@@ -123,7 +128,3 @@ def report(folder, tokenizer):
         f"{folder}: {counts}, of {meta['documents']:,} {documents}; {tokenizer.kind} tokenizer with "
         f"{tokenizer.vocab_size:,} ids{a_token if meta['bytes'] else ''}"
     )
-
-
-if __name__ == "__main__":
-    run(main)

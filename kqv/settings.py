@@ -26,32 +26,66 @@ def setting(default, help, at_least=None, below=None):
     return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A setting that the user gave; as text, where and how: "--n_layer=4", "mine.py: n_layer = 4"."""
+
+    value: object
+    where: str
+
+    def __str__(self):
+        return self.where
+
+
 def parse(cls, argv, saved=None):
     """
-    The settings that a command line asks for, as an instance of the frozen dataclass `cls`.
+    The settings that a command line asks for, as an instance of the frozen dataclass `cls`: `fill`, with what
+    `read_given` finds there.
+    """
+    return fill(cls, read_given(cls, argv), saved)
+
+
+def read_given(cls, argv):
+    """
+    What a command line gives -> {name: Given}, without defaults and without what a checkpoint says.
 
     Arguments that begin with `--` are settings: `--name=value`, `--name value`, and `--name` alone for a
     bool; one of type tuple[str, ...] may be given many times. The others are config files, or, where `cls`
-    has a field of that type without `setting`, that field's values. `saved` replaces defaults (a checkpoint's
-    settings on resume). `--help` prints every setting and exits. Raises UsageError.
+    has a field of that type without `setting`, that field's values. `--help` prints every setting and exits.
+    Raises UsageError.
     """
     types_of = typing.get_type_hints(cls)
-    many = next((field.name for field in dataclasses.fields(cls) if is_positional(field, types_of)), None)
+    many = positional_name(cls)
     types_of.pop(many, None)
-    positional, given = split_arguments(cls, types_of, argv)
-    values = {}
-    for name, value in (saved or {}).items():
-        if name in types_of:
-            values[name] = convert(name, value, types_of[name], where="the checkpoint's ")
-    if many:
-        values[many] = tuple(positional)
-    else:
-        for path in positional:
-            for name, value in read_config_file(path).items():
-                require_known(name, types_of, where=f"{path}: ")
-                values[name] = convert(name, value, types_of[name], where=f"{path}: ")
-    for name, text in given.items():
-        values[name] = convert(name, text, types_of[name], where="--", from_text=True)
+    positional, texts = split_arguments(cls, types_of, argv)
+    given = {}
+    if many and positional:
+        given[many] = Given(tuple(positional), " ".join(positional))
+    for path in [] if many else positional:
+        for name, value in read_config_file(path).items():
+            require_known(name, types_of, where=f"{path}: ")
+            value = convert(name, value, types_of[name], where=f"{path}: ")
+            given[name] = Given(value, f"{path}: {name} = {value!r}")
+    for name, text in texts.items():
+        value = convert(name, text, types_of[name], where="--", from_text=True)
+        given[name] = Given(value, " ".join(f"--{name}={part}" for part in always_tuple(text)))
+    return given
+
+
+def fill(cls, given, saved=None):
+    """
+    An instance of `cls` with {name: Given}, and defaults for the rest; `saved`, {name: value}, replaces
+    defaults (a checkpoint's settings on resume) where it is not None. Raises UsageError.
+    """
+    types_of = typing.get_type_hints(cls)
+    types_of.pop(positional_name(cls), None)
+    saved = saved or {}
+    values = {
+        name: convert(name, saved[name], types_of[name], where="the checkpoint's ")
+        for name in saved
+        if name in types_of and name not in given and saved[name] is not None
+    }
+    values |= {name: given[name].value for name in given}
     for field in dataclasses.fields(cls):
         if field.name in values:
             check_bounds(field, values[field.name])
@@ -71,6 +105,16 @@ def override(config, values, where):
 def is_positional(field, types_of):
     """Whether a field takes the arguments without a name."""
     return types_of[field.name] == tuple[str, ...] and "help" not in field.metadata
+
+
+def positional_name(cls):
+    """The name of the field of `cls` that takes the arguments without a name; None: there is none."""
+    types_of = typing.get_type_hints(cls)
+    return next((field.name for field in dataclasses.fields(cls) if is_positional(field, types_of)), None)
+
+
+def always_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
 
 
 def split_arguments(cls, types_of, argv):

@@ -5,8 +5,10 @@ Settings: where a value comes from, what is refused and in which words, that nan
 import dataclasses
 import itertools
 import math
+import os
 import re
 import tempfile
+import threading
 import typing
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import prepare
 import sample
 import train
 from kqv.errors import UsageError
-from kqv.settings import parse, setting
+from kqv.settings import fill, parse, read_given, setting
 from train import TrainSettings
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
@@ -106,6 +108,7 @@ def test_text_may_follow_its_name_as_an_argument_of_its_own(text):
 def test_a_config_file_is_python_and_only_its_plain_values_are_settings(tmp_path):
     source = """
 import math
+import os
 from dataclasses import dataclass
 def heads(layers):
     return 2 * layers
@@ -145,6 +148,48 @@ def test_saved_settings_are_checked_like_all_others(saved):
 def test_settings_can_not_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse(TrainSettings, []).seed = 1
+
+
+# Which settings were given
+
+
+def test_what_was_given_is_known_with_its_place(tmp_path):
+    path = config_file(tmp_path, "n_layer = 2\nn_head = 4\nseed = 1337", "mine.py")
+    found = read_given(TrainSettings, [path, "--n_layer=3", "--max_iters", "1e3", "--bias"])
+    assert {name: setting.value for name, setting in found.items()} == {
+        "n_layer": 3,
+        "n_head": 4,
+        "seed": 1337,  # as the default, but given
+        "max_iters": 1000,
+        "bias": True,
+    }
+    assert [str(found[name]) for name in ("n_layer", "n_head", "max_iters", "bias")] == [
+        "--n_layer=3",
+        f"{path}: n_head = 4",
+        "--max_iters=1e3",
+        "--bias=True",
+    ]
+    found = read_given(sample.SampleSettings, ["--stop=a", "--stop=b"])
+    assert found["stop"].value == ("a", "b") and str(found["stop"]) == "--stop=a --stop=b"
+    assert read_given(prepare.PrepareSettings, ["a", "b"])["sources"].value == ("a", "b")
+    assert read_given(prepare.PrepareSettings, []) == {}
+
+
+def test_what_a_checkpoint_says_is_not_given(tmp_path):
+    found = read_given(TrainSettings, [config_file(tmp_path, "n_head = 2"), "--n_embd=32"])
+    config = fill(TrainSettings, found, saved={"n_layer": 4, "n_head": 8})
+    assert (config.n_layer, config.n_head, config.n_embd) == (4, 2, 32) and "n_layer" not in found
+
+
+def test_a_config_file_is_read_once_for_any_number_of_fillings(tmp_path):
+    """A pipe, as bash's <(...) is one, has its content once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("n_layer = 3",))
+    writer.start()
+    found = read_given(TrainSettings, [str(pipe)])
+    writer.join()
+    assert fill(TrainSettings, found).n_layer == fill(TrainSettings, found, {"n_layer": 5}).n_layer == 3
 
 
 # A setting that may be given many times

@@ -88,12 +88,12 @@ class Dataset:
                     f"only {known}: run prepare.py again"
                 )
 
-    def fingerprint(self):
+    def fingerprint(self, splits=SPLITS):
         """
-        A hash of the tokenizer, and of the splits' sizes and ids at 256 places: enough to tell sets apart.
+        A hash of the tokenizer, and of these splits' sizes and ids at 256 places: enough to tell sets apart.
         """
         digest = hashlib.sha256(json.dumps(self.tokenizer.to_json(), sort_keys=True).encode())
-        for split in SPLITS:
+        for split in splits:
             tokens = self.splits[split]
             digest.update(f"{split} {len(tokens)} {tokens.dtype}".encode())
             for start in np.linspace(0, max(0, len(tokens) - 64), 256, dtype=np.int64).tolist():
@@ -148,27 +148,30 @@ class Dataset:
 
     # Which windows are in a batch
 
-    def training_batch(self, batch_size, block_size, seed, step, index, order="random", micro_batches=1):
+    def training_batch(
+        self, batch_size, block_size, seed, step, index, order="random", micro_batches=1, before=None
+    ):
         """
         Micro-batch `index` of the `micro_batches` of a training step: a Batch, and a seed for whatever else
         is random in it (dropout). The same arguments always give the same result.
 
         order="random" draws windows with replacement. "epoch" takes every window once before any comes
-        again, in a new order each time.
+        again, in a new order each time; `before` is how many the steps before have taken, if not as many each
+        as this one.
         """
         windows, random = self.training_windows(
-            batch_size, block_size, seed, step, index, order, micro_batches
+            batch_size, block_size, seed, step, index, order, micro_batches, before
         )
         return self.batch("train", windows, block_size), int(random.integers(2**63))
 
-    def training_windows(self, batch_size, block_size, seed, step, index, order, micro_batches):
+    def training_windows(self, batch_size, block_size, seed, step, index, order, micro_batches, before=None):
         """The windows (B,) of a micro-batch, and the generator of its further random numbers."""
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
         if order == "random":
             choices = self.windows("train", block_size, anywhere=True)
             return random.integers(0, choices, size=batch_size), random
-        first = (step * micro_batches + index) * batch_size
-        return self.in_epochs(first, batch_size, block_size, seed), random
+        before = step * micro_batches * batch_size if before is None else before
+        return self.in_epochs(before + index * batch_size, batch_size, block_size, seed), random
 
     def learnt_tokens(self, batch_size, block_size, *which):
         """How many tokens are learnt of the `training_batch` of the same arguments, without reading it."""

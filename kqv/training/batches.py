@@ -24,23 +24,29 @@ class DataSettings:
     )
 
 
+def windows_per_step(config):
+    """How many windows all processes together train on in a step."""
+    return config.gradient_accumulation_steps * config.batch_size
+
+
 def tokens_per_step(config):
     """How many tokens all processes together train on in a step."""
-    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+    return windows_per_step(config) * config.block_size
 
 
-def micro_batches(data, config, world, step):
+def micro_batches(data, config, world, step, before=None):
     """
     This process's micro-batches of a step: for each the model's arguments, on the device, its weight, and a
-    seed for dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ...
+    seed for dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ... `before` is how
+    many windows the steps before have read; None: as many each as this one.
 
     A micro-batch's weight is the number of tokens that it learns, as a multiple of the mean over all
-    micro-batches of the step: 1 for texts, of which every token is learnt. The mean of the weighted losses is
-    so the mean over all tokens, however they are split. A step with nothing to learn has no micro-batches.
+    micro-batches of the step: 1 for texts, of which every token is learnt. So the mean of the weighted losses
+    is the mean over all tokens, however they are split. A step with nothing to learn has no micro-batches.
     """
     count = config.gradient_accumulation_steps
     which = [
-        (config.batch_size, config.block_size, config.seed, step, index, config.data_order, count)
+        (config.batch_size, config.block_size, config.seed, step, index, config.data_order, count, before)
         for index in range(count)
     ]
     learnt = [data.learnt_tokens(*arguments) for arguments in which]

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
-from kqv.settings import group, parse, setting
+from kqv.settings import fill, group, setting
+from kqv.training.optimizer import last_learning_rate
 from model import GPT, GPTConfig
 
 
@@ -51,20 +52,22 @@ class ActivationSettings:
 # The settings that weights decide: all of GPTConfig but the tokenizer's part of it, and dropout.
 ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
 
-# The run's place and task are new at each start; a resumed run takes all other settings from its checkpoint.
-NOT_RESUMED = ("out_dir", "init_from", "eval_only")
+# The run's task and place are new at each start; a resumed run takes all other settings from its checkpoint.
+TASK = ("out_dir", "init_from", "eval_only")
+PLACE = ("device", "backend", "timeout_minutes")  # processes have met on it before they read a checkpoint
 
 # old name in a checkpoint -> name
 RENAMED = {"sampling": "data_order"}
 
 
-# Settings of a resumed run
+# Settings and the start of a run
 
 
-def resolve_start(config, argv, world):
+def resolve_start(config, given, world):
     """
     (settings, start_checkpoint): the contents of the checkpoint that the run starts from, or None, and the
-    settings, which on resume have the checkpoint's for defaults. Raises UserError.
+    settings. `config` has those that were `given`, and the program's defaults; here the shape of the weights
+    and, on resume, the checkpoint's settings come in place of those defaults. Raises UserError.
     """
     newest = Path(config.out_dir) / checkpoint.NEWEST
     if config.init_from == "auto":
@@ -74,7 +77,9 @@ def resolve_start(config, argv, world):
         return config, None
     if config.init_from == "resume":
         start_checkpoint = loading.load(newest, mapped=world.size > 1)
-        config = parse(type(config), argv, saved_settings(start_checkpoint))
+        saved = saved_settings(start_checkpoint)
+        defaults = {name: value for name, value in saved.items() if name not in PLACE}
+        config = fill(type(config), given, {**defaults, **shape_of(start_checkpoint)})
         return replace(config, init_from="resume"), start_checkpoint
     start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
     if out_dir in (start, start.parent) and not config.eval_only:
@@ -82,22 +87,95 @@ def resolve_start(config, argv, world):
             f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
             "or go on with that run by --init_from=resume"
         )
-    return config, loading.load_start(config.init_from)
+    start_checkpoint = loading.load_start(config.init_from)
+    return fill(type(config), given, shape_of(start_checkpoint)), start_checkpoint
+
+
+def shape_of(contents):
+    """The settings that a checkpoint's weights decide; none where it does not say them well."""
+    try:
+        shape = GPTConfig.from_args(contents["model_args"])
+    except (ValueError, TypeError):
+        return {}  # model_of says what is wrong with it
+    return {name: getattr(shape, name) for name in ARCHITECTURE}
 
 
 def saved_settings(contents):
-    """The settings in a checkpoint's contents that a resumed run goes on with, under today's names."""
+    """The settings in a checkpoint's contents, without those of its task, under today's names."""
     settings = contents.get("config", {})
-    return {RENAMED.get(name, name): value for name, value in settings.items() if name not in NOT_RESUMED}
+    return {RENAMED.get(name, name): value for name, value in settings.items() if name not in TASK}
 
 
 def changed_settings(config, start_checkpoint):
-    """What a resumed run has changed, as "name before -> now" each."""
+    """What a resumed run has changed: {name of a setting: "before -> now"}."""
     if config.init_from != "resume":
-        return []
+        return {}
     before, now = saved_settings(start_checkpoint), asdict(config)
+    if before.get("device") == "auto":  # older checkpoints do not say where they were
+        before["device"] = now["device"]
     changed = (name for name in now if name in before and before[name] != now[name])
-    return [f"{name} {before[name]} -> {now[name]}" for name in changed]
+    return {name: f"{before[name]} -> {now[name]}" for name in changed}
+
+
+def unused_settings(config, given, world):
+    """The settings that were given but that this run has no use for, as "name (why)" each."""
+    uses = {
+        "decay_lr is False": (config.decay_lr, ("warmup_iters", "lr_decay_iters", "min_lr")),
+        "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
+        "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
+    }
+    reasons = {name: why for why, (used, names) in uses.items() if not used for name in names}
+    return [f"{name} ({why})" for name, why in reasons.items() if name in given]
+
+
+def what_is_replaced(config):
+    """What a new run does with the checkpoints of another one in its out_dir, as a line; none: ""."""
+    found = [name for name in (checkpoint.NEWEST, checkpoint.BEST) if Path(config.out_dir, name).exists()]
+    if not found or config.init_from == "resume" or config.eval_only:
+        return ""
+    old = [f"{Path(name).stem}.old.pt" for name in found]
+    return (
+        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save they become "
+        f"{' and '.join(old)}"
+    )
+
+
+def forgotten(names, config):
+    """A line for each number that a resumed run has forgotten, see TrainingState.begin_anew."""
+    if "best_val_loss" in names:
+        yield (
+            f"the best validation loss so far, {names['best_val_loss']:.4f}, was not measured on what is "
+            f"evaluated now, windows of data/{config.dataset}: the best begins anew"
+        )
+    if names.get("windows") and config.data_order == "epoch":
+        yield f"the epoch begins anew, since data/{config.dataset} was not read in this order before"
+
+
+def start_lines(config, given, world, start_checkpoint, names):
+    """What a run says of its settings and its folder when it begins, as lines."""
+    if changed := changed_settings(config, start_checkpoint):
+        yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
+    if unused := unused_settings(config, given, world):
+        yield f"not used: {', '.join(unused)}"
+    yield from forgotten(names, config)
+    if line := what_is_replaced(config):
+        yield line
+
+
+def odd_learning_rates(config):
+    """Warnings: a line for a schedule that never reaches learning_rate, or rises where it should fall."""
+    if not config.decay_lr or config.eval_only:
+        return
+    if config.warmup_iters > config.max_iters > 0:
+        yield (
+            f"the learning rate never reaches {config.learning_rate}: warmup_iters={config.warmup_iters} is "
+            f"longer than the run, max_iters={config.max_iters}: try --warmup_iters={config.max_iters // 10}"
+        )
+    elif last_learning_rate(config) > config.learning_rate:
+        yield (
+            f"the learning rate rises to min_lr={config.min_lr}, as learning_rate={config.learning_rate} is "
+            "below it: leave min_lr out for a tenth of the learning rate"
+        )
 
 
 def require_divisible(config, world):
@@ -157,21 +235,23 @@ def new_model(config, vocab_size):
 
 def model_of_checkpoint(config, contents):
     """
-    The GPT in a checkpoint's contents, cropped to a shorter block_size. Raises UserError where there is none,
-    and UsageError where a resumed run asks for another architecture.
+    The GPT in a checkpoint's contents, cropped to a shorter block_size in a new run. Raises UserError where
+    there is none, and UsageError where the settings ask for another architecture.
     """
     resumes = config.init_from == "resume"
     path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
     gpt = loading.model_of(contents, path, dropout=config.dropout)
-    if resumes:
-        for name in ARCHITECTURE:
-            if getattr(config, name) != getattr(gpt.config, name):
-                raise UsageError(
-                    f"{name}={getattr(config, name)}, but the run in {config.out_dir} has "
-                    f"{name}={getattr(gpt.config, name)}: leave it out, or use --init_from=scratch"
-                )
-    elif config.block_size < gpt.config.block_size:
+    if not resumes and config.block_size < gpt.config.block_size:
         gpt.crop_block_size(config.block_size)
+    others = [name for name in ARCHITECTURE if getattr(config, name) != getattr(gpt.config, name)]
+    if others:
+        asked, known = (
+            ", ".join(f"{name}={getattr(shape, name)}" for name in others) for shape in (config, gpt.config)
+        )
+        raise UsageError(
+            f"{asked} is asked for, but the weights of {path} have {known}: leave it out, or use "
+            "--init_from=scratch"
+        )
     return gpt
 
 

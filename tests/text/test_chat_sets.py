@@ -304,13 +304,9 @@ def test_a_run_on_conversations_with_activations_computed_again_is_the_same(run)
     assert losses("out") == pytest.approx(losses("plain"), abs=1e-5)
 
 
-@UNHURRIED
-@given(
-    conversations=UNEVEN, block_size=st.integers(5, 40), batch_size=st.integers(1, 5), seed=st.integers(0, 9)
-)
-def test_what_a_batch_learns_is_known_without_reading_it(
-    conversations, block_size, batch_size, seed, tmp_path
-):
+@settings(UNHURRIED, max_examples=30)
+@given(conversations=UNEVEN, block_size=st.integers(5, 40), batch_size=st.integers(1, 5))
+def test_what_a_batch_learns_is_known_without_reading_it(conversations, block_size, batch_size, tmp_path):
     data = chat_set(tmp_path, conversations)
     if not data.windows("train", block_size):
         return
@@ -420,7 +416,7 @@ def test_what_was_trained_on_texts_goes_on_with_conversations(source, base, cli)
 
 
 def test_a_padded_vocabulary_that_has_room_for_the_marks_stays(run, cli):
-    Path("texts.txt").write_text(Path(ROOT, "README.md").read_text("utf-8"))
+    Path("texts.txt").write_text("".join(page.read_text("utf-8") for page in sorted(ROOT.glob("docs/*.md"))))
     assert cli(prepare.main, "texts.txt", "--tokenizer=bpe:1100")[0] == 0
     run(*TINY, "--dataset=texts_bpe1100", "--out_dir=base", "--max_iters=1")
     assert cli(prepare.main, "sums.tsv", "--name=chat", "--tokenizer=base")[0] == 0

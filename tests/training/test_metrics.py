@@ -322,7 +322,7 @@ def test_a_run_goes_on_without_a_wandb_that_is_out_of_reach(run, tmp_path):
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    log = metrics.Metrics(tmp_path, 0, -1)
+    log = metrics.Metrics(tmp_path, 0, -1, resumed=False)
     log.record("train", 3, {"loss": math.nan, "lr": math.inf, "sample": "a\nb"})
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
@@ -358,7 +358,7 @@ def test_a_resumed_run_keeps_what_was_recorded_before_its_checkpoint(tmp_path, o
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')  # torn
-    log = metrics.Metrics(tmp_path, step, evaluated)
+    log = metrics.Metrics(tmp_path, step, evaluated, resumed=True)
     log.record("train", step, {"loss": 0.5})
     log.close()
     expected = [*(lines[number] for number in kept), {"kind": "train", "step": step, "loss": 0.5}]

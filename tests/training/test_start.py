@@ -9,7 +9,7 @@ from conftest import TINY_RUN, random_gpt, random_ids
 
 import train
 from kqv.errors import UserError
-from kqv.settings import parse
+from kqv.settings import parse, read_given
 from kqv.training.start import (
     changed_settings,
     checkpoint_activations,
@@ -30,6 +30,12 @@ def settings(*argv, **values):
 # Settings
 
 
+def resolved(argv):
+    """(settings, start_checkpoint) of a command line."""
+    world = World(torch.device("cpu"))
+    return resolve_start(settings(*argv), read_given(train.TrainSettings, argv), world)
+
+
 @pytest.fixture
 def old_checkpoint(cli, tiny_set):
     """A run whose checkpoint calls data_order by its older name: a function that saves it with that order."""
@@ -47,14 +53,13 @@ def old_checkpoint(cli, tiny_set):
 @pytest.mark.parametrize("order", ["random", "epoch"])
 def test_a_resumed_run_goes_on_with_a_setting_that_was_renamed(old_checkpoint, order):
     old_checkpoint(order)
-    argv = ["--init_from=resume"]
-    world = World(torch.device("cpu"))
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
+    argv = ["--init_from=resume", "--device=cpu"]
+    config, start_checkpoint = resolved(argv)
     assert config.data_order == order and config.n_layer == 2
-    assert changed_settings(config, start_checkpoint) == []
+    assert changed_settings(config, start_checkpoint) == {}
     argv.append(f"--data_order={'epoch' if order == 'random' else 'random'}")
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
-    assert changed_settings(config, start_checkpoint) == [f"data_order {order} -> {config.data_order}"]
+    config, start_checkpoint = resolved(argv)
+    assert changed_settings(config, start_checkpoint) == {"data_order": f"{order} -> {config.data_order}"}
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
@@ -65,14 +70,13 @@ def test_out_of_memory_with_one_sequence_proposes_a_smaller_model(checkpointed):
 
 
 def test_auto_resumes_where_there_is_a_checkpoint_or_its_predecessor(cli, tiny_set):
-    world = World(torch.device("cpu"))
     argv = ["--init_from=auto"]
-    assert resolve_start(settings(*argv), argv, world)[0].init_from == "scratch"
+    assert resolved(argv)[0].init_from == "scratch"
     assert cli(train.main, *TINY_RUN, "--dataset=tiny")[0] == 0
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
+    config, start_checkpoint = resolved(argv)
     assert config.init_from == "resume" and start_checkpoint["iter_num"] == 6
     shutil.move("out/ckpt.pt", "elsewhere.pt")
-    assert resolve_start(settings(*argv), argv, world)[1]["iter_num"] == 3
+    assert resolved(argv)[1]["iter_num"] == 3
 
 
 # The model
