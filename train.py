@@ -43,7 +43,7 @@ from kqv.training.start import (
     smaller_batch,
     start_lines,
 )
-from kqv.training.state import belongs_to, start_state
+from kqv.training.state import belongs_to, changed_loss, start_state
 from model import NextToken
 
 
@@ -156,7 +156,8 @@ def set_up(config, given, start_checkpoint, world):
     data = Dataset(config.dataset)
     require_same_start(config, start_checkpoint, data, dtype, world)
     config, gpt = build_model(config, start_checkpoint, data)
-    for line in (*data.left_out(config.block_size), *odd_learning_rates(config)):
+    warnings = (*data.left_out(config.block_size), *odd_learning_rates(config))
+    for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
     objective = NextToken(gpt, next_token_loss, data.tokenizer.vocab_size)

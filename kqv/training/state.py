@@ -130,5 +130,18 @@ def snapshot(state, config, tokenizer, wandb_id=None):
         "model_args": asdict(state.model.config),
         "config": asdict(config),
         "tokenizer": tokenizer.to_json(),
+        "ids_in_loss": tokenizer.vocab_size,
         "wandb_id": wandb_id,
     }
+
+
+def changed_loss(config, start_checkpoint, tokenizer):
+    """A line, if the run to resume counted in its loss the rows that pad the vocabulary, as it once was."""
+    if config.init_from != "resume":
+        return
+    rows, ids = start_checkpoint["model_args"]["vocab_size"], tokenizer.vocab_size
+    if start_checkpoint.get("ids_in_loss", rows) > ids:
+        yield (
+            f"the rows {ids} to {rows - 1}, which pad the vocabulary, do not count in the loss any more, so "
+            "it is slightly lower than this run's before"
+        )

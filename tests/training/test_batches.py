@@ -1,6 +1,7 @@
-"""A step learns the mean over all its tokens, whatever micro-batches and processes it is split into."""
+"""The losses of a run: means over all learnt tokens, however a step is split, and without padding."""
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from ranks import run_ranks
 from torch.nn import functional as F
 
+import export
+import prepare
 import sample
 import train
 from kqv.formats import loading
@@ -183,3 +186,87 @@ def test_an_evaluation_is_the_mean_over_all_tokens(run, cli):
         assert status == 0, err
         found = json.loads(out.splitlines()[-1])
         assert found["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+# Padding of the vocabulary
+
+
+@pytest.fixture
+def padded_run(cli, tmp_path):
+    """A run with a vocabulary of more than 1,024 ids, which is padded, in `out`; its ids and rows."""
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 1030))) * 3
+    Path("text.txt").write_text(text, "utf-8")
+    assert cli(prepare.main, "text.txt", "--name=padded", "--val_fraction=0.4")[0] == 0
+    argv = [*TINY_RUN, "--dataset=padded", "--dtype=float32", "--eval_iters=1000", "--max_iters=2"]
+    status, out, err = cli(train.main, *argv, "--eval_interval=1")
+    assert (status, err) == (0, ""), err
+    ids = Dataset("padded").tokenizer.vocab_size
+    rows = len(loading.load(Path("out/ckpt.pt"))["model"]["lm_head.weight"])
+    assert ids % 64 and rows == -(-ids // 64) * 64
+    return ids, rows
+
+
+def test_padding_has_no_part_in_any_loss(padded_run, cli):
+    ids, rows = padded_run
+    contents = loading.load(Path("out/ckpt.pt"))
+    contents["model"]["lm_head.weight"][ids:] += 3.0  # so that it would show
+    contents["model"]["transformer.wte.weight"] = contents["model"]["lm_head.weight"]
+    torch.save(contents, "out/ckpt.pt")
+    gpt = loading.without_padding(loading.model_of(contents, "out"), ids)  # as it is exported
+    data, losses = Dataset("padded"), []
+    with torch.no_grad():
+        for index in range(data.batches("val", 4, 16)):
+            batch = data.evaluation_batch("val", 4, 16, index, data.batches("val", 4, 16))
+            losses.append(NextToken(gpt)(*map(torch.from_numpy, batch[:2])).item())
+    status, _, err = cli(
+        train.main,
+        "--init_from=out/ckpt.pt",
+        *TINY_RUN,
+        "--dataset=padded",
+        "--dtype=float32",
+        "--eval_iters=1000",
+        "--learning_rate=0",
+        "--min_lr=0",
+        "--max_iters=1",
+        "--out_dir=again",
+    )
+    assert (status, err) == (0, "")
+    assert numbers("again", "val_loss")[0] == pytest.approx(np.mean(losses), abs=1e-5)
+    batch, _ = data.training_batch(4, 16, 1337, 0, 0)
+    expected = NextToken(gpt)(*map(torch.from_numpy, batch[:2])).item()
+    assert numbers("again", "loss")[0] == pytest.approx(expected, abs=1e-5)
+
+    argv = ["--checkpoint=out/ckpt.pt", "--evaluate=val", "--format=jsonl", "--device=cpu", "--dtype=float32"]
+    found = [json.loads(cli(sample.main, *argv)[1])["loss"]]
+    assert cli(export.main, "--checkpoint=out/ckpt.pt", "--to=exported")[0] == 0
+    argv[0] = "--init_from=exported"
+    found.append(json.loads(cli(sample.main, *argv, "--dataset=padded")[1])["loss"])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+def test_an_older_run_says_that_its_loss_changes(padded_run, cli):
+    ids, rows = padded_run
+    status, _, err = cli(train.main, "--init_from=resume", "--max_iters=3")
+    assert (status, err) == (0, "")
+    contents = loading.load(Path("out/ckpt.pt"))
+    del contents["ids_in_loss"]
+    torch.save(contents, "out/ckpt.pt")
+    status, _, err = cli(train.main, "--init_from=resume", "--max_iters=4")
+    assert status == 0 and err.startswith(f"warning: the rows {ids} to {rows - 1}, which pad the vocabulary")
+    assert len(err.splitlines()) == 1
+
+
+# Losses that are no numbers
+
+
+def test_an_evaluation_that_is_no_number_is_said(tiny_set, cli):
+    argv = [*TINY_RUN, "--dataset=tiny", "--dtype=float32"]
+    assert cli(train.main, *argv)[0] == 0
+    contents = loading.load(Path("out/ckpt.pt"))
+    contents["model"]["transformer.ln_f.weight"][0] = math.nan
+    torch.save(contents, "broken.pt")
+    status, out, err = cli(train.main, *argv, "--init_from=broken.pt", "--eval_only")
+    assert status == 1 and "train loss is nan and the val loss is nan" in err and len(err.splitlines()) == 1
+    status, out, err = cli(train.main, *argv, "--init_from=broken.pt", "--out_dir=other", "--max_bad_steps=2")
+    assert status == 1 and err.splitlines()[0].startswith("warning: the train loss is nan")
+    assert not Path("other/ckpt.pt").exists()
