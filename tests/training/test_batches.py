@@ -156,11 +156,12 @@ def test_processes_that_learn_unevenly_or_nothing_train_as_one(parallel, run):
 
 def test_a_step_with_nothing_to_learn_is_skipped_and_said(run):
     write_rows(Path("data/chat").absolute(), [None, None, None, 4, None, None])
-    argv = [*CHAT_RUN, *split(1, 1, "out"), "--max_bad_steps=2", "--log_interval=3"]
+    argv = [*CHAT_RUN, *split(1, 1, "out"), "--max_bad_steps=2"]
     out = run(*argv)
     skipped = [line for line in out.splitlines() if "is skipped: none of its rows has an answer" in line]
     assert len(skipped) == 5 and all(line.startswith("warning: step ") for line in skipped)
     assert "done: step 6" in out and "steps skipped" not in out
+    assert numbers("out", "loss").count(None) == 5 == numbers("out", "grad_norm").count(0)
     before = loading.load(Path("out/ckpt.pt"))
     counts = {int(state["step"]) for state in before["optimizer"]["state"].values()}
     assert counts == {1}
