@@ -261,8 +261,11 @@ def test_plain_lines_say_what_the_metrics_say(run):
     assert lines[-1] == "to see what it writes: python sample.py --out_dir=out"
 
 
-def test_metrics_of_a_run_that_diverged_are_still_json(run):
-    run(*TINY, "--learning_rate=1e30", "--decay_lr=False")
+def test_a_run_that_diverged_ends_with_an_error_and_its_metrics_are_json(cli, tiny_set):
+    status, out, err = cli(train.main, *TINY, "--learning_rate=1e30", "--decay_lr=False")
+    assert status == 1 and "done" not in out and err.count("\n") == 1
+    assert "loss at step 6 is not finite" in err and "--learning_rate" in err
+    assert not list(Path("out").glob("*.pt"))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")

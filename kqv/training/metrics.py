@@ -114,6 +114,7 @@ def open_file(out_dir, step, evaluated, resumed):
     checkpoint at `step`. Beside a new run, the file of the checkpoints in the folder has another name, until
     they are replaced.
     """
+    out_dir.mkdir(parents=True, exist_ok=True)
     path, older = out_dir / METRICS, out_dir / OLDER_METRICS
     if resumed and older.exists():  # a new run began here, and ended before it saved
         os.replace(older, path)
