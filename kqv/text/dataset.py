@@ -40,9 +40,9 @@ class Dataset:
             self.require_files("train.bin", "val.bin")
         self.tokenizer, dtype, parts, self.bytes, is_ours = read_meta(self.folder)
         self.splits = {split: self.open_split(split, dtype, parts) for split in SPLITS}
-        if not is_ours:
-            for split in SPLITS:
-                self.require_known_ids(split)
+        if not is_ours:  # prepare.py has checked each id
+            for tokens in self.splits.values():
+                tokens.check()
         self.conversation_starts = {split: self.find_starts(split) for split in SPLITS if self.is_chat}
         self.packed = {}  # (split, block_size) -> rows
 
@@ -68,23 +68,10 @@ class Dataset:
                     f"{self.folder / name} has {size} bytes, which is not what its set says: run prepare.py "
                     "again"
                 )
-        tokens = Tokens([self.folder / name for name in names], dtype)
+        tokens = Tokens([self.folder / name for name in names], dtype, self.tokenizer.vocab_size)
         if len(tokens) == 0:
             raise UserError(f"{self.folder / names[0]} has 0 bytes: run prepare.py again")
         return tokens
-
-    def require_known_ids(self, split):
-        """
-        Read a whole split, and raise UserError where it has an id that the tokenizer lacks. What prepare.py
-        writes has none.
-        """
-        known = self.tokenizer.vocab_size
-        for block in self.splits[split].blocks():
-            if block.max() >= known:
-                raise UserError(
-                    f"the {split} split of {self.folder} has the id {block.max()}, but its tokenizer has "
-                    f"only {known}: run prepare.py again"
-                )
 
     def fingerprint(self, splits=SPLITS):
         """

@@ -20,11 +20,12 @@ from model import GPT, GPTConfig
 class RunSettings:
     """Run"""
 
-    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl")
+    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl", path=True)
     init_from: str = setting(
         "scratch",
         "scratch, resume, auto (resume if there is a checkpoint, else scratch), gpt2, gpt2-medium|large|xl, "
         "a checkpoint or a Hugging Face folder",
+        path=True,
     )
     seed: int = setting(
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63

@@ -311,7 +311,7 @@ def test_evaluation_is_the_mean_over_all_rows(run):
     run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
     config = parse(train.TrainSettings, [*TINY, "--batch_size=1"])
     data = Dataset("sums")
-    _, gpt = build_model(config, None, data.tokenizer)
+    _, gpt = build_model(config, None, data)
     rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
     with torch.no_grad():
         expected = np.mean(
@@ -410,7 +410,7 @@ def test_what_was_trained_on_texts_goes_on_with_conversations(source, base, cli)
 
 
 def test_a_padded_vocabulary_that_has_room_for_the_marks_stays(run, cli):
-    Path("texts.txt").write_text(Path(ROOT, "README.md").read_text("utf-8"))
+    Path("texts.txt").write_text("".join(path.read_text("utf-8") for path in sorted(ROOT.glob("docs/*.md"))))
     assert cli(prepare.main, "texts.txt", "--tokenizer=bpe:1100")[0] == 0
     run(*TINY, "--dataset=texts_bpe1100", "--out_dir=base", "--max_iters=1")
     assert cli(prepare.main, "sums.tsv", "--name=chat", "--tokenizer=base")[0] == 0
