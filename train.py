@@ -22,6 +22,7 @@ from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import next_token_loss
+from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
@@ -32,16 +33,13 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
-    changed_settings,
     checkpoint_activations,
     compile_blocks,
-    odd_learning_rates,
     require_divisible,
     require_same_start,
     resolve_start,
     set_precision,
     smaller_batch,
-    start_lines,
 )
 from kqv.training.state import belongs_to, start_state
 from model import NextToken
@@ -109,21 +107,26 @@ def train(run, stop):
 def train_step(model, state, batches, learning_rate, config, world, autocast):
     """
     One optimizer step over this process's micro-batches. `model` gives the loss of state.model, and its
-    backward pass averages gradients over the processes. A step whose gradient is not finite is skipped.
+    backward pass averages gradients over the processes. A step whose gradient is not finite is skipped, and
+    so is one without micro-batches, which has nothing to learn.
 
-    Returns numbers to log, as tensors on the device: {"loss": the mean of these micro-batches, "grad_norm":
-    of all processes' mean gradient, before clipping, "bad_steps": how many were skipped in a row}.
+    Returns numbers to log, as tensors on the device: {"loss": the weighted mean of these micro-batches,
+    "grad_norm": of all processes' mean gradient, before clipping, "bad_steps": how many were skipped in a row
+    for their gradient}.
     """
     share = config.gradient_accumulation_steps // world.size
-    loss_sum = torch.zeros((), device=world.device)
-    for micro_step, (batch, seed) in enumerate(batches, start=1):
+    micro_step, loss_sum = 0, torch.zeros((), device=world.device)
+    for micro_step, (batch, weight, seed) in enumerate(batches, start=1):
         if config.dropout:
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, last=micro_step == share):
             with autocast:
-                loss = model(*batch)
+                loss = model(*batch) * weight
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
+    if not micro_step:
+        nothing = torch.full_like(loss_sum, math.nan)
+        return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     grad_norm = full_tensor(grad_norm)
@@ -150,11 +153,14 @@ def set_up(config, given, start_checkpoint, world):
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
     require_same_start(config, start_checkpoint, data, dtype, world)
+    asked = config
     config, gpt = build_model(config, start_checkpoint, data)
-    for line in (*data.left_out(config.block_size), *odd_learning_rates(config)):
+    warnings = *overruled(asked, config), *odd_learning_rates(config), *data.left_out(config.block_size)
+    for line in warnings:
         errors.warn(line)
     set_precision(config, world.device)
-    model = world.place(NextToken(gpt, next_token_loss), gpt.transformer.h, config.parallel, dtype)
+    objective = NextToken(gpt, next_token_loss, data.tokenizer.vocab_size)
+    model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype)
     evaluated = state.evaluated

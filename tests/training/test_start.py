@@ -10,8 +10,8 @@ from conftest import TINY_RUN, random_gpt, random_ids
 import train
 from kqv.errors import UserError
 from kqv.settings import parse, read_given
+from kqv.training.notices import changed_settings
 from kqv.training.start import (
-    changed_settings,
     checkpoint_activations,
     new_model,
     resolve_start,
