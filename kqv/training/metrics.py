@@ -2,7 +2,6 @@
 Where a run's numbers go: to metrics.jsonl in its folder; if asked for, to Weights & Biases and TensorBoard.
 """
 
-import errno
 import html
 import json
 import math
@@ -64,8 +63,8 @@ class Metrics:
         content = "".join(json.dumps(record) + "\n" for record in records).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
-            if self.file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while content:  # a part of it may be all that there is room for
+                content = content[self.file.write(content) :]
             self.lost = 0
         except OSError as error:
             with suppress(OSError):
