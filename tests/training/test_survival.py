@@ -22,6 +22,7 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, process_environment
+from ranks import Ranks, run_ranks, train_main
 from torch.nn.modules.module import register_module_forward_hook
 
 import prepare
@@ -431,6 +432,31 @@ def test_a_run_that_does_not_begin_leaves_no_folder(refusal, tiny_set):
     for argv in (["--dataset=missing"], ["--init_from=resume"], ["--init_from=nowhere"]):
         refusal(train.main, *RUN, "--out_dir=a/b/c", *argv)
         assert Path("a").exists() and not list(Path("a").iterdir())
+
+
+def test_all_processes_of_a_run_own_its_folder_together(cli, tiny_set):
+    with owned("out"), Ranks(2, *RUN, "--max_iters=1") as ranks:
+        ends = ranks.ends()
+    assert [status for status, _, _ in ends] == [1, 1]
+    assert "".join(out + err for _, out, err in ends).count("out is in use by another run") == 1
+    assert "done: step 1" in run_ranks(2, *RUN, "--max_iters=1")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_many_processes_that_can_not_save_end_with_one_error(cli, tiny_set, parallel):
+    with Ranks(
+        2, *RUN, f"--parallel={parallel}", "--max_iters=1", main=train_with_files_up_to_20_kb
+    ) as ranks:
+        ends = ranks.ends()
+    assert 1 in [status for status, _, _ in ends] and "Traceback" not in "".join(err for _, _, err in ends)
+    errors = [line for _, _, err in ends for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "the run ends at step 1, but out/ckpt.pt can't be saved" in errors[0], ends
+    assert not list(Path("out").glob("*.pt"))
+
+
+def train_with_files_up_to_20_kb(*argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    train_main(*argv)
 
 
 # Bad numbers
