@@ -32,7 +32,7 @@ class TargetSettings:
     format: Literal[tuple(FORMATS)] = setting(
         "hf", "; ".join(f"{name}: {format.HELP}" for name, format in FORMATS.items())
     )
-    to: str = setting("", "the folder or file to write; an earlier export there is replaced")
+    to: str = setting("", "the folder or file to write; an earlier export there is replaced", path=True)
     dtype: Literal[tuple(DTYPES)] = setting("f32", "; ".join(["how weights are kept", *SPECIAL]))
 
 

@@ -40,6 +40,7 @@ Stopped at any moment, the same command goes on with what was finished.
     tokenizer: str = setting(
         names.USUAL,
         f"{', '.join(cls.spelling for cls in TOKENIZERS.values())}; or a set or checkpoint to take it from",
+        path=True,
     )
     unknown: Literal["error", "skip"] = setting("error", "what to do with characters the tokenizer lacks")
     name: str = setting("", "the set's name; empty: the source's")

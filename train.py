@@ -22,6 +22,7 @@ from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import next_token_loss
+from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
@@ -32,16 +33,13 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
-    changed_settings,
     checkpoint_activations,
     compile_blocks,
-    odd_learning_rates,
     require_divisible,
     require_same_start,
     resolve_start,
     set_precision,
     smaller_batch,
-    start_lines,
 )
 from kqv.training.state import belongs_to, changed_loss, start_state
 from model import NextToken
@@ -155,8 +153,9 @@ def set_up(config, given, start_checkpoint, world):
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
     require_same_start(config, start_checkpoint, data, dtype, world)
+    asked = config
     config, gpt = build_model(config, start_checkpoint, data)
-    warnings = (*data.left_out(config.block_size), *odd_learning_rates(config))
+    warnings = *overruled(asked, config), *odd_learning_rates(config), *data.left_out(config.block_size)
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)

@@ -9,6 +9,7 @@ import pickle
 import pty
 import shutil
 import struct
+import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -17,7 +18,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY_RUN,
+    process_environment,
     records,
     results,
     write_text,
@@ -261,8 +264,11 @@ def test_plain_lines_say_what_the_metrics_say(run):
     assert lines[-1] == "to see what it writes: python sample.py --out_dir=out"
 
 
-def test_metrics_of_a_run_that_diverged_are_still_json(run):
-    run(*TINY, "--learning_rate=1e30", "--decay_lr=False")
+def test_a_run_that_diverged_ends_with_an_error_and_its_metrics_are_json(cli, tiny_set):
+    status, out, err = cli(train.main, *TINY, "--learning_rate=1e30", "--decay_lr=False")
+    assert status == 1 and "done" not in out and err.count("\n") == 1
+    assert "loss at step 6 is not finite" in err and "--learning_rate" in err
+    assert not list(Path("out").glob("*.pt"))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -610,18 +616,12 @@ def test_nanogpts_checkpoint_resumes_and_samples(run, cli, prefix):
 
 
 def on_terminal(*argv, columns=120):
-    """train.py in a forked process whose output is a terminal: (exit status, all that was written to it)."""
-    child, terminal = pty.fork()
-    if child == 0:
-        status = 1
-        try:
-            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-            train.main(list(argv))
-            status = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+    """train.py in a process whose output is a terminal: (exit status, all that was written to it)."""
+    terminal, output = pty.openpty()
+    fcntl.ioctl(output, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=process_environment())
+    os.close(output)
     written = b""
     try:
         while chunk := os.read(terminal, 65536):
@@ -630,7 +630,7 @@ def on_terminal(*argv, columns=120):
         pass
     finally:
         os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+    return process.wait(), written.decode()
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(run):

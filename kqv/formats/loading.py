@@ -20,10 +20,12 @@ from model import GPT, GPTConfig
 class WeightsSettings:
     """Which weights"""
 
-    out_dir: str = setting("out", "the folder of a training run")
-    checkpoint: str = setting("best", "best (lowest validation loss), newest, or the path of a file")
+    out_dir: str = setting("out", "the folder of a training run", path=True)
+    checkpoint: str = setting(
+        "best", "best (lowest validation loss), newest, or the path of a file", path=True
+    )
     init_from: str = setting(
-        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder"
+        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder", path=True
     )
 
 

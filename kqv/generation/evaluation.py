@@ -38,7 +38,7 @@ class EvaluationSettings:
     evaluate: Literal["train", "val", ""] = setting(
         "", "a split: its loss, and how many answers are right, by the likeliest token or by beams"
     )
-    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on")
+    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on", path=True)
     max_examples: int = setting(0, "only so many conversations of the split, the first; 0: all", at_least=0)
     bleu: bool = setting(False, "also the answers' BLEU, for translations")
 

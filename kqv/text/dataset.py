@@ -40,9 +40,9 @@ class Dataset:
             self.require_files("train.bin", "val.bin")
         self.tokenizer, dtype, parts, self.bytes, is_ours = read_meta(self.folder)
         self.splits = {split: self.open_split(split, dtype, parts) for split in SPLITS}
-        if not is_ours:
-            for split in SPLITS:
-                self.require_known_ids(split)
+        if not is_ours:  # prepare.py has checked each id
+            for tokens in self.splits.values():
+                tokens.check()
         self.conversation_starts, self.learnt_before = {}, {}  # of each split of conversations
         for split in SPLITS if self.is_chat else ():
             self.conversation_starts[split], self.learnt_before[split] = self.find_conversations(split)
@@ -70,23 +70,10 @@ class Dataset:
                     f"{self.folder / name} has {size} bytes, which is not what its set says: run prepare.py "
                     "again"
                 )
-        tokens = Tokens([self.folder / name for name in names], dtype)
+        tokens = Tokens([self.folder / name for name in names], dtype, self.tokenizer.vocab_size)
         if len(tokens) == 0:
             raise UserError(f"{self.folder / names[0]} has 0 bytes: run prepare.py again")
         return tokens
-
-    def require_known_ids(self, split):
-        """
-        Read a whole split, and raise UserError where it has an id that the tokenizer lacks. What prepare.py
-        writes has none.
-        """
-        known = self.tokenizer.vocab_size
-        for block in self.splits[split].blocks():
-            if block.max() >= known:
-                raise UserError(
-                    f"the {split} split of {self.folder} has the id {block.max()}, but its tokenizer has "
-                    f"only {known}: run prepare.py again"
-                )
 
     def fingerprint(self, splits=SPLITS):
         """
@@ -164,7 +151,9 @@ class Dataset:
         )
         return self.batch("train", windows, block_size), int(random.integers(2**63))
 
-    def training_windows(self, batch_size, block_size, seed, step, index, order, micro_batches, before=None):
+    def training_windows(
+        self, batch_size, block_size, seed, step, index, order="random", micro_batches=1, before=None
+    ):
         """The windows (B,) of a micro-batch, and the generator of its further random numbers."""
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
         if order == "random":

@@ -13,7 +13,9 @@ from kqv.settings import setting
 class DataSettings:
     """Data"""
 
-    dataset: str = setting("openwebtext", "a prepared set: the folder data/<dataset>, or an absolute path")
+    dataset: str = setting(
+        "openwebtext", "a prepared set: the folder data/<dataset>, or an absolute path", path=True
+    )
     batch_size: int = setting(12, "sequences in one micro-batch", at_least=1, below=2**50)
     gradient_accumulation_steps: int = setting(
         5 * 8, "micro-batches in one step, over all processes", at_least=1

@@ -2,7 +2,6 @@
 Where a run's numbers go: to metrics.jsonl in its folder; if asked for, to Weights & Biases and TensorBoard.
 """
 
-import errno
 import html
 import json
 import math
@@ -64,8 +63,8 @@ class Metrics:
         content = "".join(json.dumps(record) + "\n" for record in records).encode()
         end = self.file.seek(0, os.SEEK_END)
         try:
-            if self.file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            while content:  # a part of it may be all that there is room for
+                content = content[self.file.write(content) :]
             self.lost = 0
         except OSError as error:
             with suppress(OSError):
@@ -114,6 +113,7 @@ def open_file(out_dir, step, evaluated, resumed):
     checkpoint at `step`. Beside a new run, the file of the checkpoints in the folder has another name, until
     they are replaced.
     """
+    out_dir.mkdir(parents=True, exist_ok=True)
     path, older = out_dir / METRICS, out_dir / OLDER_METRICS
     if resumed and older.exists():  # a new run began here, and ended before it saved
         os.replace(older, path)

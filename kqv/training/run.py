@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kqv.errors import UserError
 from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
 from kqv.training.batches import micro_batches, windows_per_step
@@ -43,6 +44,7 @@ class TrainingRun:
         self.saved_when = time.monotonic()
         self.best_at = None  # the step of the best evaluation, if it was in this process
         self.best_before = state.best_val_loss  # the best loss before that
+        self.is_spoilt = False  # whether the losses of the last evaluation were not finite
         self.save_is_overdue = self.save_is_late = False
 
     @property
@@ -67,7 +69,10 @@ class TrainingRun:
         return due and self.state.evaluated != self.state.step
 
     def evaluate(self):
-        """Evaluate, and log the losses and, if asked for, a sample of the model's text."""
+        """
+        Evaluate, and log the losses and, if asked for, a sample of the model's text. Raises UserError where a
+        run would end with losses that are not finite.
+        """
         config, step, sample = self.config, self.state.step, ""
         self.limit_bad_steps()
         with self.log.pause():
@@ -75,6 +80,12 @@ class TrainingRun:
             if config.sample_tokens:
                 sample = write_sample(self.state.model, self.data, config, self.world)
         self.log.evaluation(step, losses, self.data.bits_per_byte("val", losses["val"]), sample)
+        self.is_spoilt = not any(map(math.isfinite, losses.values()))
+        if self.is_spoilt and (config.eval_only or self.finished):
+            raise UserError(
+                f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
+                f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
+            )
         before = self.state.best_val_loss
         if self.state.note_evaluation(losses["val"]):
             self.best_at, self.best_before = step, before
@@ -90,13 +101,14 @@ class TrainingRun:
 
     def save(self, stopping):
         """
-        Begin to write ckpt.pt, and best.pt too if this is the step of the best evaluation. After a bad step
-        the weights may be spoilt. Then the last good checkpoint stays, and the save waits for a good step,
-        unless the run ends here or the weights are its best.
+        Begin to write ckpt.pt, and best.pt too if this is the step of the best evaluation. After a bad step,
+        or where the loss is not finite, the weights may be spoilt. Then the last good checkpoint stays, and
+        the save waits for a good step, unless the run ends here or the weights are its best.
         """
         step = self.state.step
         bad_steps = self.limit_bad_steps()
-        self.save_is_late = bad_steps > 0 and not (self.finished or stopping or step == self.best_at)
+        spoilt = bad_steps > 0 or self.is_spoilt and step == self.state.evaluated
+        self.save_is_late = spoilt and not (self.finished or stopping or step == self.best_at)
         if self.save_is_late:
             return
         if self.saver:

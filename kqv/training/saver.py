@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from kqv.errors import UserError, first_line, warn
+from kqv.errors import UserError, reason_of, warn
 from kqv.files import put_in_place, remove
 from kqv.formats.checkpoint import BEST, NEWEST, ONLY_TO_TRAIN, PREVIOUS, save
 from kqv.training.metrics import OLDER_METRICS
@@ -75,7 +75,8 @@ class Saver:
                     self.rename_older()
                 del self.failed[name]
             except (OSError, RuntimeError, MemoryError) as error:  # torch's writer raises RuntimeError
-                self.failed[name] = getattr(error, "strerror", None) or first_line(error)
+                cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                self.failed[name] = reason_of(cause)
                 warn(f"{self.out_dir / name} can't be saved ({self.failed[name]}): the last one stays")
                 if self.older:  # no file of this run beside those of another one
                     self.failed |= dict.fromkeys(files, self.failed[name])

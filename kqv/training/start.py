@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
 from kqv.settings import fill, group, setting
-from kqv.training.optimizer import last_learning_rate
 from model import GPT, GPTConfig
 
 
@@ -20,11 +19,12 @@ from model import GPT, GPTConfig
 class RunSettings:
     """Run"""
 
-    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl")
+    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl", path=True)
     init_from: str = setting(
         "scratch",
         "scratch, resume, auto (resume if there is a checkpoint, else scratch), gpt2, gpt2-medium|large|xl, "
         "a checkpoint or a Hugging Face folder",
+        path=True,
     )
     seed: int = setting(
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
@@ -60,7 +60,7 @@ PLACE = ("device", "backend", "timeout_minutes")  # processes have met on it bef
 RENAMED = {"sampling": "data_order"}
 
 
-# Settings and the start of a run
+# Settings of a run
 
 
 def resolve_start(config, given, world):
@@ -104,78 +104,6 @@ def saved_settings(contents):
     """The settings in a checkpoint's contents, without those of its task, under today's names."""
     settings = contents.get("config", {})
     return {RENAMED.get(name, name): value for name, value in settings.items() if name not in TASK}
-
-
-def changed_settings(config, start_checkpoint):
-    """What a resumed run has changed: {name of a setting: "before -> now"}."""
-    if config.init_from != "resume":
-        return {}
-    before, now = saved_settings(start_checkpoint), asdict(config)
-    if before.get("device") == "auto":  # older checkpoints do not say where they were
-        before["device"] = now["device"]
-    changed = (name for name in now if name in before and before[name] != now[name])
-    return {name: f"{before[name]} -> {now[name]}" for name in changed}
-
-
-def unused_settings(config, given, world):
-    """The settings that were given but that this run has no use for, as "name (why)" each."""
-    uses = {
-        "decay_lr is False": (config.decay_lr, ("warmup_iters", "lr_decay_iters", "min_lr")),
-        "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
-        "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
-    }
-    reasons = {name: why for why, (used, names) in uses.items() if not used for name in names}
-    return [f"{name} ({why})" for name, why in reasons.items() if name in given]
-
-
-def what_is_replaced(config):
-    """What a new run does with the checkpoints of another one in its out_dir, as a line; none: ""."""
-    found = [name for name in (checkpoint.NEWEST, checkpoint.BEST) if Path(config.out_dir, name).exists()]
-    if not found or config.init_from == "resume" or config.eval_only:
-        return ""
-    old = [f"{Path(name).stem}.old.pt" for name in found]
-    return (
-        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save they become "
-        f"{' and '.join(old)}"
-    )
-
-
-def forgotten(names, config):
-    """A line for each number that a resumed run has forgotten, see TrainingState.begin_anew."""
-    if "best_val_loss" in names:
-        yield (
-            f"the best validation loss so far, {names['best_val_loss']:.4f}, was not measured on what is "
-            f"evaluated now, windows of data/{config.dataset}: the best begins anew"
-        )
-    if names.get("windows") and config.data_order == "epoch":
-        yield f"the epoch begins anew, since data/{config.dataset} was not read in this order before"
-
-
-def start_lines(config, given, world, start_checkpoint, names):
-    """What a run says of its settings and its folder when it begins, as lines."""
-    if changed := changed_settings(config, start_checkpoint):
-        yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
-    if unused := unused_settings(config, given, world):
-        yield f"not used: {', '.join(unused)}"
-    yield from forgotten(names, config)
-    if line := what_is_replaced(config):
-        yield line
-
-
-def odd_learning_rates(config):
-    """Warnings: a line for a schedule that never reaches learning_rate, or rises where it should fall."""
-    if not config.decay_lr or config.eval_only:
-        return
-    if config.warmup_iters > config.max_iters > 0:
-        yield (
-            f"the learning rate never reaches {config.learning_rate}: warmup_iters={config.warmup_iters} is "
-            f"longer than the run, max_iters={config.max_iters}: try --warmup_iters={config.max_iters // 10}"
-        )
-    elif last_learning_rate(config) > config.learning_rate:
-        yield (
-            f"the learning rate rises to min_lr={config.min_lr}, as learning_rate={config.learning_rate} is "
-            "below it: leave min_lr out for a tenth of the learning rate"
-        )
 
 
 def require_divisible(config, world):
@@ -236,23 +164,27 @@ def new_model(config, vocab_size):
 def model_of_checkpoint(config, contents):
     """
     The GPT in a checkpoint's contents, cropped to a shorter block_size in a new run. Raises UserError where
-    there is none, and UsageError where the settings ask for another architecture.
+    there is none, and UsageError where a resumed run asks for another architecture.
     """
     resumes = config.init_from == "resume"
     path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
     gpt = loading.model_of(contents, path, dropout=config.dropout)
     if not resumes and config.block_size < gpt.config.block_size:
         gpt.crop_block_size(config.block_size)
-    others = [name for name in ARCHITECTURE if getattr(config, name) != getattr(gpt.config, name)]
-    if others:
-        asked, known = (
-            ", ".join(f"{name}={getattr(shape, name)}" for name in others) for shape in (config, gpt.config)
-        )
+    if resumes and (differing := unlike(config, gpt.config)):
         raise UsageError(
-            f"{asked} is asked for, but the weights of {path} have {known}: leave it out, or use "
+            f"{differing[0]}, but the run in {config.out_dir} has {differing[1]}: leave it out, or use "
             "--init_from=scratch"
         )
     return gpt
+
+
+def unlike(asked, found):
+    """The settings of the architecture in which two configs differ, as text of each; () if in none."""
+    names = [name for name in ARCHITECTURE if getattr(asked, name) != getattr(found, name)]
+    return names and tuple(
+        ", ".join(f"{name}={getattr(one, name)}" for name in names) for one in (asked, found)
+    )
 
 
 def require_tokenizer(config, contents, gpt, tokenizer):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import resource
 import socket
 import subprocess
 import sys
@@ -332,6 +333,38 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path):
         "lr": None,
         "sample": "a\nb",
     }
+
+
+def test_records_that_find_no_room_are_left_out_whole_and_counted(tmp_path, capsys):
+    log, unlimited = (
+        metrics.Metrics(tmp_path, 0, -1, resumed=False),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    log.record("train", 0, {"loss": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, unlimited[1]))
+    try:
+        for step in (1, 2, 3):
+            log.record("train", step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    log.record("train", 4, {"loss": 1.0})
+    log.close()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "metrics.jsonl can't be written (File too large)" in err
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found if "loss" in record] == [0, 4]
+    assert found[1] == {"kind": "note", "step": 4, "note": "3 records could not be written"}
+
+
+def test_a_tracker_that_fails_ends_no_run(run, cli, wandb):
+    def fail(*_, **__):
+        raise RuntimeError("the service has died")
+
+    wandb.log = fail
+    status, out, err = cli(train.main, *TINY, "--wandb_log")
+    assert status == 0 and "done: step 6" in out
+    assert err == "warning: wandb failed (the service has died): training goes on without it\n"
+    assert len(logged("loss")) == 6
 
 
 LINES = [
