@@ -24,6 +24,10 @@ def main(argv):
         bench_sample(parse(BenchSampleSettings, arguments))
     elif what == "plan":
         bench_plan(parse(BenchPlanSettings, arguments))
+    elif what in ("--help", "-h"):
+        print("usage: python bench.py train|sample|plan [config.py ...] [--name=value ...]\n")
+        print("Measure training or sampling here, or plan a run on other machines by arithmetic.")
+        print("python bench.py train --help lists its settings; so do sample and plan.")
     else:
         wrong = f"{what} is nothing to measure" if what else "name what to measure"
         raise UsageError(

@@ -21,6 +21,7 @@ def read_config_file(path, known):
     try:
         tree = ast.parse(source, path)
         require_effect(tree, path, known)
+        elsewhere = [*set_elsewhere(tree)]
         namespace = {"__name__": "config", "__file__": path}
         exec(compile(source, path, "exec"), namespace)
     except (KeyboardInterrupt, UsageError):
@@ -30,7 +31,7 @@ def read_config_file(path, known):
             f"config file {path}{line_of(error, path)}: {type(error).__name__}: {error}"
         ) from None
     values = plain_values(namespace, path, known)
-    for name, line, place in set_elsewhere(tree):
+    for name, line, place in elsewhere:
         if name in known and name not in values:
             raise UsageError(
                 f"{path}, line {line}: {name} is set inside {place}, which sets nothing: write it at the "
@@ -49,10 +50,10 @@ def require_config_file(path, types_of):
     ways = ["settings are written --name=value"]
     if "dataset" in types_of and not name.endswith(".py"):
         ways.append(f"a set is named by {shlex.quote(f'--dataset={name}')}")
+    if "out_dir" in types_of and (folder or os.path.isdir(path)):
+        ways.append(f"a run's folder by {shlex.quote(f'--out_dir={path}')}")
     if os.path.isdir(path):
         reason = "Is a directory"
-        if "out_dir" in types_of:
-            ways.append(f"a run's folder by {shlex.quote(f'--out_dir={path}')}")
     else:
         reason = "No such file or directory"
         files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []

@@ -51,6 +51,8 @@ def find_device(name):
     """A device's name, or "auto": the fastest that this machine has -> torch.device. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "gpu":
+        raise UserError("device gpu is not known: use --device=cuda, or --device=auto")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -70,12 +70,20 @@ def run_command(path):
     Run the command in the file at `path`, its imports and its `main(argv)`, and exit. It stands before a
     command's imports: so an import that fails, and Ctrl-C meanwhile, end in one line too.
     """
-    run(lambda argv: load(path).main(argv))
+    run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
     if not hasattr(sys, "ps1"):  # not in a notebook, which goes on
         import signal
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback while the interpreter ends
     sys.exit(0)
+
+
+def working_folder():
+    """The working folder. Raises UserError where it has been deleted, on which libraries end in many ways."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the working folder has been deleted: change to another (cd ..)") from None
 
 
 def load(path):
@@ -175,8 +183,11 @@ def open_streams():
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
-        if number and hasattr(getattr(sys, name), "reconfigure"):  # a notebook's stream has none
-            getattr(sys, name).reconfigure(errors="backslashreplace")  # any text shows, in any encoding
+        if number:
+            try:
+                getattr(sys, name).reconfigure(errors="backslashreplace")  # any text shows, in any encoding
+            except (AttributeError, ValueError):  # a notebook's stream has no such method; one may be closed
+                pass
 
 
 def discard(stream):

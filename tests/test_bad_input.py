@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, process_environment, script, train_in
+from conftest import ROOT, TINY_RUN, free_port, process_environment, script, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -155,11 +155,19 @@ def test_a_model_too_large_for_the_machine_is_refused_before_it_is_built(refuse,
 
 
 @pytest.mark.parametrize("main, argv", [(train.main, TINY), (sample.main, TEXT)], ids=["train", "sample"])
-@pytest.mark.parametrize("device", ["cuda", "cuda:99", "xyz", "meta", "", "cpu:-1", "privateuseone"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:99", "xyz", "gpu", "meta", "", "cpu:-1", "privateuseone"])
 def test_a_device_that_is_not_there(refuse, main, argv, device):
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("it is there")
     refuse(main, *argv, f"--device={device}", status=1, says=[f"device {device} ", "--device=auto"])
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_an_environment_of_many_processes_that_makes_no_sense(refuse, monkeypatch, name):
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": free_port()}
+    for variable, value in {**environment, "MASTER_ADDR": "127.0.0.1", name: "abc"}.items():
+        monkeypatch.setenv(variable, value)
+    refuse(train.main, *TINY, status=2, says=[f"{name}=abc", "whole number", "torchrun"])
 
 
 # Text and data
@@ -439,5 +447,5 @@ def test_control_c_ends_a_text_in_one_line(here):
     )
     assert process.stdout.read(10).startswith(b"keys")  # it is writing
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (130, b"error: interrupted\n")

@@ -7,6 +7,8 @@ import itertools
 import math
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 import typing
@@ -422,6 +424,8 @@ def test_a_wrong_command_line_is_refused_with_the_value_and_the_way_out(argv, pa
         ("import sys\nsys.exit(0)", ["line 2", "SystemExit"]),
         ("raise ValueError('of two\\nlines')", ["line 1", "of two"]),
         ("n_layer = n_head", ["line 1", "n_head"]),
+        (f"n_layer = {'-' * 3000}1", ["RecursionError"]),
+        (f"n_layer = {'(' * 300}1", ["SyntaxError"]),
     ],
 )
 def test_a_wrong_config_file_is_refused_with_its_name_and_the_line(source, parts, refused, tmp_path):
@@ -533,6 +537,41 @@ def test_help_shows_every_setting_in_its_group_with_type_default_and_meaning(cli
 def test_help_is_given_wherever_it_is_asked_for(argv, cli):
     status, out, err = cli(train.main, *argv)
     assert (status, err) == (0, "") and "--learning_rate=" in out
+
+
+def test_help_is_the_same_where_python_leaves_docstrings_out(tmp_path):
+    """`python -OO` does."""
+    (tmp_path / "mine.py").write_text(
+        """
+import dataclasses
+from kqv.settings import help_text, setting
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    \"\"\"A group\"\"\"
+
+    a: int = setting(1, "a number")
+
+@dataclasses.dataclass(frozen=True)
+class Whole(Part):
+    \"\"\"
+    usage: mine
+
+    Do something.
+    \"\"\"
+
+print(help_text(Whole))
+""",
+        "utf-8",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    plain, stripped = (
+        subprocess.check_output(
+            [sys.executable, *options, "mine.py"], cwd=tmp_path, env=environment, text=True
+        )
+        for options in ([], ["-OO"])
+    )
+    assert plain == stripped and plain.startswith("usage: mine\n\nDo something.\n\nA group:\n  --a=int ")
 
 
 # Any value, any argument

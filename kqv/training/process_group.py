@@ -46,7 +46,7 @@ def join_world(config):
     missing = [name for name in needed if name not in os.environ]
     if missing:
         raise UsageError(f"RANK is set in the environment but {missing[0]} is not: start it by torchrun")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = number_in("RANK"), number_in("WORLD_SIZE")
     timeout = 60 * config.timeout_minutes
     store = connect(rank, size, timeout)
     with FailureDetector(store, rank, size, hosts_store()) as detector:
@@ -60,7 +60,7 @@ def join_world(config):
 
 def start_process_group(config, store, rank, size, timeout):
     """The World of this process, which can communicate with all others."""
-    device = find_own_device(config.device, int(os.environ["LOCAL_RANK"]))
+    device = find_own_device(config.device, number_in("LOCAL_RANK"))
     backend = config.backend
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -73,7 +73,7 @@ def start_process_group(config, store, rank, size, timeout):
             "to start several machines again, torchrun needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
             "its environment, as launch/multinode.sh sets it"
         )
-    return World(device, rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), control, saving)
+    return World(device, rank, size, number_in("LOCAL_WORLD_SIZE", 1), control, saving)
 
 
 def find_own_device(name, local_rank):
@@ -96,7 +96,7 @@ def connect(rank, size, timeout):
     The store that torchrun, or without it the first process, hosts for all. Raises UserError if nobody
     answers for `timeout` seconds.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = os.environ["MASTER_ADDR"], number_in("MASTER_PORT")
     deadline = time.monotonic() + timeout
     while True:  # tried in Python first: what torch prints about a failure is pages long
         try:
@@ -116,6 +116,17 @@ def connect(rank, size, timeout):
             time.sleep(min(1, timeout / 10))
 
 
+def number_in(name, default=None):
+    """The whole number in an environment variable. Raises UsageError for anything else."""
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(
+            f"{name}={text} in the environment is not a whole number: unset it, or use torchrun"
+        ) from None
+
+
 def has_agent():
     """Whether torchrun hosts the store, which then outlives the processes and their restarts."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -128,7 +139,5 @@ def hosts_store():
 
 def is_to_restart_machines():
     """Whether torchrun, on several machines, starts processes again that have ended."""
-    machines, restarts = (
-        int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
-    )
+    machines, restarts = (number_in(name, 0) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     return machines > 1 and restarts > 0

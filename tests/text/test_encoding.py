@@ -401,7 +401,7 @@ def test_a_worker_that_was_killed_is_one_line_and_what_was_finished_stays(docume
     for pid in workers_of(tag):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err.count("\n")) == (1, "", 1), err
     assert "was killed" in err and "--workers=1" in err and "go on" in err
     before = {path.name: facts_of(path) for path in Path("data/docs/.new").glob("*_0000.bin")}
