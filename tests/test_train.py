@@ -426,6 +426,16 @@ def test_another_batch_size_skips_and_repeats_no_window_of_an_epoch(run, cli):
     assert seen == Dataset("short").batch("train", straight, 16).idx.tolist()
 
 
+def test_a_resumed_run_reads_on_where_it_was_in_the_epoch(run):
+    argv = [*TINY, "--data_order=epoch", "--learning_rate=0", "--min_lr=0", "--dtype=float32"]
+    run(*argv, "--max_iters=3")
+    run("--init_from=resume", "--batch_size=2", "--max_iters=5")
+    run(*argv, "--batch_size=2", "--max_iters=8", "--out_dir=straight")
+    found, expected = logged("loss"), logged("loss", "straight")
+    assert [found[3], found[4]] == pytest.approx([expected[6], expected[7]], abs=1e-5)
+    assert found[3] != pytest.approx(expected[3], abs=1e-3)
+
+
 def test_an_epoch_begins_anew_on_another_text(run, cli):
     run(*TINY, "--data_order=epoch")
     other_set(cli, "queries " * 500, "queries")
