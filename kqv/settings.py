@@ -86,15 +86,16 @@ def read_given(cls, argv):
 def fill(cls, given, saved=None):
     """
     An instance of `cls` with {name: Given}, and defaults for the rest; `saved`, {name: value}, replaces
-    defaults (a checkpoint's settings on resume). Raises UsageError.
+    defaults (a checkpoint's settings on resume); None replaces none. Raises UsageError.
     """
     types_of = typing.get_type_hints(cls)
     types_of.pop(positional_name(cls), None)
     saved = saved or {}
+    unset = {field.name for field in dataclasses.fields(cls) if field.default is None}
     values = {
         name: convert(name, saved[name], types_of[name], where="the checkpoint's ")
         for name in saved
-        if name in types_of and name not in given
+        if name in types_of and name not in given and not (saved[name] is None and name in unset)
     }
     values |= {name: given[name].value for name in given}
     for field in dataclasses.fields(cls):

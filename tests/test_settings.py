@@ -611,7 +611,10 @@ def assert_has(config, values):
     """`values` and no others were given to `config`, and each setting is of its declared type."""
     assert config == TrainSettings(**values)
     for name, kind in TYPES.items():
-        assert typing.get_origin(kind) is typing.Literal or type(getattr(config, name)) is kind
+        value = getattr(config, name)
+        assert (
+            typing.get_origin(kind) is typing.Literal or type(value) is kind or value is FIELDS[name].default
+        )
 
 
 @UNHURRIED

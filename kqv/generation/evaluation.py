@@ -113,11 +113,14 @@ def mean_loss(gpt, data, split, batch_size):
     """
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
-    loss, block_size = NextToken(gpt), gpt.config.block_size
+    loss = NextToken(gpt, vocab_size=data.tokenizer.vocab_size)
+    block_size = gpt.config.block_size
     batch_size = min(batch_size, max(1, TOKENS_AT_ONCE // block_size))
     losses, counts = [], []
     batches = whole_split(data, split, batch_size, block_size)
     for batch in with_progress(batches, data.batches(split, batch_size, block_size)):
+        if not (batch.targets >= 0).any():
+            continue
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
         with autocast, evaluating(gpt):
             losses.append(loss(*arrays))

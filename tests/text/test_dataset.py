@@ -95,7 +95,8 @@ def test_many_processes_see_together_what_one_sees(size, order, numbered):
     def seen(rank, size):
         world = World(torch.device("cpu"), rank, size)
         return [
-            (x.tolist(), y.tolist(), seed) for (x, y), seed in micro_batches(numbered, config, world, step=5)
+            (x.tolist(), y.tolist(), weight, seed)
+            for (x, y), weight, seed in micro_batches(numbered, config, world, step=5)
         ]
 
     alone = seen(0, 1)
