@@ -314,7 +314,7 @@ def test_a_set_that_is_not_there_is_named_with_where_it_was_looked_for(refusal, 
     for name in ("nope", "data/nope"):
         line = refusal(train.main, f"--dataset={name}", "--device=cpu")
         assert f"{tmp_path}/data/nope has no train.bin" in line and "--name=nope" in line
-    assert "no set is named" in refusal(train.main, "--dataset=", "--device=cpu")
+    assert "--dataset is empty" in refusal(train.main, "--dataset=", "--device=cpu", status=2)
     assert "--name='Mein Text'" in refusal(train.main, "--dataset=Mein Text", "--device=cpu")
 
 
