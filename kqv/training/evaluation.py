@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kqv.errors import UserError, warn
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate
@@ -51,19 +50,7 @@ def evaluate(model, data, config, world, autocast):
         weights = world.sum(torch.tensor(weights, device=world.device)).item()
         losses[split] = world.sum(total).item() / weights if weights else math.nan
     model.train()
-    require_finite(losses, config.eval_only)
     return losses
-
-
-def require_finite(losses, is_all_that_is_wanted):
-    """Warn of {split: loss} that is no number; raise UserError where the losses are all that is wanted."""
-    wrong = [f"the {split} loss is {loss}" for split, loss in losses.items() if not math.isfinite(loss)]
-    if not wrong:
-        return
-    why = f"{' and '.join(wrong)}: the model's logits are not finite, or no row that was read has an answer"
-    if is_all_that_is_wanted:
-        raise UserError(f"{why}: evaluate other weights, or with a larger --eval_iters")
-    warn(f"{why}; best.pt stays")
 
 
 def write_sample(gpt, data, config, world):

@@ -80,8 +80,9 @@ class TrainingRun:
             if config.sample_tokens:
                 sample = write_sample(self.state.model, self.data, config, self.world)
         self.log.evaluation(step, losses, self.data.bits_per_byte("val", losses["val"]), sample)
-        self.is_spoilt = not any(map(math.isfinite, losses.values()))
-        if self.is_spoilt and (config.eval_only or self.finished):
+        finite = [math.isfinite(loss) for loss in losses.values()]
+        self.is_spoilt = not any(finite)
+        if self.is_spoilt and self.finished or config.eval_only and not all(finite):
             raise UserError(
                 f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
                 f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
