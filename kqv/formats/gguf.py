@@ -14,15 +14,15 @@ from kqv.errors import UserError
 from kqv.formats import families
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
-    END,
+    added_to,
     base_of,
     merges_of,
     pattern_of,
     pieces_of,
     require_unique,
-    specials_of,
     spelled,
 )
+from kqv.text.tokenizer import END
 from kqv.text.tokenizers import PATTERNS
 
 HELP = "a file for llama.cpp"
@@ -83,10 +83,15 @@ def add_tokenizer(writer, tokenizer, types):
     llama.cpp needs an id that ends a text. A tokenizer without one gets it as its last id. That id's row of
     the embedding is the mean of all rows: its logit is the mean of all logits, so it is never the likeliest.
     """
-    base, specials = base_of(tokenizer), specials_of(tokenizer)
+    base, specials, words = base_of(tokenizer), tokenizer.specials(), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
-    specials = specials or {END: len(pieces)}
-    tokens = [*map(spelled, pieces), *specials]
+    specials = specials or {END: tokenizer.vocab_size}
+    require_apart(words, pieces)
+    entries = [(spelled(piece), types.NORMAL) for piece in pieces]
+    for name, number in sorted({**words, **specials}.items(), key=lambda item: item[1]):
+        kind = types.CONTROL if name in specials else types.USER_DEFINED
+        entries[number : number + 1] = [(name, kind)]  # a word may be a piece
+    tokens, kinds = zip(*entries, strict=True)
     require_unique(tokens)
     if base.kind == "char":
         merges = dict.fromkeys(
@@ -94,11 +99,11 @@ def add_tokenizer(writer, tokenizer, types):
         )
     else:
         merges = merges_of(pieces)
-    words = {pattern: name for name, pattern in PATTERNS.items()}.get(pattern_of(base), "gpt-2")
+    cut = {pattern: name for name, pattern in PATTERNS.items()}.get(pattern_of(base), "gpt-2")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
-    writer.add_token_types([types.NORMAL] * len(pieces) + [types.CONTROL] * len(specials))
+    writer.add_token_types(kinds)
     # The list can't be empty. No text has this merge, since a space is spelled as another character.
     writer.add_token_merges([f"{spelled(a)} {spelled(b)}" for a, b in merges] or ["  "])
     writer.add_bos_token_id(specials[END])
@@ -107,6 +112,29 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_add_eos_token(False)
     if tokenizer.kind == "chat":
         writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def require_apart(words, pieces):
+    """
+    Raise UserError where the end of an added word is the beginning of another: of two that overlap in a text,
+    here the first counts, and in llama.cpp the longest. And where a word is a piece with another spelling.
+    """
+    begun = {}
+    for word in words:
+        for length in range(1, len(word)):
+            begun.setdefault(word[:length], set()).add(word)
+    for word, number in words.items():
+        others = (begun.get(word[-length:], set()) - {word} for length in range(1, len(word)))
+        if other := next(filter(None, others), None):
+            raise UserError(
+                f"the tokenizer's added words {word!r} and {min(other)!r} can overlap, and llama.cpp would "
+                "not take the first: export with --format=hf"
+            )
+        if number < len(pieces) and spelled(pieces[number]) != word:
+            raise UserError(
+                f"the tokenizer's added word {word!r} is a piece, too, which llama.cpp would spell in "
+                "another way: export with --format=hf"
+            )
 
 
 def is_ours(path):

@@ -10,7 +10,16 @@ from pathlib import Path
 
 from kqv.errors import UserError, warn
 from kqv.formats import huggingface
-from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS, REST, is_checkpoint, plain_names, read
+from kqv.formats.checkpoint import (
+    BEST,
+    NEWEST,
+    PREVIOUS,
+    REST,
+    is_checkpoint,
+    plain_weights,
+    read,
+    tie_head,
+)
 from kqv.settings import setting
 from kqv.text import dataset, tokenizers
 from model import GPT, GPTConfig
@@ -58,7 +67,8 @@ def load_file(path, mapped):
         raise UserError(
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
-    contents["model"] = plain_names(contents["model"])
+    contents["model"] = plain_weights(contents["model"], path)
+    tie_head(contents["model"], path)
     return contents
 
 
@@ -140,13 +150,19 @@ def tokenizer_of(contents):
     folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
     definition = contents.get("tokenizer")
-    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_json
-        raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
+    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_reading
+        raise UserError(definition["why"])
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)
     folder = Path("data") / str(contents.get("config", {}).get("dataset", "unnamed"))
     if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         return dataset.read_meta(folder)[0]
+    if "from_huggingface" in contents:
+        source = contents["from_huggingface"]
+        raise UserError(
+            f"{source} has weights, but no tokenizer (a tokenizer.json): save it there too, as with "
+            f"tokenizer.save_pretrained({str(source)!r})"
+        )
     vocab_size = contents["model_args"].get("vocab_size")
     if vocab_size in (50257, 50304):
         return tokenizers.GPT2Tokenizer()
