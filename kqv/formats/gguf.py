@@ -12,6 +12,7 @@ import numpy as np
 
 from kqv.errors import UserError
 from kqv.formats import families
+from kqv.formats.precision import require_held
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
     added_to,
@@ -26,6 +27,9 @@ from kqv.text.tokenizer import END
 from kqv.text.tokenizers import PATTERNS
 
 HELP = "a file for llama.cpp"
+
+
+SUFFIX = ".gguf"
 
 
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -68,6 +72,7 @@ def save(path, name, gpt, tokenizer, dtype, contents):
             kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32
         elif dtype == "q8_0" and array.shape[1] % 32:
             kind = gguf.GGMLQuantizationType.F16  # a block of q8_0 is 32 numbers
+        require_held(ours, tensor, kind.name.lower(), DTYPES)
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(theirs, gguf.quantize(array, kind), raw_dtype=kind)
     try:

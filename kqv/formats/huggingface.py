@@ -16,8 +16,12 @@ from kqv.errors import UserError, first_line
 from kqv.formats import families, tokenizer_json, tokenizer_reading
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
+from kqv.formats.precision import require_held
 
 HELP = "a Hugging Face folder"
+
+
+SUFFIX = ""  # of its name
 
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -182,7 +186,9 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
     for file, text in texts.items():
         (folder / file).write_text(text, "utf-8")
     weights = families.their_weights(gpt.state_dict())
-    weights = {name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        require_held(name, weight, dtype, DTYPES)
+        weights[name] = weight.to(DTYPES[dtype])
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one
