@@ -8,6 +8,7 @@ from kqv.errors import UsageError, UserError, first_line, run
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
+from kqv.formats.precision import require_numbers
 from kqv.settings import parse, setting
 
 # A format is a module with HELP, SUFFIX, DTYPES, save(path, ...) and is_ours(path): may an export replace it?
@@ -61,6 +62,9 @@ def main(argv):
     path, contents = loading.load_chosen(config)
     tokenizer = loading.tokenizer_of(contents)
     gpt = loading.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
+    require_numbers(gpt)
+    if tokenizer.separator is None:
+        gpt = loading.with_end(gpt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:

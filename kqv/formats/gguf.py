@@ -8,8 +8,6 @@ neighbours by the list of merges until it has none for them. A character is merg
 
 from pathlib import Path
 
-import numpy as np
-
 from kqv.errors import UserError
 from kqv.formats import families
 from kqv.formats.precision import require_held
@@ -21,6 +19,7 @@ from kqv.formats.tokenizer_json import (
     pattern_of,
     pieces_of,
     require_unique,
+    specials_of,
     spelled,
 )
 from kqv.text.tokenizer import END
@@ -65,8 +64,6 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         if ours == "lm_head.weight":
             continue  # tied: llama.cpp uses the embedding if there is no head
         array = tensor.numpy()
-        if ours == "transformer.wte.weight" and tokenizer.separator is None:
-            array = np.concatenate([array, array.mean(0, keepdims=True)])  # see add_tokenizer
         kind = gguf.GGMLQuantizationType[dtype.upper()]
         if array.ndim == 1 or ours == "transformer.wpe.weight":
             kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32
@@ -84,13 +81,9 @@ def save(path, name, gpt, tokenizer, dtype, contents):
 
 
 def add_tokenizer(writer, tokenizer, types):
-    """
-    llama.cpp needs an id that ends a text. A tokenizer without one gets it as its last id. That id's row of
-    the embedding is the mean of all rows: its logit is the mean of all logits, so it is never the likeliest.
-    """
-    base, specials, words = base_of(tokenizer), tokenizer.specials(), added_to(tokenizer)
+    """Write the tokenizer's ids, merges and special ids; `types` are the gguf package's kinds of ids."""
+    base, specials, words = base_of(tokenizer), specials_of(tokenizer), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
-    specials = specials or {END: tokenizer.vocab_size}
     require_apart(words, pieces)
     entries = [(spelled(piece), types.NORMAL) for piece in pieces]
     for name, number in sorted({**words, **specials}.items(), key=lambda item: item[1]):

@@ -17,6 +17,7 @@ from kqv.formats import families, tokenizer_json, tokenizer_reading
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
 from kqv.formats.precision import require_held
+from kqv.text.tokenizer import END
 
 HELP = "a Hugging Face folder"
 
@@ -169,7 +170,8 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("writing a Hugging Face folder needs: pip install safetensors") from None
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
+    end = tokenizer_json.specials_of(tokenizer)[END]
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     config = {
         **families.config_of(asdict(gpt.config)),
         **ids,

@@ -8,6 +8,8 @@ All weights come in one form, the contents of a checkpoint: a dict with `model` 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from kqv.errors import UserError, warn
 from kqv.formats import huggingface
 from kqv.formats.checkpoint import (
@@ -142,6 +144,27 @@ def without_padding(gpt, vocab_size):
     rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
     weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
     return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights)
+
+
+@torch.no_grad()
+def with_end(gpt):
+    """
+    The GPT with one id more, the last, which is as good as impossible: for programs that need an id that ends
+    a text, or fills up the texts of a batch, where the tokenizer has none.
+
+    The id's row of the embedding is found by least squares: after random ids, its logit is to be -100. So the
+    probabilities of the other ids stay what they are.
+    """
+    T, C = gpt.config.block_size, gpt.config.n_embd
+    random = torch.Generator().manual_seed(0)
+    idx = torch.randint(gpt.config.vocab_size, (1 + 20 * C // T, T), generator=random)
+    x = gpt.eval().hidden(idx).flatten(0, 1).double()  # (B, T, C) -> (B T, C)
+    x = x[x.isfinite().all(-1)]
+    squares = x.T @ x + 1e-3 * (1 + len(x)) * torch.eye(C)  # (C, C)
+    row = torch.linalg.solve(squares, -100 * x.sum(0)).float()  # (C,)
+    rows = torch.cat([gpt.lm_head.weight, row[None]])  # (V + 1, C)
+    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
+    return GPT.from_weights(replace(gpt.config, vocab_size=len(rows)), weights)
 
 
 def tokenizer_of(contents):

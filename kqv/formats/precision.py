@@ -13,17 +13,23 @@ KEPT = {
 }
 
 
+def require_numbers(gpt):
+    """Raise UserError where a weight of `gpt` has anything but numbers."""
+    for name, tensor in gpt.state_dict().items():
+        largest = tensor.abs().max()
+        if not largest.isfinite():
+            raise UserError(
+                f"the weight {name} holds {'nan' if largest.isnan() else 'inf'}, as after a training that "
+                "diverged: export another checkpoint, with --checkpoint=newest, best or the path of a file"
+            )
+
+
 def require_held(name, tensor, dtype, dtypes):
     """
-    Raise UserError where the weight `name`, a float32 tensor, has anything but numbers, or one that is too
-    large for `dtype`; it names those of `dtypes` that hold all of them.
+    Raise UserError where the weight `name`, a float32 tensor, has a number that is too large for `dtype`; it
+    names those of `dtypes` that hold all of them.
     """
     largest = tensor.abs().max()
-    if not largest.isfinite():
-        raise UserError(
-            f"the weight {name} holds {'nan' if largest.isnan() else 'inf'}, as after a training that "
-            "diverged: export another checkpoint, with --checkpoint=newest, best or the path of a file"
-        )
     if not KEPT[dtype](largest).isfinite():
         fit = [other for other in dtypes if KEPT[other](largest).isfinite()]
         raise UserError(

@@ -49,6 +49,14 @@ def pieces_of(tokenizer):
     return [base.decode_bytes([number]) for number in range(count)]
 
 
+def specials_of(tokenizer):
+    """
+    {name: id} of the special ids, in the order of the ids. Where the tokenizer has none, an id that ends a
+    text comes after all others, as of `loading.with_end`: other programs need one.
+    """
+    return tokenizer.specials() or {END: tokenizer.vocab_size}
+
+
 def spelled(piece):
     """Bytes -> a string with one printable character for each byte."""
     return piece.decode("latin-1").translate(LETTERS)
@@ -91,7 +99,7 @@ def require_unique(names):
 
 def to_huggingface(tokenizer, block_size):
     """{file name: text} of the files that `AutoTokenizer.from_pretrained` reads. Raises UserError."""
-    base, specials, words = base_of(tokenizer), tokenizer.specials(), added_to(tokenizer)
+    base, specials, words = base_of(tokenizer), specials_of(tokenizer), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
     if base.kind == "char":
         names, merges, cut, decoder = list(base.chars), [], None, {"type": "Fuse"}
@@ -129,14 +137,13 @@ def to_huggingface(tokenizer, block_size):
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids
         "model_max_length": block_size,
         # No text is encoded to a special id, except for chats: their template writes the marks as text.
         "split_special_tokens": tokenizer.kind != "chat",
     }
-    if specials:
-        settings |= {"bos_token": END, "eos_token": END, "pad_token": END}
     if tokenizer.kind == "chat":
         settings["additional_special_tokens"] = [name for name in specials if name != END]
         settings["chat_template"] = CHAT_TEMPLATE
