@@ -20,6 +20,8 @@ from exports import (
     save_run,
     write_json,
 )
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import export
 import sample
@@ -27,7 +29,7 @@ import train
 from kqv.formats import loading, tokenizer_json, tokenizer_reading
 from kqv.text.bpe import GPT2_WHEEL
 from kqv.text.download import unpacked_wheel
-from kqv.text.tokenizers import BPETokenizer
+from kqv.text.tokenizers import BPETokenizer, ChatTokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -155,7 +157,9 @@ def test_a_tokenizer_in_another_file_is_refused(cli, tmp_path, name):
 
 def test_data_of_a_folders_tokenizer_trains_its_model_and_other_data_does_not(cli, tiny_set):
     result = cli(train.main, *TINY_RUN, f"--dataset={tiny_set}", f"--init_from={exported('bpe').folder}")
-    assert_one_line(result, "another tokenizer", exported("bpe").folder)
+    ours, theirs = len(meta_of(tiny_set)["chars"]), exported("bpe").tokenizer.vocab_size
+    assert_one_line(result, f"another tokenizer (char, {ours} ids)", f"know (bpe, {theirs} ids)")
+    assert f"--tokenizer={exported('bpe').folder}" in result[2]
     save_run(Path("run"), loading.tokenizer_of({"tokenizer": meta_of(tiny_set)}))
     export.main(["--out_dir=run", "--to=theirs"])
     status, _, err = cli(train.main, *TINY_RUN, f"--dataset={tiny_set}", "--init_from=theirs", "--out_dir=on")
@@ -165,3 +169,190 @@ def test_data_of_a_folders_tokenizer_trains_its_model_and_other_data_does_not(cl
 
 def meta_of(name):
     return json.loads(Path("data", name, "meta.json").read_text("utf-8"))["tokenizer"]
+
+
+# Added tokens
+
+WORDS = ["checkpoint", "check", "<x>", " two words", "éa", "qu"]
+
+
+def with_added(folder, *words, form="whole", **flags):
+    """A folder of a small model with words added to its tokenizer by transformers; returns that tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    another_tokenizer().save(str(folder.with_suffix(".json")))
+    if form == "old":
+        another_tokenizer().save_model(str(folder.parent))
+        files = {"vocab": str(folder.parent / "vocab.json"), "merges": str(folder.parent / "merges.txt")}
+        tokenizer = transformers.GPT2Tokenizer(**files)
+    else:
+        file = str(folder.with_suffix(".json"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>")
+    tokenizer.add_tokens([transformers.AddedToken(word, **flags) if flags else word for word in words])
+    a_folder(folder, len(tokenizer), end=0)
+    tokenizer.save_pretrained(folder)
+    if form == "old":
+        (folder / "tokenizer.json").unlink()
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(folder.parent / name, folder / name)
+        write_json(
+            folder / "added_tokens.json", {word: tokenizer.convert_tokens_to_ids(word) for word in words}
+        )
+    elif form == "beside":
+        content = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        added = {str(token.pop("id")): token for token in content["added_tokens"]}
+        whole = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        write_json(folder / "tokenizer_config.json", {**whole, "added_tokens_decoder": added})
+        special = [{**token, "id": int(i)} for i, token in added.items() if token["special"]]
+        write_json(folder / "tokenizer.json", {**content, "added_tokens": special})
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("form", ["whole", "beside", "old"])
+def test_added_tokens_that_are_not_special_are_words(tmp_path, form):
+    theirs = with_added(tmp_path / "hf", *WORDS, form=form)
+    contents = loading.load_start(str(tmp_path / "hf"))
+    ours = loading.tokenizer_of(contents)
+    config = json.loads((tmp_path / "hf/config.json").read_text("utf-8"))
+    _, order = tokenizer_reading.from_huggingface(tmp_path / "hf", config, len(theirs))
+
+    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.lists(st.sampled_from([*WORDS, "point", " ", "the queries", "a", "1", "\n", "ch"])).map("".join)
+    )
+    @example("a checkpoint is")
+    def check(text):
+        ids = ours.encode(text).tolist()
+        assert [order[number] for number in ids] == theirs(text)["input_ids"]
+        assert ours.decode(ids) == text
+
+    check()
+
+
+def test_added_tokens_go_out_and_come_back(cli, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    with_added(tmp_path / "hf", *WORDS)
+    assert cli(export.main, f"--init_from={tmp_path / 'hf'}", "--to=again")[0] == 0
+    first, second = (loading.load_start(str(tmp_path / name)) for name in ("hf", "again"))
+    assert first["tokenizer"] == second["tokenizer"] and first["tokenizer"]["kind"] == "added"
+    theirs, ours = transformers.AutoTokenizer.from_pretrained("again"), loading.tokenizer_of(second)
+    for text in ("a checkpoint is", "check two words", "<x>éa", "the <|endoftext|> check"):
+        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
+    status, out, err = cli(sample.main, "--init_from=hf", "--start=a checkpoint is", "--max_new_tokens=1")
+    assert status == 0 and out.startswith("a checkpoint is"), err
+
+
+def test_conversations_may_have_added_tokens(tmp_path):
+    with_added(tmp_path / "hf", *WORDS)
+    chat = ChatTokenizer(loading.tokenizer_of(loading.load_start(str(tmp_path / "hf"))))
+    save_run(tmp_path / "run", chat)
+    export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'chat'}"])
+    assert loading.load_start(str(tmp_path / "chat"))["tokenizer"] == chat.to_json()
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_added_tokens_that_look_at_their_neighbours_are_refused_by_name(cli, tmp_path, flag):
+    with_added(tmp_path / "hf", "checkpoint", **{flag: True})
+    assert_one_line(cli(sample.main, "--init_from=hf"), "checkpoint", flag)
+
+
+def test_an_added_token_that_has_the_name_of_a_byte_is_refused(cli, tmp_path):
+    with_added(tmp_path / "hf", "é")  # transformers gives it the id of the byte that is spelled so
+    assert_one_line(cli(sample.main, "--init_from=hf"), "'é'")
+
+
+def test_added_tokens_without_a_row_are_refused(cli, tmp_path):
+    with_added(tmp_path / "hf", "checkpoint")
+    a_folder(tmp_path / "hf", 330, end=0)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "330 rows", "resize_token_embeddings")
+
+
+# What ends a text, and what is put before one
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    """A folder of a small model whose tokenizer has three special ids."""
+    transformers = pytest.importorskip("transformers")
+    another_tokenizer(["<s>", "</s>", "<pad>"]).save(str(tmp_path / "t.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t.json"))
+    a_folder(tmp_path / "hf", 330, end=1)
+    tokenizer.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def change(path, **changes):
+    write_json(path, {**json.loads(path.read_text("utf-8")), **changes})
+
+
+@pytest.mark.parametrize("config", [None, [1, 2], 50256, [999, 1], "missing"])
+@pytest.mark.parametrize(
+    "beside", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+def test_the_end_of_a_text_is_found_where_it_is_said(theirs, config, beside):
+    (theirs / "generation_config.json").unlink()
+    whole = json.loads((theirs / "config.json").read_text("utf-8"))
+    whole.pop("eos_token_id")
+    write_json(theirs / "config.json", whole if config == "missing" else {**whole, "eos_token_id": config})
+    if beside == "generation_config.json":
+        write_json(theirs / beside, {"eos_token_id": [1]})
+    elif beside == "tokenizer_config.json":
+        change(theirs / beside, eos_token="</s>")
+    else:
+        write_json(theirs / beside, {"eos_token": {"content": "</s>"}})
+    contents = loading.load_start(str(theirs))
+    assert contents["tokenizer"]["kind"] == "bpe"
+    rows = contents["model"]["lm_head.weight"]
+    assert torch.equal(rows[327], loading.load_start(str(theirs))["model"]["lm_head.weight"][327])
+    from safetensors.torch import load_file
+
+    assert torch.equal(rows[327], load_file(theirs / "model.safetensors")["transformer.wte.weight"][1])
+
+
+def test_a_tokenizer_without_an_end_of_a_text_says_so(cli, theirs):
+    change(theirs / "config.json", eos_token_id=None)
+    change(theirs / "generation_config.json", eos_token_id=None)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "eos_token_id", "</s>", "config.json")
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    "processor", [TEMPLATE, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}]
+)
+def test_a_template_that_adds_ids_to_every_text_is_refused_by_name(cli, theirs, processor):
+    change(theirs / "tokenizer.json", post_processor=processor)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "post_processor")
+
+
+def test_a_template_that_adds_nothing_is_no_hindrance(theirs):
+    change(theirs / "tokenizer.json", post_processor={**TEMPLATE, "single": TEMPLATE["single"][1:]})
+    assert loading.load_start(str(theirs))["tokenizer"]["kind"] == "bpe"
+
+
+@pytest.mark.parametrize("key", ["add_prefix_space", "add_bos_token", "add_eos_token"])
+def test_switches_that_change_ids_are_refused_by_name(cli, theirs, key):
+    change(theirs / "tokenizer_config.json", **{key: True})
+    assert_one_line(cli(sample.main, "--init_from=hf"), key)
+
+
+@pytest.mark.parametrize("cls", ["Qwen2Tokenizer", "LlamaTokenizerFast"])
+def test_classes_that_do_not_take_the_file_as_it_is_are_refused_by_name(cli, theirs, cls):
+    change(theirs / "tokenizer_config.json", tokenizer_class=cls)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "tokenizer_class", cls.removesuffix("Fast"))
+
+
+def test_merges_that_do_not_make_a_piece_are_refused(cli, theirs):
+    """b and c merge first, so no text becomes abc, whereas ours would take a word that is a piece."""
+    content = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
+    names, letters = ["<s>", "</s>", "<pad>"], sorted(n for n in content["model"]["vocab"] if len(n) == 1)
+    names += [*letters, "bc", "ab", "abc"]
+    merges = [["b", "c"], ["a", "b"], ["ab", "c"]]
+    model = {**content["model"], "vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
+    change(theirs / "tokenizer.json", model=model)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "'abc'")
