@@ -190,9 +190,9 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         weights = config.out_dir if config.init_from == "resume" else config.init_from
         theirs = known.get("kind") if known != definition else "unknown"
         raise UserError(
-            f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, {tokenizer.vocab_size} "
-            f"ids) than the weights of {weights} know ({theirs}, {gpt.config.vocab_size} ids): prepare it with "
-            f"theirs, as by --tokenizer={weights}"
+            f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
+            f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
         )
 
 
