@@ -38,7 +38,7 @@ class TargetSettings:
 @dataclass(frozen=True)
 class ExportSettings(TargetSettings, WeightsSettings):
     """
-    usage: python export.py --out_dir=out/plays_char --to=DIR [--format=gguf] [--name=value ...]
+    usage: python export.py --out_dir=out/plays_char --to=FOLDER or NAME.gguf [--name=value ...]
 
     Write a trained model and its tokenizer for transformers or llama.cpp. The other way round, train.py and
     sample.py read a Hugging Face folder with --init_from=DIR.

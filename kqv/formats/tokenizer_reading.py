@@ -93,9 +93,10 @@ def read(folder, config):
         named += several.values() if isinstance(several, dict) else several
     named = [name_of(token) for token in named if token]
     cls = (settings.get("tokenizer_class") or config.get("tokenizer_class") or GPT2S).removesuffix("Fast")
-    switches = [name for name in SWITCHES if settings.get(name)]
-    if cls not in (*GENERAL, GPT2S) or switches:
-        raise Foreign(", ".join([*(f"{name} is set" for name in switches), f"its tokenizer_class is {cls}"]))
+    wrong = [f"its {name} is {settings[name]}" for name in SWITCHES if settings.get(name)]
+    wrong += [] if cls in (*GENERAL, GPT2S) else [f"its tokenizer_class is {cls}"]
+    if wrong:
+        raise Foreign(", ".join(wrong))
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
         content = json.loads(whole.read_text("utf-8"))
@@ -241,6 +242,8 @@ def sorted_out(content, made, ends):
     parts = {name for name in vocabulary if name in made or len(name) == 1}
     loose = {name for name in content.get("named", ()) if name in vocabulary and name not in parts}
     special = loose | {token["content"] for token in added if token["special"]}
+    if both := sorted(special & parts):
+        raise Foreign(f"its special token {both[0]!r} is a piece, too")
     # Whatever ends a text is special, even if its token does not say so.
     allowed = (special | {token["content"] for token in added}) - parts
     by_number = {numbers[name]: name for name in allowed}
@@ -251,7 +254,8 @@ def sorted_out(content, made, ends):
         name = token["content"]
         flags = [flag for flag in FLAGS if token[flag]]
         if flags or token["normalized"] != words[0]["normalized"]:
-            raise Foreign(f"its added token {name!r} has another {', '.join(flags) or 'normalized'}")
+            differs = ", ".join(flags) or "another normalized than the others"
+            raise Foreign(f"its added token {name!r} has {differs}")
     words = {token["content"]: token["id"] for token in words}
     pieces = sorted(set(vocabulary) - special - (words.keys() - parts), key=vocabulary.get)
     specials = dict(sorted(((name, numbers[name]) for name in special), key=lambda item: item[1]))

@@ -356,3 +356,27 @@ def test_merges_that_do_not_make_a_piece_are_refused(cli, theirs):
     model = {**content["model"], "vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
     change(theirs / "tokenizer.json", model=model)
     assert_one_line(cli(sample.main, "--init_from=hf"), "'abc'")
+
+
+def test_a_special_token_that_is_a_piece_is_refused(cli, theirs):
+    """A text would be cut there, before the merges."""
+    content = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
+    added = {**content["added_tokens"][0], "content": "!", "id": content["model"]["vocab"]["!"]}
+    change(theirs / "tokenizer.json", added_tokens=[*content["added_tokens"], added])
+    assert_one_line(cli(sample.main, "--init_from=hf"), "'!'", "special")
+
+
+def test_added_tokens_of_two_ways_to_be_found_are_refused(cli, tmp_path):
+    with_added(tmp_path / "hf", "one", "two")
+    content = json.loads((tmp_path / "hf/tokenizer.json").read_text("utf-8"))
+    content["added_tokens"][-1]["normalized"] = not content["added_tokens"][-2]["normalized"]
+    write_json(tmp_path / "hf/tokenizer.json", content)
+    assert_one_line(cli(sample.main, "--init_from=hf"), "'two'", "normalized")
+
+
+def test_words_are_cut_in_gpt2s_way_where_transformers_does(cli, tmp_path):
+    """Without a tokenizer_class it takes no notice of the file's own way."""
+    shutil.copytree(exported("bpe").folder, tmp_path / "hf")
+    assert loading.load_start(str(tmp_path / "hf"))["tokenizer"]["kind"] == "bpe"
+    (tmp_path / "hf/tokenizer_config.json").unlink()
+    assert_one_line(cli(sample.main, "--init_from=hf"), "tokenizer_class", "PreTrainedTokenizerFast")
