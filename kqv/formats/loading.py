@@ -157,7 +157,7 @@ def with_end(gpt):
     """
     T, C = gpt.config.block_size, gpt.config.n_embd
     random = torch.Generator().manual_seed(0)
-    idx = torch.randint(gpt.config.vocab_size, (1 + 20 * C // T, T), generator=random)
+    idx = torch.randint(gpt.config.vocab_size, (1 + 8 * C // T, T), generator=random)
     x = gpt.eval().hidden(idx).flatten(0, 1).double()  # (B, T, C) -> (B T, C)
     x = x[x.isfinite().all(-1)]
     squares = x.T @ x + 1e-3 * (1 + len(x)) * torch.eye(C)  # (C, C)
