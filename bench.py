@@ -3,8 +3,13 @@ How fast the project is here, as numbers and as fractions of what the machine co
 what a run on other machines would take.
 """
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import train
-from kqv.errors import UsageError, run
+from kqv.errors import UsageError
 from kqv.measuring.generation import BenchSampleSettings, bench_sample
 from kqv.measuring.plan import BenchPlanSettings, bench_plan
 from kqv.measuring.training import BenchTrainSettings, bench_train
@@ -25,7 +30,3 @@ def main(argv):
             f"{wrong}: python bench.py train, python bench.py sample or python bench.py plan "
             "(--help lists the settings)"
         )
-
-
-if __name__ == "__main__":
-    run(main)

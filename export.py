@@ -1,10 +1,15 @@
 """A trained model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, first_line, run
+from kqv.errors import UsageError, UserError, first_line
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
@@ -31,7 +36,7 @@ class TargetSettings:
         "; ".join(f"{name}: {format.HELP}" for name, format in FORMATS.items())
         + "; auto: what the name --to says, gguf for NAME.gguf, else hf",
     )
-    to: str = setting("", "the folder or file to write; an earlier export there is replaced")
+    to: str = setting("", "the folder or file to write; an earlier export there is replaced", path=True)
     dtype: Literal[tuple(DTYPES)] = setting("f32", "; ".join(["how weights are kept", *SPECIAL]))
 
 
@@ -87,7 +92,3 @@ def format_of(config):
             f"--to=exported{format.SUFFIX}"
         )
     return format
-
-
-if __name__ == "__main__":
-    run(main)

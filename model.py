@@ -217,8 +217,13 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)  # (B, T, C)
 
     @classmethod
-    def from_weights(cls, config, weights):
-        """A GPT with the given weights {parameter name: tensor}. Raises ValueError where they don't fit."""
+    def from_weights(cls, config, weights, copy=True):
+        """
+        A GPT with the given weights {parameter name: tensor}, to use, not to train: without dropout, until
+        `train` is called. Without `copy` it shares the memory of those that are float32.
+
+        Raises ValueError where they don't fit.
+        """
         blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
         if len(blocks) != config.n_layer:
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(blocks)} blocks")
@@ -229,7 +234,9 @@ class GPT(nn.Module):
         except RuntimeError as error:
             raise ValueError(" ".join(str(error).split())[:200]) from None
         model.transformer.wte.weight = model.lm_head.weight  # tied again
-        return model.float()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float32, copy=copy)
+        return model.eval()
 
     def num_parameters(self, without_positions=True):
         """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""
@@ -289,32 +296,39 @@ def mask_of_examples(positions):
 # Training
 
 
-def next_token_loss(x, head, targets):
+def next_token_loss(x, head, targets, vocab_size=None):
     """
     x (N, C) of N tokens, head (V, C), the lm_head's weight, and targets (N,), the ids that did come next
     (-1: this token does not count) -> the loss, one number.
 
     It is the mean cross-entropy in nats: -log of the probability that the model gave to the right id. A model
-    that knows nothing gives every id 1/V, which is a loss of log V.
+    that knows nothing gives every id 1/V, which is a loss of log V. Rows of `head` from `vocab_size`
+    on stand for no id, and have no part in the probabilities.
     """
-    logits = F.linear(x, head)  # (N, C) @ (C, V) -> (N, V)
+    logits = F.linear(x, head)[:, :vocab_size]  # (N, C) @ (C, V) -> (N, V)
     return F.cross_entropy(logits, targets, ignore_index=-1)
 
 
 class NextToken(nn.Module):
     """
     A GPT with its loss, which is what training computes. `loss` may be any function that computes what
-    `next_token_loss` does; a faster one is kqv/training/loss.py's.
+    `next_token_loss` does; a faster one is kqv/training/loss.py's. `vocab_size` is the tokenizer's number of
+    ids, where the GPT has more rows than that: the others pad its matrix.
     """
 
-    def __init__(self, gpt, loss=next_token_loss):
+    def __init__(self, gpt, loss=next_token_loss, vocab_size=None):
         super().__init__()
-        self.gpt, self.loss = gpt, loss
+        self.gpt, self.loss, self.vocab_size = gpt, loss, vocab_size
 
     def forward(self, idx, targets, positions=None):
-        """idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1."""
+        """
+        idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1. (Nor -100, as
+        Hugging Face's data has it, where it is not compiled.)
+        """
+        if not torch.compiler.is_compiling():
+            targets = targets.clamp(min=-1)
         x = self.gpt.hidden(idx, positions)  # (B, T, C)
-        return self.loss(x.flatten(0, 1), self.gpt.lm_head.weight, targets.flatten())
+        return self.loss(x.flatten(0, 1), self.gpt.lm_head.weight, targets.flatten(), self.vocab_size)
 
 
 # Generation

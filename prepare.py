@@ -1,11 +1,16 @@
 """Text -> token files: what `train.py` reads, in data/<name>."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, run
+from kqv.errors import UsageError, UserError
 from kqv.settings import parse, setting
 from kqv.text import dataset, encoding, learning, names, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
@@ -35,6 +40,7 @@ Stopped at any moment, the same command goes on with what was finished.
     tokenizer: str = setting(
         names.USUAL,
         f"{', '.join(cls.spelling for cls in TOKENIZERS.values())}; or a set or checkpoint to take it from",
+        path=True,
     )
     unknown: Literal["error", "skip"] = setting("error", "what to do with characters the tokenizer lacks")
     name: str = setting("", "the set's name; empty: the source's")
@@ -123,7 +129,3 @@ def report(folder, tokenizer):
         f"{folder}: {counts}, of {meta['documents']:,} {documents}; {tokenizer.kind} tokenizer with "
         f"{tokenizer.vocab_size:,} ids{a_token if meta['bytes'] else ''}"
     )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -2,12 +2,17 @@
 Text from a trained model: continuations, answers, a conversation. With --evaluate its loss on a prepared set.
 """
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import os
 import sys
 from dataclasses import dataclass
 
 from kqv.device import DeviceSettings, find_compile, find_device, out_of_memory_as
-from kqv.errors import UsageError, UserError, run
+from kqv.errors import UsageError, UserError
 from kqv.formats import loading
 from kqv.formats.loading import WeightsSettings
 from kqv.generation import evaluation
@@ -117,7 +122,3 @@ def require_conversations(tokenizer, config):
             "--chat and --system need a model of conversations, and this one was trained on texts: prepare "
             "conversations (python prepare.py plays_chat, or a .jsonl file of them) and train on those"
         )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,24 +1,31 @@
 """The training run: batches -> steps -> evaluation -> checkpoints -> logs."""
 
+if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+    from kqv.errors import run_command
+
+    run_command(__file__)
+
 import math
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kqv import errors
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
-from kqv.settings import parse
+from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
+from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import next_token_loss
+from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
 from kqv.training.optimizer import OptimizerSettings, learning_rate_at, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
-from kqv.training.run import SaveSettings, TrainingRun
+from kqv.training.run import SaveSettings, TrainingRun, make_saver
 from kqv.training.sharding import full_tensor, is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
@@ -26,7 +33,6 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
-    changed_settings,
     checkpoint_activations,
     compile_blocks,
     require_divisible,
@@ -35,7 +41,7 @@ from kqv.training.start import (
     set_precision,
     smaller_batch,
 )
-from kqv.training.state import start_state
+from kqv.training.state import belongs_to, changed_loss, start_state
 from model import NextToken
 
 
@@ -60,13 +66,17 @@ class TrainSettings(
     """
 
 
+@report_once
 def main(argv):
-    config = parse(TrainSettings, argv)
+    given = read_given(TrainSettings, argv)
+    config = fill(TrainSettings, given)
+    if not config.eval_only:  # nobody need read what a run of days prints
+        errors.output_may_be_lost()
     # Handlers outlive the process group, which may still report a lost rank.
-    with StopSignals() as stop, join_world(config) as world:
-        config, start_checkpoint = resolve_start(config, argv, world)
+    with StopSignals() as stop, join_world(config) as world, own_folder(config, world):
+        config, start_checkpoint = resolve_start(config, given, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
-            run = set_up(config, start_checkpoint, world)
+            run = set_up(config, given, start_checkpoint, world)
             with run.log.bar:  # closed before an error is printed
                 if config.eval_only:
                     run.evaluate()
@@ -83,36 +93,40 @@ def train(run, stop):
         if run.evaluation_due() and not stopping:
             run.evaluate()
         if run.save_due(stopping):
-            run.save()
+            run.save(stopping)
         if run.finished or stopping:
             break
         learning_rate = learning_rate_at(run.state.step, run.config)
         numbers = train_step(
             run.parallel_model, run.state, run.batches(), learning_rate, run.config, run.world, run.autocast
         )
-        run.log_step(numbers, learning_rate)
-        run.state.step += 1
+        run.end_step(numbers, learning_rate)
     run.close(stopping, stop)
 
 
 def train_step(model, state, batches, learning_rate, config, world, autocast):
     """
     One optimizer step over this process's micro-batches. `model` gives the loss of state.model, and its
-    backward pass averages gradients over the processes. A step whose gradient is not finite is skipped.
+    backward pass averages gradients over the processes. A step whose gradient is not finite is skipped, and
+    so is one without micro-batches, which has nothing to learn.
 
-    Returns numbers to log, as tensors on the device: {"loss": the mean of these micro-batches, "grad_norm":
-    of all processes' mean gradient, before clipping, "bad_steps": how many were skipped in a row}.
+    Returns numbers to log, as tensors on the device: {"loss": the weighted mean of these micro-batches,
+    "grad_norm": of all processes' mean gradient, before clipping, "bad_steps": how many were skipped in a row
+    for their gradient}.
     """
     share = config.gradient_accumulation_steps // world.size
-    loss_sum = torch.zeros((), device=world.device)
-    for micro_step, (batch, seed) in enumerate(batches, start=1):
+    micro_step, loss_sum = 0, torch.zeros((), device=world.device)
+    for micro_step, (batch, weight, seed) in enumerate(batches, start=1):
         if config.dropout:
             torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
         with world.reduce_gradients(model, last=micro_step == share):
             with autocast:
-                loss = model(*batch)
+                loss = model(*batch) * weight
             state.scaler.scale(loss / share).backward()
         loss_sum += loss.detach()
+    if not micro_step:
+        nothing = torch.full_like(loss_sum, math.nan)
+        return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
     state.scaler.unscale_(state.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
     grad_norm = full_tensor(grad_norm)
@@ -126,40 +140,44 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
 
 
-def set_up(config, start_checkpoint, world):
+def set_up(config, given, start_checkpoint, world):
     """
-    The run that `config` describes, from the contents of the checkpoint that it starts from; None: from
-    scratch. The contents are emptied, since the run holds them now.
+    The run that `config` describes, of whose settings some were `given`, from the contents of the checkpoint
+    that it starts from; None: from scratch. The contents are emptied, since the run holds them now.
     """
     require_divisible(config, world)
+    device = world.device.type if world.size > 1 else str(world.device)
+    config = replace(config, device=device)  # so that a checkpoint says where it was made
     config, wandb_run = start_tracking(config, start_checkpoint, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
     require_same_start(config, start_checkpoint, data, dtype, world)
+    asked = config
     config, gpt = build_model(config, start_checkpoint, data)
-    if world.is_main:
-        for line in data.left_out(config.block_size):
-            errors.warn(line)
+    warnings = *overruled(asked, config), *odd_learning_rates(config), *data.left_out(config.block_size)
+    for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
+        errors.warn(line)
     set_precision(config, world.device)
-    model = world.place(NextToken(gpt, next_token_loss), gpt.transformer.h, config.parallel, dtype)
+    objective = NextToken(gpt, next_token_loss, data.tokenizer.vocab_size)
+    model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype)
+    evaluated = state.evaluated
+    forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
     if compiled and sharded:
         compile_blocks(gpt)
     if config.activation_checkpointing:
         checkpoint_activations(gpt)
     model = torch.compile(model) if compiled else model
 
-    log = Log(config, world, state, dtype, wandb_run)
+    log = Log(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
-    log.start(state, config, world, how, changed_settings(config, start_checkpoint))
+    log.start(state, config, world, how, start_lines(config, given, world, start_checkpoint, forgotten))
     if start_checkpoint:
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-    return TrainingRun(config, world, data, model, world.wrap(model), state, autocast, log, wandb_run)
-
-
-if __name__ == "__main__":
-    errors.run(report_once(main))
+    saver = make_saver(config, world, sharded, state)
+    wandb_id = wandb_run.id if wandb_run else None
+    return TrainingRun(config, world, data, model, world.wrap(model), state, autocast, log, saver, wandb_id)

@@ -1,9 +1,13 @@
 """
 What a user sees when something is wrong: one line that names the value and the way out, never a traceback.
+
+It is imported before all else, and Ctrl-C meanwhile prints a traceback: so what few need is imported late.
 """
 
 import os
 import sys
+
+REQUIRED = ("torch", "numpy", "tiktoken", "tqdm", "wandb")
 
 
 class UserError(Exception):
@@ -21,24 +25,180 @@ class UsageError(UserError):
     status = 2
 
 
+class OutputLost(UserError):
+    """Standard output can't be written. A reader that has gone (`| head`) needs no message: status 0."""
+
+    def __init__(self, error):
+        super().__init__(f"standard output can't be written: {reason_of(error)}")
+        self.already_reported = isinstance(error, BrokenPipeError)
+        self.status = 0 if self.already_reported else 1
+
+
+class Output:
+    """
+    A text stream whose reader may go, and whose disk may fill. Where the output is `needed`, a write that
+    fails raises OutputLost; where it is not, the text is dropped. `lost` is the first error.
+    """
+
+    def __init__(self, stream, needed):
+        self.stream, self.needed, self.lost = stream, needed, None
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, do, *arguments):
+        try:
+            do(*arguments)
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self.lost = self.lost or error
+            if self.needed:
+                raise OutputLost(error) from None
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+# How a command runs
+
+
+def run_command(path):
+    """
+    Run the command in the file at `path`, its imports and its `main(argv)`, and exit. It stands before a
+    command's imports: so an import that fails, and Ctrl-C meanwhile, end in one line too.
+    """
+    run(lambda argv: load(path).main(argv))
+    if not hasattr(sys, "ps1"):  # not in a notebook, which goes on
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback while the interpreter ends
+    sys.exit(0)
+
+
+def load(path):
+    """The module in the file at `path`, which a copy of a command under another name may be, too."""
+    import importlib.util
+
+    name = os.path.basename(path).removesuffix(".py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def run(main):
     """
     Run a command's `main(argv)`. Its error becomes one line on standard error and an exit status.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # any text shows, whatever the terminal's encoding
+    open_streams()
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Output(sys.stdout, needed=True), Output(sys.stderr, needed=False)
     try:
-        main(sys.argv[1:])
-        sys.stdout.flush()  # a reader that has gone (`| head`) is noticed here, not in the interpreter's exit
+        output = sys.stdout
+        status, message = outcome(lambda: main(sys.argv[1:]))
+        flushed, unwritten = outcome(output.flush)
+        if message or unwritten:
+            print(f"error: {' '.join((message or unwritten).splitlines())}", file=sys.stderr, flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            if stream.lost:
+                discard(stream)
+    finally:
+        sys.stdout, sys.stderr = before
+    if status or flushed:
+        sys.exit(status or flushed)
+
+
+def outcome(do):
+    """Call `do` -> (exit status, what to tell the user of its error)."""
+    try:
+        do()
+        return 0, ""
+    except SystemExit as stop:
+        return stop.code or 0, ""
     except UserError as error:
-        fail("" if error.already_reported else str(error), error.status)
+        return error.status, "" if error.already_reported else str(error)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 130, "interrupted"
+    except ImportError as error:
+        return 1, not_importable(error)
+    except RecursionError:
+        return 1, "what is to be read is nested too deeply"
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        return 1, f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 1, "out of memory: end other programs, or take something smaller"
+
+
+def is_out_of_memory(error):
+    """Whether an exception, of Python, numpy or torch, says that the memory of a device is used up."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def not_importable(error):
+    """What is missing or broken, and what to run instead."""
+    import shlex
+    import traceback
+    from pathlib import Path
+
+    name = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or name not in REQUIRED:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{place.filename}, line {place.lineno}: {first_line(error)}"
+    root = Path(__file__).resolve().parent.parent
+    python = root / ".venv/bin/python"
+    if python.exists() and Path(sys.prefix).resolve() != python.parent.parent.resolve():
+        way = f"run {shlex.join([str(python), sys.argv[0]])}, or activate that environment first"
+    else:
+        way = f"pip install -r {shlex.quote(str(root / 'requirements.txt'))}"
+    return f"{name} is not installed for {sys.executable}: {way}"
+
+
+# Standard streams
+
+
+def open_streams():
+    """
+    Make the standard streams ready for any text. One that was closed (`>&-`) leads nowhere from now on: else
+    the next file that is opened would get its number, and with it what is printed.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))
+        if number and hasattr(getattr(sys, name), "reconfigure"):  # a notebook's stream has none
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # any text shows, in any encoding
+
+
+def discard(stream):
+    """What `stream` holds and can't write goes nowhere: the interpreter tries once more when it ends."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):  # no file is behind it
+        pass
+
+
+def output_may_be_lost():
+    """From now on, standard output that can't be written is dropped, and the command goes on."""
+    if isinstance(sys.stdout, Output):
+        sys.stdout.needed = False
+
+
+# Messages
+
+
+def reason_of(error):
+    """Why an operation of the system failed, in its words."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def first_line(error, length=100):
@@ -50,10 +210,3 @@ def warn(message):
     """Print a warning: something is wrong, but the program goes on. Only the main process prints."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def fail(message, status):
-    """Print an error, unless it is empty, and exit."""
-    if message:
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(status)

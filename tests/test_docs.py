@@ -67,6 +67,13 @@ def test_python_in_training_runs(capsys, monkeypatch):
     assert abs(loss - ln_v) < 0.1 and exact == "True" and float(after) < loss
 
 
+def test_python_in_from_nanogpt_runs():
+    (program,) = blocks(ROOT / "docs/from_nanogpt.md", "python")
+    namespace = {}
+    exec(program, namespace)
+    assert namespace["logits"].shape == (4, 16, 65) and len(namespace["text"]) == 23
+
+
 def test_python_in_readme_runs(cli, tmp_path, monkeypatch, capsys):
     text = write_text(tmp_path / "text.txt")
     text.write_text(f"ROMEO: {text.read_text('utf-8')}", "utf-8")

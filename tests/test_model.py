@@ -320,6 +320,15 @@ def test_the_loss_is_the_mean_over_targets_that_are_not_minus_1():
     torch.testing.assert_close(loss, expected)
 
 
+def test_targets_that_hugging_face_ignores_are_not_learnt():
+    gpt, idx, targets = random_gpt(), random_ids(2, 8), random_ids(2, 8, seed=1)
+    targets[0, 2:] = -1
+    expected = NextToken(gpt)(idx, targets)
+    targets[0, 2:] = -100
+    assert torch.equal(NextToken(gpt)(idx, targets), expected)
+    assert targets[0, 2] == -100  # the caller's
+
+
 def test_the_model_learns_a_batch_by_heart():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**SMALL))
@@ -390,6 +399,33 @@ def test_crop_block_size_only_shortens(block_size):
         gpt.crop_block_size(block_size)
     assert gpt.config.block_size == 8
     gpt.crop_block_size(8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_gpt_from_weights_is_ready_to_use_and_owns_its_memory(dtype):
+    weights = {name: weight.to(dtype) for name, weight in random_gpt().state_dict().items()}
+    gpt, other = (GPT.from_weights(GPTConfig(**SMALL, dropout=0.5), weights) for _ in range(2))
+    before = logits_of(gpt, random_ids(2, 8))
+    assert not gpt.training and torch.equal(logits_of(gpt, random_ids(2, 8)), before)
+    kept = {name: weight.clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 1
+    assert torch.equal(logits_of(gpt, random_ids(2, 8)), before)
+    assert all(torch.equal(weight, weights[name]) for name, weight in kept.items())
+    for weight in weights.values():
+        weight.zero_()
+    assert torch.equal(logits_of(gpt, random_ids(2, 8)), before)
+    assert gpt.transformer.wte.weight is gpt.lm_head.weight
+    assert {parameter.dtype for parameter in gpt.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in gpt.parameters())
+
+
+def test_a_gpt_shares_its_weights_memory_where_asked_to():
+    weights = random_gpt().state_dict()
+    gpt = GPT.from_weights(GPTConfig(**SMALL), weights, copy=False)
+    for name, parameter in gpt.named_parameters():
+        assert parameter.data_ptr() == weights[name].data_ptr(), name
 
 
 def test_weights_of_another_shape_are_refused_in_one_line():

@@ -5,8 +5,10 @@ Settings: where a value comes from, what is refused and in which words, that nan
 import dataclasses
 import itertools
 import math
+import os
 import re
 import tempfile
+import threading
 import typing
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,13 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import export
 import prepare
 import sample
 import train
 from kqv.errors import UsageError
-from kqv.settings import parse, setting
+from kqv.settings import fill, parse, read_given, setting
+from kqv.values import as_utf8
 from train import TrainSettings
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
@@ -95,7 +99,8 @@ def test_the_ways_to_write_a_value_on_the_command_line(argv, expected):
 )
 def test_text_stays_as_it_was_typed(text, tmp_path):
     assert parse(sample.SampleSettings, [f"--start={text}"]).start == text
-    assert parse(TrainSettings, [config_file(tmp_path, f"out_dir = {text!r}")]).out_dir == text
+    path = config_file(tmp_path, f"wandb_project = {text!r}")
+    assert parse(TrainSettings, [path]).wandb_project == text
 
 
 @pytest.mark.parametrize("text", ["two words", "", "-5 degrees", "a=b", "-"])
@@ -106,6 +111,7 @@ def test_text_may_follow_its_name_as_an_argument_of_its_own(text):
 def test_a_config_file_is_python_and_only_its_plain_values_are_settings(tmp_path):
     source = """
 import math
+import os
 from dataclasses import dataclass
 def heads(layers):
     return 2 * layers
@@ -145,6 +151,48 @@ def test_saved_settings_are_checked_like_all_others(saved):
 def test_settings_can_not_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         parse(TrainSettings, []).seed = 1
+
+
+# Which settings were given
+
+
+def test_what_was_given_is_known_with_its_place(tmp_path):
+    path = config_file(tmp_path, "n_layer = 2\nn_head = 4\nseed = 1337", "mine.py")
+    found = read_given(TrainSettings, [path, "--n_layer=3", "--max_iters", "1e3", "--bias"])
+    assert {name: setting.value for name, setting in found.items()} == {
+        "n_layer": 3,
+        "n_head": 4,
+        "seed": 1337,  # as the default, but given
+        "max_iters": 1000,
+        "bias": True,
+    }
+    assert [str(found[name]) for name in ("n_layer", "n_head", "max_iters", "bias")] == [
+        "--n_layer=3",
+        f"{path}: n_head = 4",
+        "--max_iters=1e3",
+        "--bias=True",
+    ]
+    found = read_given(sample.SampleSettings, ["--stop=a", "--stop=b"])
+    assert found["stop"].value == ("a", "b") and str(found["stop"]) == "--stop=a --stop=b"
+    assert read_given(prepare.PrepareSettings, ["a", "b"])["sources"].value == ("a", "b")
+    assert read_given(prepare.PrepareSettings, []) == {}
+
+
+def test_what_a_checkpoint_says_is_not_given(tmp_path):
+    found = read_given(TrainSettings, [config_file(tmp_path, "n_head = 2"), "--n_embd=32"])
+    config = fill(TrainSettings, found, saved={"n_layer": 4, "n_head": 8})
+    assert (config.n_layer, config.n_head, config.n_embd) == (4, 2, 32) and "n_layer" not in found
+
+
+def test_a_config_file_is_read_once_for_any_number_of_fillings(tmp_path):
+    """A pipe, as bash's <(...) is one, has its content once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("n_layer = 3",))
+    writer.start()
+    found = read_given(TrainSettings, [str(pipe)])
+    writer.join()
+    assert fill(TrainSettings, found).n_layer == fill(TrainSettings, found, {"n_layer": 5}).n_layer == 3
 
 
 # A setting that may be given many times
@@ -212,6 +260,73 @@ def test_a_setting_may_be_given_many_times_beside_arguments_without_a_name():
     assert parse(Both, ["x", "--stop=a", "y", "--stop", "b"]) == Both(stop=("a", "b"), files=("x", "y"))
 
 
+# Paths
+
+
+PATHS = [
+    pytest.param(kind, field.name, id=f"{kind.__name__}.{field.name}")
+    for kind in (TrainSettings, sample.SampleSettings, export.ExportSettings, prepare.PrepareSettings)
+    for field in dataclasses.fields(kind)
+    if field.metadata.get("path")
+]
+paths = pytest.mark.parametrize("kind, name", PATHS)
+
+
+@paths
+def test_the_home_folder_is_expanded_in_every_path(kind, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    given = {"~/a b": f"{tmp_path}/me/a b", "~": f"{tmp_path}/me", "a/~": "a/~", "./~/a": "./~/a"}
+    given |= {"~no_such_user/a": "~no_such_user/a", "~root": os.path.expanduser("~root")}
+    (tmp_path / "me").mkdir()
+    for text, path in given.items():
+        for argv in ([f"--{name}={text}"], [f"--{name}", text]):
+            assert getattr(parse(kind, argv), name) == path
+        if kind is not prepare.PrepareSettings:
+            file = config_file(tmp_path / "me", f"{name} = {text!r}")
+            assert getattr(parse(kind, ["~/a.py"]), name) == getattr(parse(kind, [file]), name) == path
+
+
+def test_sources_and_files_of_prompts_are_paths_too(tmp_path, monkeypatch, refusal):
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    sources = parse(prepare.PrepareSettings, ["~/*.txt", "a~"]).sources
+    assert sources == (f"{tmp_path}/me/*.txt", "a~")
+    assert "--start=FILE:~/a can't be read" in refusal(sample.main, "--start=FILE:~/a", "--device=cpu")
+    assert parse(sample.SampleSettings, ["--start=~/a"]).start == "~/a"  # a text, not a path
+
+
+def test_a_home_folder_that_is_not_known_is_refused(refused, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(
+        "pwd.getpwuid", lambda number: {}[number]
+    )  # as in a container, for a user without a name
+    assert "~/a: the home folder is not known" in refused("--out_dir=~/a")
+    assert "~: the home folder is not known" in refused("~")
+
+
+@paths
+def test_an_empty_path_is_refused(kind, name, tmp_path):
+    """An unset shell variable makes one."""
+    for argv in ([f"--{name}="], [f"--{name}", " "]):
+        with pytest.raises(UsageError, match=f"--{name} is empty.*shell variable"):
+            parse(kind, argv)
+    file = config_file(tmp_path, f"{name} = ''")
+    if kind is not prepare.PrepareSettings and getattr(kind, name):
+        with pytest.raises(UsageError, match=f"a.py: {name} is empty"):
+            parse(kind, [file])
+    elif kind is not prepare.PrepareSettings:  # the default, said aloud
+        assert getattr(parse(kind, [file]), name) == ""
+
+
+def test_text_from_a_locale_of_ascii_alone_is_what_was_typed():
+    """Python hands over the bytes of UTF-8 as surrogates there."""
+    dash = "A—".encode().decode("ascii", "surrogateescape")
+    argv = [f"--start={dash}", "--stop", dash, f"--stop={dash}", f"--out_dir={dash}"]
+    config = parse(sample.SampleSettings, argv)
+    assert (config.start, config.stop) == ("A—", ("A—", "A—"))
+    assert config.out_dir == dash  # the system's own name of the file
+    assert parse(sample.SampleSettings, ["--start=\udcff"]).start == "\udcff"  # no UTF-8
+
+
 # What is refused, and in which words
 
 
@@ -247,7 +362,30 @@ def test_a_setting_may_be_given_many_times_beside_arguments_without_a_name():
         ("-x", ["-x", "--name=value", "--help"]),
         ("--", ["--help"]),
         ("--=3", ["--help"]),
-        ("max_iters=3", ["max_iters=3", "--name=value"]),
+        ("max_iters=3", ["max_iters=3", "did you mean --max_iters=3?"]),
+        ("-max_iters=3", ["-max_iters=3", "did you mean --max_iters=3?"]),
+        ("-n_layer", ["-n_layer", "did you mean --n_layer?"]),
+        ("max_itrs=3", ["max_itrs=3", "No such file", "--name=value"]),
+        ("–max_iters=3", ["–max_iters=3 begins with –", "no hyphen", "did you mean --max_iters=3?"]),
+        ("—max_iters=3", ["—max_iters=3 begins with —", "no hyphen", "did you mean --max_iters=3?"]),
+        ("−−max_iters=3", ["−−max_iters=3 begins with −", "did you mean --max_iters=3?"]),
+        ("–unlike=3", ["–unlike=3 begins with –", "--name=value"]),
+        ("--max–iters=3", ["max–iters", "did you mean max_iters?"]),
+        ("--learning_rate=1e−3", ["--learning_rate=1e−3", "did you mean 1e-3?"]),
+        ("--max_iters=5,000", ["--max_iters=5,000", "did you mean 5000?"]),
+        ("--max_iters = 3", ["--max_iters =", "blanks", "--max_iters=int"]),
+        ("--max_iters =3", ["--max_iters==3", "did you mean 3?"]),
+        ("--max_iters= 3", ["--max_iters=", "whole number"]),
+        ("--dataset = plays", ["--dataset =", "blanks", "--dataset=text"]),
+        ("--dtype=bfloat", ["--dtype=bfloat", "did you mean bfloat16?"]),
+        ("--bias=yes", ["--bias=yes", "did you mean True?"]),
+        ("--bias=0", ["--bias=0", "did you mean False?"]),
+        ("--no_bias", ["no_bias", "write bias=False"]),
+        ("--no-decay-lr", ["no-decay-lr", "write decay_lr=False"]),
+        ("--config=mine.py", ["config is not a setting", "train.py config/mine.py"]),
+        ("--config mine.py", ["config is not a setting", "train.py config/mine.py"]),
+        ("plays", ["plays", "No such file", "--dataset=plays"]),
+        ("my_plays --seed=x", ["--seed=x"]),
     ],
 )
 def test_a_wrong_command_line_is_refused_with_the_value_and_the_way_out(argv, parts, refused):
@@ -294,12 +432,69 @@ def test_a_wrong_config_file_is_refused_with_its_name_and_the_line(source, parts
 
 def test_a_config_file_that_can_not_be_read_is_refused(refused, tmp_path):
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.py").touch()
     (tmp_path / "latin.py").write_bytes("out_dir = 'é'".encode("latin-1"))
     (tmp_path / "null.py").write_bytes(b"seed = 1\0")
     assert "missing.py" in refused("missing.py")
+    assert "did you mean latin.py?" in refused("latin1.py")
+    assert "did you mean folder/a.py?" in refused("folder/b.py")
+    assert "--dataset=folder" in refused("folder/") and "--out_dir=folder" in refused("folder")
+    assert "did you mean" not in refused("nowhere/a.py")
     assert "folder" in refused("folder")
     assert "latin.py is not UTF-8" in refused("latin.py")
     assert "null.py" in refused("null.py")
+
+
+@pytest.mark.parametrize(
+    "source, parts",
+    [
+        ("", ["sets nothing", "name = value"]),
+        ("# n_layer = 4\n", ["sets nothing"]),
+        ('"""n_layer = 4"""\nimport math\n_n_layer = 4\n', ["sets nothing"]),
+        ('{"n_layer": 4}', ["sets nothing"]),
+        ("n_layer: 4\nout_dir: out/mine\n", ["line 1", "write n_layer = 4"]),
+        ("n_head = 4\nn_layer: 4", ["line 2", "write n_layer = 4"]),
+        ("n_layer = 2\nn_layer == 4", ["line 2", "write n_layer = 4"]),
+        ("class Config:\n    n_layer = 4", ["line 2", "n_layer", "class Config"]),
+        ("n_head = 2\nclass Config:\n    class Model:\n        n_layer: int = 4", ["line 4", "class Model"]),
+        ("seed = 1\ndef mine():\n    if True:\n        n_layer = 4", ["line 4", "function mine"]),
+        ("seed = 1\nif __name__ == '__main__':\n    n_layer = 4", ["line 3", "if __name__ == '__main__'"]),
+        ("seed = 1\ndef n_layer():\n    return 4", ["n_layer is a function", "n_layer = "]),
+        ("seed = 1\ndtype = float", ["dtype is a type", "dtype = "]),
+        ("import math as device", ["device is a module", "device = "]),
+    ],
+)
+def test_what_seems_to_set_something_and_does_not_is_refused(source, parts, refused, tmp_path):
+    line = refused(config_file(tmp_path, source, "mine.py"))
+    assert all(part in line for part in ["mine.py", *parts]), line
+
+
+def test_what_a_config_file_calls_its_own_is_left_alone(tmp_path):
+    source = """
+class _Base:
+    n_layer = 2
+    n_head: int
+
+def _times(n_layer):
+    dropout = 0.5
+    return n_layer * 2
+
+def double(x):
+    n_layer = x
+    return n_layer
+
+def put():
+    global seed
+    seed = 5
+
+put()
+n_layer = _times(_Base.n_layer) + double(1)
+if n_layer > 100:
+    n_head = 3
+n_embd: int = 64
+"""
+    config = parse(TrainSettings, [config_file(tmp_path, source)])
+    assert config == TrainSettings(n_layer=5, seed=5, n_embd=64)
 
 
 def test_config_files_do_not_see_each_other(refused, tmp_path):
@@ -360,7 +555,14 @@ def values_of(field):
         return st.floats(at_least, below, **bounds) | st.integers(
             math.ceil(at_least or 0), 2**53 if below is None else int(below) - 1
         )
-    return ANY_TEXT if kind is str else st.sampled_from(typing.get_args(kind))
+    return any_text(field) if kind is str else st.sampled_from(typing.get_args(kind))
+
+
+def any_text(field):
+    """A strategy for text that stays as it is given; not every path does."""
+    if field.metadata["path"]:
+        return ANY_TEXT.filter(lambda text: text.strip() and not text.startswith("~"))
+    return ANY_TEXT.filter(lambda text: as_utf8(text) == text)
 
 
 ANY_SETTINGS = st.fixed_dictionaries({}, optional={name: values_of(field) for name, field in FIELDS.items()})
@@ -370,7 +572,10 @@ def assert_has(config, values):
     """`values` and no others were given to `config`, and each setting is of its declared type."""
     assert config == TrainSettings(**values)
     for name, kind in TYPES.items():
-        assert typing.get_origin(kind) is typing.Literal or type(getattr(config, name)) is kind
+        value = getattr(config, name)
+        assert (
+            typing.get_origin(kind) is typing.Literal or type(value) is kind or value is FIELDS[name].default
+        )
 
 
 @UNHURRIED
@@ -380,7 +585,7 @@ def test_any_values_come_through_the_command_line(values):
 
 
 @UNHURRIED
-@given(ANY_SETTINGS)
+@given(ANY_SETTINGS.filter(len))
 def test_any_values_come_through_a_config_file(values):
     with tempfile.TemporaryDirectory() as folder:
         source = "".join(f"{name} = {value!r}\n" for name, value in values.items())

@@ -9,14 +9,18 @@ import pickle
 import pty
 import shutil
 import struct
+import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY_RUN,
+    process_environment,
     records,
     results,
     write_text,
@@ -30,14 +34,16 @@ import train
 from kqv.settings import parse
 from kqv.text import tokenizers
 from kqv.text.dataset import Dataset
+from kqv.training.batches import micro_batches
 from kqv.training.optimizer import learning_rate_at
+from kqv.training.world import World
 from model import GPT, MLP, GPTConfig
 
 TINY = [*TINY_RUN, "--dataset=tiny"]
 # Each step four micro-batches, with dropout: what resuming and sharing among processes must not disturb.
 FOUR = [*TINY, "--gradient_accumulation_steps=4", "--dropout=0.1"]
 # A learning rate that climbs until training falls apart: the best weights are not the last.
-FALLING_APART = [*TINY, "--max_iters=12", "--lr_decay_iters=12", "--learning_rate=1e-2", "--min_lr=0.1"]
+FALLING_APART = [*TINY, "--max_iters=12", "--warmup_iters=6", "--lr_decay_iters=1000", "--learning_rate=0.1"]
 
 
 @pytest.fixture
@@ -258,8 +264,11 @@ def test_plain_lines_say_what_the_metrics_say(run):
     assert lines[-1] == "to see what it writes: python sample.py --out_dir=out"
 
 
-def test_metrics_of_a_run_that_diverged_are_still_json(run):
-    run(*TINY, "--learning_rate=1e30", "--decay_lr=False")
+def test_a_run_that_diverged_ends_with_an_error_and_its_metrics_are_json(cli, tiny_set):
+    status, out, err = cli(train.main, *TINY, "--learning_rate=1e30", "--decay_lr=False")
+    assert status == 1 and "done" not in out and err.count("\n") == 1
+    assert "loss at step 6 is not finite" in err and "--learning_rate" in err
+    assert not list(Path("out").glob("*.pt"))
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -280,18 +289,59 @@ def test_best_and_newest_weights_are_kept(run):
         assert f"val loss {val_loss[step]:.4f}" in run(*TINY, f"--init_from=out/{name}", "--eval_only")
 
 
-def test_only_improvements_are_saved_if_so_wanted(run):
-    run(*FALLING_APART, "--always_save_checkpoint=False")
+def test_only_improvements_and_the_last_state_are_saved_if_so_wanted(run):
+    run(*FALLING_APART, "--always_save_checkpoint=False", "--eval_interval=2")
     val_loss = logged("val_loss")
-    assert saved("out/ckpt.pt")["iter_num"] == min(val_loss, key=val_loss.get) < 12
-    assert same(saved("out/ckpt.pt")["model"], saved("out/best.pt")["model"])
+    best = [
+        step for step in val_loss if step and val_loss[step] < min(val_loss[s] for s in range(0, step, 2))
+    ]
+    assert [record["step"] for record in records() if record["kind"] == "save"] == sorted({*best, 12})
+    assert 0 < len(best) < 6 and saved("out/best.pt")["iter_num"] == best[-1] < 12
+    assert saved("out/ckpt.pt")["iter_num"] == 12
 
 
-def test_a_new_run_leaves_no_best_weights_of_an_older_one(run):
-    run(*TINY)
-    old = saved("out/best.pt")["best_val_loss"]
-    run(*TINY, "--learning_rate=10", "--decay_lr=False")  # gets worse from the first step on
-    assert not Path("out/best.pt").exists() or saved("out/best.pt")["best_val_loss"] != old
+@pytest.mark.parametrize("start", ["scratch", "base"])
+@pytest.mark.parametrize("max_iters", [0, 6])
+def test_a_run_that_never_improves_leaves_its_last_state(run, start, max_iters):
+    run(*TINY, "--out_dir=base")
+    run(*TINY, "--max_iters=3")  # an older run in the same folder
+    argv = ["--learning_rate=10", "--always_save_checkpoint=False", f"--max_iters={max_iters}"]
+    out = run(*TINY, f"--init_from={start}", *argv, "--decay_lr=False")
+    val_loss = logged("val_loss")
+    assert min(val_loss.values()) == val_loss[0]  # else this test shows nothing
+    assert saved()["iter_num"] == max_iters and saved()["config"]["init_from"] == start
+    assert Path("out/best.pt").exists() == (max_iters == 0)  # it is the older run's no longer
+    assert f"done: step {max_iters}" in out
+
+
+def test_a_new_run_names_what_it_replaces_and_keeps_it(run):
+    assert "another run" not in run(*TINY)
+    first, numbers = listing("out"), Path("out/metrics.jsonl").read_bytes()
+    out = run(*TINY, "--seed=1")
+    assert out.count("out has another run's ckpt.pt and best.pt: at this run's first save they become ") == 1
+    for name in ("ckpt", "best"):
+        assert Path(f"out/{name}.old.pt").read_bytes() == first[Path(f"out/{name}.pt")]
+        assert saved(f"out/{name}.pt")["config"]["seed"] == 1
+    assert saved("out/ckpt.prev.pt")["config"]["seed"] == 1
+    assert Path("out/metrics.old.jsonl").read_bytes() == numbers != Path("out/metrics.jsonl").read_bytes()
+    run(*TINY, "--seed=2", "--max_iters=1", "--eval_interval=1000", "--learning_rate=0", "--eval_iters=1")
+    assert saved("out/ckpt.old.pt")["config"]["seed"] == saved("out/best.old.pt")["config"]["seed"] == 1
+
+
+def test_a_new_run_that_ends_before_it_saves_leaves_all_as_it_was(run, cli):
+    run(*TINY, "--max_iters=4")
+    before = listing("out")
+    for _ in range(2):
+        status, _, err = cli(
+            train.main, *TINY, "--learning_rate=1e30", "--decay_lr=False", "--max_bad_steps=1"
+        )
+        assert status == 1 and "not finite" in err
+    assert {path: before[path] for path in before if path.suffix == ".pt"}.items() <= listing("out").items()
+    assert Path("out/metrics.prev.jsonl").read_bytes() == before[Path("out/metrics.jsonl")]
+    run("--init_from=auto", "--max_iters=6")
+    run(*TINY, "--out_dir=straight", "--eval_interval=3")
+    assert list(logged("loss").values()) == list(logged("loss", "straight").values())
+    assert not Path("out/metrics.prev.jsonl").exists()
 
 
 def test_checkpoint_is_self_contained(run):
@@ -353,6 +403,36 @@ def test_a_stopped_run_goes_on_with_the_epoch_that_it_was_in(stop_at, run, cli, 
     assert logged("loss", "drawn") != logged("loss", "straight")
 
 
+def test_another_batch_size_skips_and_repeats_no_window_of_an_epoch(run, cli):
+    write_text(Path("short.txt"), words=80)
+    assert cli(prepare.main, "short.txt")[0] == 0
+    count = Dataset("short").windows("train", 16)
+    argv = [*TINY, "--dataset=short", "--data_order=epoch", "--max_iters=3"]
+    run(*argv)
+    run("--init_from=resume", "--batch_size=2", "--gradient_accumulation_steps=3", "--max_iters=5")
+    run("--init_from=resume", "--batch_size=1", "--max_iters=7")
+    assert saved()["windows"] == 3 * 4 + 2 * 6 + 2 * 3
+    seen, config = [], {"seed": 1337, "block_size": 16, "data_order": "epoch"}
+    world, before = World(torch.device("cpu")), 0
+    for step in range(2 * count):
+        sizes = {"batch_size": 1 + step % 3, "gradient_accumulation_steps": 1 + step % 2}
+        for (idx, _), _ in micro_batches(
+            Dataset("short"), SimpleNamespace(**config, **sizes), world, step, before
+        ):
+            seen += idx.tolist()
+        before += sizes["batch_size"] * sizes["gradient_accumulation_steps"]
+    straight = Dataset("short").in_epochs(0, len(seen), 16, 1337)
+    assert seen == Dataset("short").batch("train", straight, 16).idx.tolist()
+
+
+def test_an_epoch_begins_anew_on_another_text(run, cli):
+    run(*TINY, "--data_order=epoch")
+    other_set(cli, "queries " * 500, "queries")
+    out = run("--init_from=resume", "--dataset=queries", "--max_iters=7")
+    assert "the epoch begins anew" in out and saved()["windows"] == 4
+    assert "the epoch begins anew" not in run("--init_from=resume", "--max_iters=8")
+
+
 def same_training_weights(a, b):
     return same(saved(a)["model"], saved(b)["model"]) and saved(a)["iter_num"] == saved(b)["iter_num"]
 
@@ -376,11 +456,57 @@ def test_resuming_needs_nothing_but_the_folder(run):
 
 
 def test_resuming_remembers_the_best_loss(run):
-    run(*FALLING_APART, "--max_iters=9")
+    run(*FALLING_APART, "--max_iters=11")
     run("--init_from=resume", "--max_iters=12")
     val_loss = logged("val_loss")
-    assert saved("out/best.pt")["iter_num"] == min(val_loss, key=val_loss.get) < 9
+    assert saved("out/best.pt")["iter_num"] == min(val_loss, key=val_loss.get) < 11
     assert saved("out/ckpt.pt")["best_val_loss"] == min(val_loss.values())
+
+
+def other_set(cli, text, name):
+    """Another set, with the tokenizer of the first."""
+    Path(f"{name}.txt").write_text(text, "utf-8")
+    status, _, err = cli(prepare.main, f"{name}.txt", f"--name={name}", "--tokenizer=data/tiny")
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("same_name", [True, False])
+def test_a_best_loss_belongs_to_the_text_that_it_was_measured_on(run, cli, same_name):
+    run(*TINY)
+    best = saved("out/best.pt")["best_val_loss"]
+    other_set(cli, "éqéé" * 1000, "tiny" if same_name else "queries")
+    argv = [] if same_name else ["--dataset=queries"]
+    argv += ["--always_save_checkpoint=False", "--learning_rate=0", "--min_lr=0", "--max_iters=9"]
+    out = run("--init_from=resume", *argv)
+    assert (
+        out.count(f"the best validation loss so far, {best:.4f}, was not measured on what is evaluated now")
+        == 1
+    )
+    val_loss = [record["val_loss"] for record in records() if "val_loss" in record]
+    assert len(val_loss) == 5  # step 6 has one on each text
+    assert val_loss[3] > best  # else this test shows nothing
+    assert saved("out/best.pt")["best_val_loss"] == saved()["best_val_loss"] == val_loss[3]
+    assert saved("out/best.pt")["iter_num"] == 6 and saved()["iter_num"] == 9
+    assert saved("out/best.old.pt")["best_val_loss"] == best
+    assert "the best begins anew" not in run("--init_from=resume", "--max_iters=10")
+
+
+def test_a_best_loss_belongs_to_the_windows_that_it_was_measured_on(run):
+    run(*TINY)
+    assert "the best begins anew" in run("--init_from=resume", "--eval_iters=3", "--max_iters=7")
+    same_windows = ["--eval_iters=6", "--batch_size=2", "--gradient_accumulation_steps=2"]
+    assert "the best begins anew" not in run("--init_from=resume", *same_windows, "--max_iters=8")
+
+
+def test_an_older_checkpoint_keeps_its_best_loss_where_no_setting_says_otherwise(run):
+    run(*TINY)
+    older = saved()
+    del older["belongs_to"], older["windows"]
+    torch.save(older, "out/ckpt.pt")
+    assert "the best begins anew" not in run("--init_from=resume", "--max_iters=7")
+    assert saved()["best_val_loss"] <= older["best_val_loss"] and saved()["windows"] == 7 * 4
+    torch.save(older, "out/ckpt.pt")
+    assert "the best begins anew" in run("--init_from=resume", "--max_iters=7", "--eval_iters=1")
 
 
 def test_resuming_with_another_architecture_is_refused(run, cli):
@@ -490,18 +616,12 @@ def test_nanogpts_checkpoint_resumes_and_samples(run, cli, prefix):
 
 
 def on_terminal(*argv, columns=120):
-    """train.py in a forked process whose output is a terminal: (exit status, all that was written to it)."""
-    child, terminal = pty.fork()
-    if child == 0:
-        status = 1
-        try:
-            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
-            train.main(list(argv))
-            status = 0
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+    """train.py in a process whose output is a terminal: (exit status, all that was written to it)."""
+    terminal, output = pty.openpty()
+    fcntl.ioctl(output, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, str(ROOT / "train.py"), *argv]
+    process = subprocess.Popen(command, stdout=output, stderr=output, env=process_environment())
+    os.close(output)
     written = b""
     try:
         while chunk := os.read(terminal, 65536):
@@ -510,7 +630,7 @@ def on_terminal(*argv, columns=120):
         pass
     finally:
         os.close(terminal)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
+    return process.wait(), written.decode()
 
 
 def test_a_terminal_gets_a_bar_instead_of_lines(run):

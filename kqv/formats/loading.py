@@ -31,10 +31,12 @@ from model import GPT, GPTConfig
 class WeightsSettings:
     """Which weights"""
 
-    out_dir: str = setting("out", "the folder of a training run")
-    checkpoint: str = setting("best", "best (lowest validation loss), newest, or the path of a file")
+    out_dir: str = setting("out", "the folder of a training run", path=True)
+    checkpoint: str = setting(
+        "best", "best (lowest validation loss), newest, or the path of a file", path=True
+    )
     init_from: str = setting(
-        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder"
+        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder", path=True
     )
 
 
@@ -120,14 +122,14 @@ def load_start(source):
 
 def model_of(contents, path, dropout=None):
     """
-    The GPT of a checkpoint's contents (`model`, `model_args`); `dropout`, if given, in place of its own.
-    Raises UserError, which names `path`, if the contents are not those of a GPT.
+    The GPT of a checkpoint's contents (`model`, `model_args`), with which it shares memory; `dropout`, if
+    given, in place of its own. Raises UserError, which names `path`, if the contents are not those of a GPT.
     """
     try:
         config = GPTConfig.from_args(contents["model_args"])
         if dropout is not None:
             config = replace(config, dropout=dropout)
-        return GPT.from_weights(config, contents["model"])
+        return GPT.from_weights(config, contents["model"], copy=False)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 
@@ -143,7 +145,7 @@ def without_padding(gpt, vocab_size):
         )
     rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
     weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
-    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights)
+    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights, copy=False)
 
 
 @torch.no_grad()

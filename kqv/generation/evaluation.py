@@ -38,7 +38,7 @@ class EvaluationSettings:
     evaluate: Literal["train", "val", ""] = setting(
         "", "a split: its loss, and how many answers are right, by the likeliest token or by beams"
     )
-    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on")
+    dataset: str = setting("", "the prepared set; empty: the one that the model was trained on", path=True)
     max_examples: int = setting(0, "only so many conversations of the split, the first; 0: all", at_least=0)
     bleu: bool = setting(False, "also the answers' BLEU, for translations")
 
@@ -115,11 +115,14 @@ def mean_loss(gpt, data, split, batch_size):
     """
     device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
-    loss, block_size = NextToken(gpt), gpt.config.block_size
+    loss = NextToken(gpt, vocab_size=data.tokenizer.vocab_size)
+    block_size = gpt.config.block_size
     batch_size = min(batch_size, max(1, TOKENS_AT_ONCE // block_size))
     losses, counts = [], []
     batches = whole_split(data, split, batch_size, block_size)
     for batch in with_progress(batches, data.batches(split, batch_size, block_size)):
+        if not (batch.targets >= 0).any():
+            continue
         arrays = [torch.from_numpy(array).to(device) for array in batch if array is not None]
         with autocast:
             losses.append(loss(*arrays))

@@ -7,6 +7,7 @@ from typing import Literal
 
 from kqv.errors import UserError
 from kqv.settings import setting
+from kqv.values import expand_home
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class PromptSettings:
     start: str = setting(
         "", "the text to continue; FILE:path reads a file, - standard input; empty: ask, or a newline"
     )
-    prompts: str = setting("", "a file of texts to continue, one a line")
+    prompts: str = setting("", "a file of texts to continue, one a line", path=True)
     chat: bool = setting(False, "talk, on a terminal or a line of standard input a message; it remembers")
     system: str = setting("", "the instructions that a conversation begins with")
     unknown: Literal["error", "skip"] = setting("error", "what becomes of characters the tokenizer lacks")
@@ -41,7 +42,7 @@ def read_start(start):
     if start == "-":
         return decode_utf8(sys.stdin.buffer.read(), "standard input")
     if start.startswith("FILE:"):
-        return read_file(start.removeprefix("FILE:"), f"--start={start}")
+        return read_file(expand_home(start.removeprefix("FILE:")), f"--start={start}")
     return start
 
 

@@ -9,8 +9,8 @@ from kqv.training.batches import to_device
 from model import GPT, NextToken
 
 
-def cross_entropy_of_all(x, head, targets):
-    """The loss from all logits at once, in float32: x (N, C), head (V, C), targets (N,)."""
+def cross_entropy_of_all(x, head, targets, vocab_size=None):
+    """The loss from all logits at once, in float32: x (N, C), head (V, C), targets (N,); any `vocab_size`."""
     return F.cross_entropy(F.linear(x, head).float(), targets)
 
 

@@ -40,10 +40,12 @@ class Dataset:
             self.require_files("train.bin", "val.bin")
         self.tokenizer, dtype, parts, self.bytes, is_ours = read_meta(self.folder)
         self.splits = {split: self.open_split(split, dtype, parts) for split in SPLITS}
-        if not is_ours:
-            for split in SPLITS:
-                self.require_known_ids(split)
-        self.conversation_starts = {split: self.find_starts(split) for split in SPLITS if self.is_chat}
+        if not is_ours:  # prepare.py has checked each id
+            for tokens in self.splits.values():
+                tokens.check()
+        self.conversation_starts, self.learnt_before = {}, {}  # of each split of conversations
+        for split in SPLITS if self.is_chat else ():
+            self.conversation_starts[split], self.learnt_before[split] = self.find_conversations(split)
         self.packed = {}  # (split, block_size) -> rows
 
     @property
@@ -68,30 +70,17 @@ class Dataset:
                     f"{self.folder / name} has {size} bytes, which is not what its set says: run prepare.py "
                     "again"
                 )
-        tokens = Tokens([self.folder / name for name in names], dtype)
+        tokens = Tokens([self.folder / name for name in names], dtype, self.tokenizer.vocab_size)
         if len(tokens) == 0:
             raise UserError(f"{self.folder / names[0]} has 0 bytes: run prepare.py again")
         return tokens
 
-    def require_known_ids(self, split):
+    def fingerprint(self, splits=SPLITS):
         """
-        Read a whole split, and raise UserError where it has an id that the tokenizer lacks. What prepare.py
-        writes has none.
-        """
-        known = self.tokenizer.vocab_size
-        for block in self.splits[split].blocks():
-            if block.max() >= known:
-                raise UserError(
-                    f"the {split} split of {self.folder} has the id {block.max()}, but its tokenizer has "
-                    f"only {known}: run prepare.py again"
-                )
-
-    def fingerprint(self):
-        """
-        A hash of the tokenizer, and of the splits' sizes and ids at 256 places: enough to tell sets apart.
+        A hash of the tokenizer, and of these splits' sizes and ids at 256 places: enough to tell sets apart.
         """
         digest = hashlib.sha256(json.dumps(self.tokenizer.to_json(), sort_keys=True).encode())
-        for split in SPLITS:
+        for split in splits:
             tokens = self.splits[split]
             digest.update(f"{split} {len(tokens)} {tokens.dtype}".encode())
             for start in np.linspace(0, max(0, len(tokens) - 64), 256, dtype=np.int64).tolist():
@@ -108,6 +97,11 @@ class Dataset:
                         f"no conversation of the {split} split of {self.folder} fits into block_size="
                         f"{block_size}: the shortest needs --block_size={needed.min()}, the longest "
                         f"{needed.max()}"
+                    )
+                if not self.learnt_in(split, self.rows(split, block_size)):
+                    raise UserError(
+                        f"the {split} split of {self.folder} has no answer of the assistant that fits into "
+                        f"block_size={block_size}, so nothing to learn: run prepare.py with answers"
                     )
             elif len(tokens) <= block_size:
                 raise UserError(
@@ -141,22 +135,39 @@ class Dataset:
 
     # Which windows are in a batch
 
-    def training_batch(self, batch_size, block_size, seed, step, index, order="random", micro_batches=1):
+    def training_batch(
+        self, batch_size, block_size, seed, step, index, order="random", micro_batches=1, before=None
+    ):
         """
         Micro-batch `index` of the `micro_batches` of a training step: a Batch, and a seed for whatever else
         is random in it (dropout). The same arguments always give the same result.
 
         order="random" draws windows with replacement. "epoch" takes every window once before any comes
-        again, in a new order each time.
+        again, in a new order each time; `before` is how many the steps before have taken, if not as many each
+        as this one.
         """
+        windows, random = self.training_windows(
+            batch_size, block_size, seed, step, index, order, micro_batches, before
+        )
+        return self.batch("train", windows, block_size), int(random.integers(2**63))
+
+    def training_windows(
+        self, batch_size, block_size, seed, step, index, order="random", micro_batches=1, before=None
+    ):
+        """The windows (B,) of a micro-batch, and the generator of its further random numbers."""
         random = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, index, step]))
         if order == "random":
             choices = self.windows("train", block_size, anywhere=True)
-            windows = random.integers(0, choices, size=batch_size)  # (B,)
-        else:
-            first = (step * micro_batches + index) * batch_size
-            windows = self.in_epochs(first, batch_size, block_size, seed)
-        return self.batch("train", windows, block_size), int(random.integers(2**63))
+            return random.integers(0, choices, size=batch_size), random
+        before = step * micro_batches * batch_size if before is None else before
+        return self.in_epochs(before + index * batch_size, batch_size, block_size, seed), random
+
+    def learnt_tokens(self, batch_size, block_size, *which):
+        """How many tokens are learnt of the `training_batch` of the same arguments, without reading it."""
+        if not self.is_chat:
+            return batch_size * block_size
+        windows, _ = self.training_windows(batch_size, block_size, *which)
+        return self.learnt_in("train", self.rows("train", block_size)[windows])
 
     def in_epochs(self, first, batch_size, block_size, seed):
         """(B,) windows `first` to first + B - 1 of all epochs, one epoch after another."""
@@ -173,10 +184,17 @@ class Dataset:
         return np.concatenate(found)
 
     def evaluation_batch(self, split, batch_size, block_size, index, count):
-        """Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation."""
+        """
+        Batch `index` of `count`: windows spread evenly over the split, the same at every evaluation. A row of
+        conversations that comes again, since there are fewer rows than windows, counts once.
+        """
         last = self.windows(split, block_size, anywhere=True) - 1
-        spread = np.linspace(0, last, count * batch_size)
-        return self.batch(split, spread[index::count].astype(np.int64), block_size)
+        spread = np.linspace(0, last, count * batch_size).astype(np.int64)
+        batch = self.batch(split, spread[index::count], block_size)
+        if self.is_chat:
+            comes_again = np.diff(spread, prepend=-1) == 0
+            batch.targets[comes_again[index::count]] = -1
+        return batch
 
     def batches(self, split, batch_size, block_size):
         """How many batches read a split once."""
@@ -216,18 +234,31 @@ class Dataset:
         starts = np.maximum.accumulate(np.where(picked[:, :-1] == tok.system, places, 0), axis=1)  # (B, T)
         return Batch(np.ascontiguousarray(picked[:, :-1]), np.ascontiguousarray(targets), places - starts)
 
-    def find_starts(self, split):
-        """(N + 1,) where each of the N conversations of a split begins, and where the last one ends."""
-        tokens, found, done = self.splits[split], [], 0
-        for block in tokens.blocks():
-            found.append(np.flatnonzero(block == self.tokenizer.system) + done)
+    def find_conversations(self, split):
+        """
+        Where each of the N conversations of a split begins, and where the last one ends: (N + 1,); and how
+        many ids are learnt before each of these places: (N + 1,).
+        """
+        tok, places, marks, done = self.tokenizer, [], [], 0
+        for block in self.splits[split].blocks():
+            found = np.flatnonzero((block >= tok.system) & (block <= tok.assistant))
+            places.append(found + done)
+            marks.append(block[found])
             done += len(block)
-        starts = np.concatenate([*found, [done]])
-        if starts[0] != 0:
+        places = np.concatenate([*places, [done]])
+        marks = np.concatenate([*marks, [tok.system]])  # the end is where the next one would begin
+        learnt = np.where(marks[:-1] == tok.assistant, np.diff(places) - 1, 0)  # behind each mark
+        learnt_before, begins = np.concatenate([[0], np.cumsum(learnt)]), marks == tok.system
+        if places[0] != 0 or not begins[0]:
             raise UserError(
                 f"the {split} split of {self.folder} begins with no conversation: run prepare.py again"
             )
-        return starts
+        return places[begins], learnt_before[begins]
+
+    def learnt_in(self, split, rows):
+        """How many ids are learnt in rows of conversations (rows, 2)."""
+        places = np.searchsorted(self.conversation_starts[split], rows)
+        return int(np.diff(self.learnt_before[split][places]).sum())
 
     def rows(self, split, block_size):
         """(rows, 2) where each row of conversations begins and ends in the ids of a split."""

@@ -31,11 +31,12 @@ class Tokens:
     """
     The ids of a split, in files that are read as one sequence: `tokens[a:b]` is a (b - a,) array.
 
-    Files are read, not mapped to memory: what was read would count as the process's memory.
+    Files are read, not mapped to memory: what was read would count as the process's memory. Raises UserError
+    for an id from `vocab_size` on, which only a damaged file has.
     """
 
-    def __init__(self, paths, dtype):
-        self.paths, self.dtype = paths, np.dtype(dtype)
+    def __init__(self, paths, dtype, vocab_size):
+        self.paths, self.dtype, self.vocab_size = paths, np.dtype(dtype), vocab_size
         self.files = []
         self.files += (open(path, "rb", buffering=0) for path in paths)
         sizes = [os.fstat(file.fileno()).st_size // self.dtype.itemsize for file in self.files]
@@ -55,6 +56,11 @@ class Tokens:
             if os.preadv(self.files[number].fileno(), [target], offset * self.dtype.itemsize) < len(target):
                 raise UserError(f"{self.paths[number]} became shorter: run prepare.py again")
             filled, number = filled + count, number + 1
+        if len(ids) and ids.max() >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[0]} has the id {ids.max()}, but its tokenizer has only {self.vocab_size}: "
+                "run prepare.py again"
+            )
         return ids
 
     def length(self, number):
@@ -68,6 +74,11 @@ class Tokens:
     def blocks(self):
         """All ids, in order, as arrays of at most AT_ONCE."""
         return (self[start : start + AT_ONCE] for start in range(0, len(self), AT_ONCE))
+
+    def check(self):
+        """Read all ids. Raises UserError where one is not the tokenizer's."""
+        for _ in self.blocks():
+            pass
 
 
 class Meta(NamedTuple):

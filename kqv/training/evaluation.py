@@ -1,10 +1,12 @@
 """A run's evaluation: the losses of both splits, and a sample of what the model writes."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from kqv.errors import UserError, warn
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate
@@ -28,23 +30,40 @@ class EvaluationSettings:
 @torch.no_grad()
 def evaluate(model, data, config, world, autocast):
     """
-    {split: mean loss in nats per token} over batches that are the same at every evaluation. The processes
-    share the batches; each gets the mean over all. `model` is called as in training, without dropout.
+    {split: mean loss in nats per token} over all that is learnt of batches that are the same at every
+    evaluation; NaN where nothing is. The processes share the batches; each gets the mean over all. `model` is
+    called as in training, without dropout.
     """
     model.eval()
     losses = {}
     for split in SPLITS:
         count = min(config.eval_iters, data.batches(split, config.batch_size, config.block_size))
-        total = torch.zeros((), device=world.device)
+        total, weights = torch.zeros((), device=world.device), 0.0
         rounds = -(-count // world.size)  # the same in each process: sharded, they compute together
         for index in range(world.rank, rounds * world.size, world.size):
             batch = data.evaluation_batch(split, config.batch_size, config.block_size, index % count, count)
             with autocast:
                 loss = model(*to_device(batch, world.device))
-            total += loss if index < count else 0
-        losses[split] = world.sum(total).item() / count
+            weight = float((batch.targets >= 0).mean())  # 1 for texts, of which every token is learnt
+            if index < count and weight:
+                total += loss * weight
+                weights += weight
+        weights = world.sum(torch.tensor(weights, device=world.device)).item()
+        losses[split] = world.sum(total).item() / weights if weights else math.nan
     model.train()
+    require_finite(losses, config.eval_only)
     return losses
+
+
+def require_finite(losses, is_all_that_is_wanted):
+    """Warn of {split: loss} that is no number; raise UserError where the losses are all that is wanted."""
+    wrong = [f"the {split} loss is {loss}" for split, loss in losses.items() if not math.isfinite(loss)]
+    if not wrong:
+        return
+    why = f"{' and '.join(wrong)}: the model's logits are not finite, or no row that was read has an answer"
+    if is_all_that_is_wanted:
+        raise UserError(f"{why}: evaluate other weights, or with a larger --eval_iters")
+    warn(f"{why}; best.pt stays")
 
 
 def write_sample(gpt, data, config, world):
@@ -54,7 +73,7 @@ def write_sample(gpt, data, config, world):
     """
     if is_sharded(gpt):
         weights = {name: full_tensor(weight) for name, weight in gpt.state_dict().items()}
-        gpt = GPT.from_weights(gpt.config, weights)
+        gpt = GPT.from_weights(gpt.config, weights, copy=False)
     if not world.is_main:
         return ""
     if data.is_chat:

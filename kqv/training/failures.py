@@ -125,15 +125,15 @@ def report_once(main):
     that several have.
     """
 
-    @record
-    def recorded(argv):
+    def returning_error(argv):
         try:
             main(argv)
         except UserError as error:  # returned, not raised: torchrun would print its traceback
             return error
 
     def reporting_once(argv):
-        if error := recorded(argv):
+        under_torchrun = "TORCHELASTIC_ERROR_FILE" in os.environ
+        if error := (record(returning_error) if under_torchrun else returning_error)(argv):
             if error.already_reported is None:  # before processes met: the first of each machine prints it
                 error.already_reported = os.environ.get("LOCAL_RANK", "0") != "0"
             raise error

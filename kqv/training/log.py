@@ -1,5 +1,6 @@
 """What a run prints on the terminal and records in its metrics."""
 
+import shlex
 import sys
 import time
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm import tqdm
 
+from kqv import errors
 from kqv.device import peak_flops
 from kqv.settings import override, setting
 from kqv.training.batches import tokens_per_step
@@ -47,9 +49,10 @@ class Log:
     What a run prints, and the numbers that it records. In all processes but the main one it does nothing.
     """
 
-    def __init__(self, config, world, state, dtype, wandb_run):
+    def __init__(self, config, world, state, evaluated, dtype, wandb_run):
         self.config, self.is_main = config, world.is_main
         self.metrics = None
+        self.is_noted = False  # whether the metrics say that standard output can't be written
         self.mfu_per_token = mfu_per_token(state.model, dtype, world)
         on_terminal = self.is_main and sys.stderr.isatty() and not config.eval_only
         self.bar = tqdm(
@@ -63,7 +66,8 @@ class Log:
             self.metrics = Metrics(
                 None if config.eval_only else config.out_dir,
                 state.step,
-                state.evaluated,
+                evaluated,
+                config.init_from == "resume",
                 wandb_run,
                 config.tensorboard_log,
             )
@@ -75,6 +79,12 @@ class Log:
         if self.is_main:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
+            lost = getattr(sys.stdout, "lost", None)
+            if lost and self.metrics and not self.is_noted:
+                text = (
+                    f"standard output can't be written ({errors.reason_of(lost)}): the run goes on without it"
+                )
+                self.is_noted = self.metrics.note(max(0, self.last_step), text)
 
     def record(self, kind, step, values):
         if self.metrics:
@@ -89,12 +99,12 @@ class Log:
         self.paused += seconds
         self.last_time += seconds
 
-    def start(self, state, config, world, how, changed):
-        """The first line: what is trained, and `how`. Then what a resumed run has `changed`, if anything."""
+    def start(self, state, config, world, how, lines):
+        """The first line: what is trained, and `how`. Then `lines`, what else a user should know."""
         size, tokens = state.model.num_parameters() / 1e6, tokens_per_step(config)
         self.line(f"{size:.2f}M parameters, {tokens:,} tokens a step, {world}, {', '.join(how)}")
-        if changed:
-            self.line(f"changed: {', '.join(changed)}")
+        for line in lines:
+            self.line(line)
 
     def training(self, step, numbers):
         """
@@ -144,7 +154,7 @@ class Log:
         process or another one `received`.
         """
         self.bar.close()
-        seconds, out_dir = time.perf_counter() - self.started, self.config.out_dir
+        seconds, out_dir = time.perf_counter() - self.started, shlex.quote(self.config.out_dir)
         who = received.name if received else "a signal to another process"
         how = f"stopped by {who}" if stopping else "done"
         self.line(

@@ -17,24 +17,36 @@ from torch.nn import functional as F
 LOGITS_AT_ONCE = 2**28  # 512 MB in bfloat16, and enough tokens to keep a GPU's matrix units busy
 
 
-def next_token_loss(x, head, targets):
+def next_token_loss(x, head, targets, vocab_size=None):
     """
     x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count -> the mean cross-entropy of the
     logits x @ head.T, in nats. It is model.py's function of the same name with less memory.
     """
-    chunks = -(-x.size(0) * head.size(0) // LOGITS_AT_ONCE)
+    chunks, bias = -(-x.size(0) * head.size(0) // LOGITS_AT_ONCE), without_padding(head, vocab_size)
     if chunks == 1:
-        return F.cross_entropy(F.linear(x, head), targets, ignore_index=-1)
+        return F.cross_entropy(F.linear(x, head, bias), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return in_chunks(x, head, targets, chunks, torch.compiler.is_compiling())
+    return in_chunks(x, head, bias, targets, chunks, torch.compiler.is_compiling())
+
+
+def without_padding(head, vocab_size):
+    """
+    The bias (V,) of logits from which a softmax gives 0 to the rows that pad `head`, or None where none does.
+    (All logits are computed: their number is a multiple of 64, for which matrix units are faster.)
+    """
+    if vocab_size is None or vocab_size == head.size(0):
+        return None
+    bias = head.new_zeros(head.size(0))
+    bias[vocab_size:] = -torch.inf
+    return bias
 
 
 @torch.compiler.disable  # the compiler would unroll the loop, and keep several chunks in memory
-def in_chunks(x, head, targets, chunks, compiled):
+def in_chunks(x, head, bias, targets, chunks, compiled):
     """ChunkedCrossEntropy; if the model is compiled, so is the work on the logits of one chunk."""
     loss_of_chunk = compiled_cross_entropy() if compiled else cross_entropy
-    return ChunkedCrossEntropy.apply(x, head, targets, chunks, loss_of_chunk, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, head, bias, targets, chunks, loss_of_chunk, torch.is_grad_enabled())
 
 
 @functools.cache
@@ -49,12 +61,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, targets, chunks, loss_of_chunk, with_gradient):
-        weight = head.to(x.dtype)  # (V, C)
+    def forward(ctx, x, head, bias, targets, chunks, loss_of_chunk, with_gradient):
+        weight, bias = head.to(x.dtype), None if bias is None else bias.to(x.dtype)  # (V, C), (V,)
         total = torch.zeros((), device=x.device)
         grad_x, grad_head = [], torch.zeros_like(head, dtype=torch.float32) if with_gradient else None
         for part, ids in zip(x.chunk(chunks), targets.chunk(chunks), strict=True):
-            loss, grad_logits = loss_of_chunk(part @ weight.T, ids, with_gradient)  # (n, V)
+            loss, grad_logits = loss_of_chunk(F.linear(part, weight, bias), ids, with_gradient)  # (n, V)
             total = total + loss
             if with_gradient:
                 grad_x.append(grad_logits @ weight)  # (n, V) @ (V, C) -> (n, C)
@@ -68,7 +80,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_x, grad_head, count = ctx.saved_tensors
         scale = grad_loss / count
-        return grad_x * scale, grad_head * scale, None, None, None, None
+        return grad_x * scale, grad_head * scale, None, None, None, None, None
 
 
 def cross_entropy(logits, targets, with_gradient):

@@ -6,47 +6,91 @@ import html
 import json
 import math
 import os
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, first_line, warn
+
+METRICS = "metrics.jsonl"
+
+
+OLDER_METRICS = "metrics.prev.jsonl"  # of the run whose checkpoints a new one has not yet replaced
 
 
 class Metrics:
     """A run's numbers and sample texts, in all the places where they go."""
 
-    def __init__(self, out_dir, step, evaluated, wandb_run=None, tensorboard=False):
+    def __init__(self, out_dir, step, evaluated, resumed, wandb_run=None, tensorboard=False):
         """
-        Go on from `step`: what an earlier run in `out_dir` wrote of later steps is removed. `evaluated` is
-        the step of the last evaluation. Without `out_dir` no file is written.
+        Go on from `step`: what a run that is `resumed` wrote of later steps is removed. `evaluated` is the
+        step of its last evaluation. Without `out_dir` no file is written.
         """
         self.wandb = wandb_run
-        self.file = open_file(Path(out_dir), step, evaluated) if out_dir else None
+        self.file = open_file(Path(out_dir), step, evaluated, resumed) if out_dir else None
         self.tensorboard = start_tensorboard(out_dir, step) if tensorboard and out_dir else None
+        self.lost = 0  # records that could not be written to the file
 
     def record(self, kind, step, values):
         """Write {name: number or text} of a step; `kind` is "train", "evaluation" or "save"."""
         if self.file:
-            plain = {name: None if is_infinite(value) else value for name, value in values.items()}
-            try:
-                self.file.write(json.dumps({"kind": kind, "step": step, **plain}) + "\n")
-                self.file.flush()
-            except OSError as error:
-                warn(f"{self.file.name} can't be written ({error.strerror}): training goes on without it")
-                self.file = None
+            self.write(kind, step, values)
         if self.wandb and step >= self.wandb.step:  # a resumed run repeats steps that wandb has
-            self.wandb.log({name: as_html(value) for name, value in values.items()}, step=step)
+            with self.losing("wandb"):
+                self.wandb.log({name: as_html(value) for name, value in values.items()}, step=step)
         if self.tensorboard:
-            for name, value in values.items():
-                add = self.tensorboard.add_text if isinstance(value, str) else self.tensorboard.add_scalar
-                add(name, value, step)
+            with self.losing("tensorboard"):
+                for name, value in values.items():
+                    is_text = isinstance(value, str)
+                    add = self.tensorboard.add_text if is_text else self.tensorboard.add_scalar
+                    add(name, value, step)
+
+    def note(self, step, text):
+        """Write to the file what a reader of the numbers should know. Returns whether that was possible."""
+        if self.file:
+            self.write("note", step, {"note": text})
+        return not self.lost
+
+    def write(self, kind, step, values):
+        """
+        Append a record to the file, whole or not at all. While that is not possible, records are lost; the
+        next one comes after a note that says how many.
+        """
+        plain = {name: None if is_infinite(value) else value for name, value in values.items()}
+        records = [{"kind": kind, "step": step, **plain}]
+        if self.lost:
+            lost = f"{self.lost} records could not be written"
+            records.insert(0, {"kind": "note", "step": step, "note": lost})
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            while content:  # a part of it may be all that there is room for
+                content = content[self.file.write(content) :]
+            self.lost = 0
+        except OSError as error:
+            with suppress(OSError):
+                self.file.truncate(end)  # no half of a line
+            if not self.lost:
+                warn(f"{self.file.name} can't be written ({error.strerror}): training goes on without it")
+            self.lost += 1
+
+    @contextmanager
+    def losing(self, name):
+        """A context in which an error of "wandb" or "tensorboard" ends the use of it, not the run."""
+        try:
+            yield
+        except Exception as error:  # each library has errors of its own
+            warn(f"{name} failed ({first_line(error)}): training goes on without it")
+            setattr(self, name, None)
 
     def close(self):
         if self.file:
             self.file.close()
         if self.wandb:
-            self.wandb.finish()
+            with self.losing("wandb"):
+                self.wandb.finish()
         if self.tensorboard:
-            self.tensorboard.close()
+            with self.losing("tensorboard"):
+                self.tensorboard.close()
 
 
 def is_infinite(value):
@@ -63,17 +107,19 @@ def as_html(value):
     return wandb.Html(f"<pre>{html.escape(value)}</pre>", inject=False)
 
 
-def open_file(out_dir, step, evaluated):
+def open_file(out_dir, step, evaluated, resumed):
     """
-    Open metrics.jsonl, and remove the lines that an earlier run wrote after the checkpoint at `step`. Raises
-    UserError where the folder can't be made.
+    Open metrics.jsonl. A run that is `resumed` goes on in its own file, without the lines after its
+    checkpoint at `step`. Beside a new run, the file of the checkpoints in the folder has another name, until
+    they are replaced.
     """
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} can't be made ({error.strerror}): give another --out_dir") from None
-    path = out_dir / "metrics.jsonl"
-    old = path.read_text("utf-8", errors="replace") if step and path.exists() else ""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path, older = out_dir / METRICS, out_dir / OLDER_METRICS
+    if resumed and older.exists():  # a new run began here, and ended before it saved
+        os.replace(older, path)
+    elif path.exists() and not resumed and not older.exists():
+        os.replace(path, older)
+    old = path.read_text("utf-8", errors="replace") if resumed and path.exists() else ""
     kept = []
     for line in old.splitlines(keepends=True):
         try:
@@ -87,7 +133,7 @@ def open_file(out_dir, step, evaluated):
     beside = path.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), "utf-8")
     os.replace(beside, path)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)
 
 
 def kind_of(record):

@@ -30,7 +30,9 @@ class OptimizerSettings:
     decay_lr: bool = setting(True, "warm up, then decay along a cosine; False: constant")
     warmup_iters: int = setting(2000, "steps to warm up for", at_least=0)
     lr_decay_iters: int = setting(600000, "the step at which min_lr is reached", at_least=0)
-    min_lr: float = setting(6e-5, "the learning rate at the end of the decay", at_least=0.0)
+    min_lr: float = setting(
+        None, "the learning rate at the end of the decay; not given: learning_rate / 10", at_least=0.0
+    )
 
 
 def make_optimizer(gpt, config):
@@ -57,6 +59,11 @@ def cosine(progress):
 SCHEDULES = {"cosine": cosine}
 
 
+def last_learning_rate(config):
+    """The learning rate at the end of the decay."""
+    return config.learning_rate / 10 if config.min_lr is None else config.min_lr
+
+
 def learning_rate_at(step, config, schedule="cosine"):
     """
     The learning rate of a step: linear warm-up to learning_rate, then the schedule down to min_lr, which it
@@ -64,12 +71,13 @@ def learning_rate_at(step, config, schedule="cosine"):
     """
     if not config.decay_lr:
         return config.learning_rate
+    last = last_learning_rate(config)
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     if step >= config.lr_decay_iters:
-        return config.min_lr
+        return last
     progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return config.min_lr + SCHEDULES[schedule](progress) * (config.learning_rate - config.min_lr)
+    return last + SCHEDULES[schedule](progress) * (config.learning_rate - last)
 
 
 # Bad steps

@@ -1,16 +1,18 @@
 """A run under way: its model, state and data, and what is due at its step."""
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 
+from kqv.errors import UserError
+from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
-from kqv.training.batches import micro_batches
+from kqv.training.batches import micro_batches, windows_per_step
 from kqv.training.evaluation import evaluate, write_sample
 from kqv.training.optimizer import limit_bad_steps
-from kqv.training.saver import Saver
-from kqv.training.sharding import is_sharded
+from kqv.training.saver import OLD, Saver
 from kqv.training.state import snapshot
 
 
@@ -20,7 +22,7 @@ class SaveSettings:
 
     checkpoint_interval: int = setting(0, "steps between saves, besides evaluations; 0: none", at_least=0)
     checkpoint_minutes: float = setting(10.0, "minutes between saves; 0: none", at_least=0.0)
-    always_save_checkpoint: bool = setting(True, "False: evaluations save only the best so far")
+    always_save_checkpoint: bool = setting(True, "False: evaluations save only the best so far, and the last")
 
 
 class TrainingRun:
@@ -32,25 +34,34 @@ class TrainingRun:
     processes, and `state` holds the GPT itself and all else that training changes.
     """
 
-    def __init__(self, config, world, data, model, parallel_model, state, autocast, log, wandb_run=None):
+    def __init__(self, config, world, data, model, parallel_model, state, autocast, log, saver, wandb_id):
         self.config, self.world, self.data = config, world, data
         self.model, self.parallel_model, self.state = model, parallel_model, state
         self.autocast, self.log = autocast, log
-        self.wandb_id = wandb_run.id if wandb_run else None
-        self.saver = None if config.eval_only else make_saver(config, world, is_sharded(model))
-        self.saved_at, self.saved_when = state.step, time.monotonic()
+        self.saver, self.wandb_id = saver, wandb_id
+        # The step of the last save; what the folder has of another run is none.
+        self.saved_at = state.step if config.init_from == "resume" else None
+        self.saved_when = time.monotonic()
         self.best_at = None  # the step of the best evaluation, if it was in this process
-        self.save_is_overdue = False
+        self.best_before = state.best_val_loss  # the best loss before that
+        self.is_spoilt = False  # whether the losses of the last evaluation were not finite
+        self.save_is_overdue = self.save_is_late = False
 
     @property
     def finished(self):
         return self.state.step >= self.config.max_iters
 
     def agree_to_stop(self, stop):
-        """Whether any process has received a signal to stop. The processes agree on timed saves here too."""
+        """
+        Whether any process has received a signal to stop. The processes agree here too on timed saves, and on
+        whether best.pt could be written: if not, the best loss is the one before.
+        """
         minutes = (time.monotonic() - self.saved_when) / 60
         overdue = 0 < self.config.checkpoint_minutes <= minutes
-        stopping, self.save_is_overdue = self.world.any(stop.received is not None, overdue)
+        lost = self.world.is_main and self.saver is not None and self.saver.has_lost_best()
+        stopping, self.save_is_overdue, lost = self.world.any(stop.received is not None, overdue, lost)
+        if lost:
+            self.state.best_val_loss = self.best_before
         return stopping
 
     def evaluation_due(self):
@@ -58,27 +69,48 @@ class TrainingRun:
         return due and self.state.evaluated != self.state.step
 
     def evaluate(self):
-        """Evaluate, and log the losses and, if asked for, a sample of the model's text."""
+        """
+        Evaluate, and log the losses and, if asked for, a sample of the model's text. Raises UserError where a
+        run would end with losses that are not finite.
+        """
         config, step, sample = self.config, self.state.step, ""
+        self.limit_bad_steps()
         with self.log.pause():
             losses = evaluate(self.model, self.data, config, self.world, self.autocast)
             if config.sample_tokens:
                 sample = write_sample(self.state.model, self.data, config, self.world)
         self.log.evaluation(step, losses, self.data.bits_per_byte("val", losses["val"]), sample)
+        self.is_spoilt = not any(map(math.isfinite, losses.values()))
+        if self.is_spoilt and (config.eval_only or self.finished):
+            raise UserError(
+                f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
+                f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
+            )
+        before = self.state.best_val_loss
         if self.state.note_evaluation(losses["val"]):
-            self.best_at = step
+            self.best_at, self.best_before = step, before
 
     def save_due(self, stopping):
-        config, step = self.config, self.state.step
-        if step == 0 or step == self.saved_at and step != self.best_at:
+        config, step, best = self.config, self.state.step, self.state.step == self.best_at
+        if step == self.saved_at and not best or step == 0 and not self.finished:
             return False
         evaluated = step == self.state.evaluated and config.always_save_checkpoint
         interval = config.checkpoint_interval and step % config.checkpoint_interval == 0
-        return bool(stopping or self.save_is_overdue or step == self.best_at or evaluated or interval)
+        timed = self.save_is_overdue or self.save_is_late
+        return bool(self.finished or stopping or timed or best or evaluated or interval)
 
-    def save(self):
-        """Begin to write ckpt.pt, and best.pt too if this is the step of the best evaluation."""
+    def save(self, stopping):
+        """
+        Begin to write ckpt.pt, and best.pt too if this is the step of the best evaluation. After a bad step,
+        or where the loss is not finite, the weights may be spoilt. Then the last good checkpoint stays, and
+        the save waits for a good step, unless the run ends here or the weights are its best.
+        """
         step = self.state.step
+        bad_steps = self.limit_bad_steps()
+        spoilt = bad_steps > 0 or self.is_spoilt and step == self.state.evaluated
+        self.save_is_late = spoilt and not (self.finished or stopping or step == self.best_at)
+        if self.save_is_late:
+            return
         if self.saver:
             with self.log.pause():
                 contents = snapshot(self.state, self.config, self.data.tokenizer, self.wandb_id)
@@ -88,12 +120,12 @@ class TrainingRun:
 
     def batches(self):
         """This process's micro-batches of the step."""
-        return micro_batches(self.data, self.config, self.world, self.state.step)
+        return micro_batches(self.data, self.config, self.world, self.state.step, self.state.windows)
 
-    def log_step(self, numbers, learning_rate):
+    def end_step(self, numbers, learning_rate):
         """
-        Log what train_step returned, if the step is one to log: the only place where training waits for the
-        device. Raises UserError after too many bad steps.
+        Log what train_step returned, if the step is one to log, and count the step. Between evaluations and
+        saves, only a step that is logged waits for the device. Raises UserError after too many bad steps.
         """
         step = self.state.step
         if step % self.config.log_interval == 0:
@@ -103,19 +135,33 @@ class TrainingRun:
             self.log.training(step, {**numbers, "lr": learning_rate})
             limit_bad_steps(numbers["bad_steps"], step, self.config)
         self.log.bar.update()
+        self.state.note_step(windows_per_step(self.config))
+
+    def limit_bad_steps(self):
+        """How many steps before this one were bad, in a row. Raises UserError where they are too many."""
+        bad_steps = int(self.state.bad_steps)
+        limit_bad_steps(bad_steps, self.state.step - 1, self.config)
+        return bad_steps
 
     def close(self, stopping, stop):
-        """Wait for the last save, and print how the run ended."""
+        """
+        Wait for the last save, and print how the run ended. Raises UserError if its last state is not saved.
+        """
         if self.saver:
-            self.saver.wait()
+            self.saver.require_saved(self.state.step)
         self.log.close(self.state, stopping, stop.received)
 
 
-def make_saver(config, world, sharded):
+def make_saver(config, world, sharded, state):
     """The Saver of this process; None where it has nothing to save."""
-    is_new_run = config.init_from != "resume"
+    if config.eval_only or not (sharded or world.is_main):
+        return None
+    resumed, older = config.init_from == "resume", tuple(OLD)
+    if resumed:
+        older = () if state.best_val_loss < math.inf else (BEST,)
+    arguments = (config.out_dir, older, state.step if resumed else None)
     if sharded:
         from kqv.training.sharded_saver import ShardedSaver  # slow import: only when sharding
 
-        return ShardedSaver(config.out_dir, is_new_run, world)
-    return Saver(config.out_dir, is_new_run) if world.is_main else None
+        return ShardedSaver(world, *arguments)
+    return Saver(*arguments)

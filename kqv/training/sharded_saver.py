@@ -21,8 +21,8 @@ class ShardedSaver(Saver):
     training, to a new folder. When all are done, the main process renames that folder.
     """
 
-    def __init__(self, out_dir, is_new_run, world):
-        super().__init__(out_dir, is_new_run)
+    def __init__(self, world, *arguments):
+        super().__init__(*arguments)
         self.world = world
         self.stager = BlockingAsyncStager()
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # raised by torch 2.9's own code
@@ -45,16 +45,32 @@ class ShardedSaver(Saver):
         rest = {name: value for name, value in contents.items() if name not in PARTS}
         try:
             dcp.save(parts, storage_writer=dcp.FileSystemWriter(beside), process_group=self.world.saving)
-            if self.world.is_main:
-                rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
-                save(beside / REST, rest)
-                put_in_place(beside, path, previous_of(path))
+            self.in_main_process(self.finish, beside, path, rest)
         except CheckpointException as error:
             raise RuntimeError(first_line(first_cause(error))) from None
         finally:
             if self.world.is_main:
                 remove(beside)
 
-    def forget_older_run(self):
+    def finish(self, beside, path, rest):
+        """Write what is not in parts, and put the folder in its place."""
+        rest["metadata_sha256"] = sha256_of_file(beside / METADATA)
+        save(beside / REST, rest)
+        put_in_place(beside, path, previous_of(path))
+
+    def in_main_process(self, do, *arguments):
+        """Do something in the main process alone. Where it fails, raises RuntimeError in every process."""
+        problem = [None]
         if self.world.is_main:
-            super().forget_older_run()
+            try:
+                do(*arguments)
+            except (OSError, RuntimeError) as error:
+                problem = [getattr(error, "strerror", None) or first_line(error)]
+        dist.broadcast_object_list(problem, group=self.world.saving)
+        if problem[0]:
+            raise RuntimeError(problem[0])
+
+    def rename_older(self):
+        if self.world.is_main:
+            super().rename_older()
+        self.older = ()

@@ -5,8 +5,9 @@ import signal
 
 class StopSignals:
     """
-    A context in which SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) do no more than set `received`
-    to the signal. A second Ctrl-C raises KeyboardInterrupt as usual.
+    A context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (Slurm's warning) and SIGHUP (the terminal has gone)
+    do no more than set `received` to the signal. A second Ctrl-C raises KeyboardInterrupt as usual. SIGHUP
+    stays ignored where it was: nohup asks for that.
     """
 
     def __init__(self):
@@ -14,7 +15,9 @@ class StopSignals:
         self.before = {}  # number of a signal -> the handler that it had
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self.before[number] = signal.signal(number, self.receive)
         return self
 

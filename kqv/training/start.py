@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading
-from kqv.settings import group, parse, setting
+from kqv.settings import fill, group, setting
 from model import GPT, GPTConfig
 
 
@@ -19,11 +19,12 @@ from model import GPT, GPTConfig
 class RunSettings:
     """Run"""
 
-    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl")
+    out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl", path=True)
     init_from: str = setting(
         "scratch",
         "scratch, resume, auto (resume if there is a checkpoint, else scratch), gpt2, gpt2-medium|large|xl, "
         "a checkpoint or a Hugging Face folder",
+        path=True,
     )
     seed: int = setting(
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
@@ -51,20 +52,22 @@ class ActivationSettings:
 # The settings that weights decide: all of GPTConfig but the tokenizer's part of it, and dropout.
 ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
 
-# The run's place and task are new at each start; a resumed run takes all other settings from its checkpoint.
-NOT_RESUMED = ("out_dir", "init_from", "eval_only")
+# The run's task and place are new at each start; a resumed run takes all other settings from its checkpoint.
+TASK = ("out_dir", "init_from", "eval_only")
+PLACE = ("device", "backend", "timeout_minutes")  # processes have met on it before they read a checkpoint
 
 # old name in a checkpoint -> name
 RENAMED = {"sampling": "data_order"}
 
 
-# Settings of a resumed run
+# Settings of a run
 
 
-def resolve_start(config, argv, world):
+def resolve_start(config, given, world):
     """
     (settings, start_checkpoint): the contents of the checkpoint that the run starts from, or None, and the
-    settings, which on resume have the checkpoint's for defaults. Raises UserError.
+    settings. `config` has those that were `given`, and the program's defaults; here the shape of the weights
+    and, on resume, the checkpoint's settings come in place of those defaults. Raises UserError.
     """
     newest = Path(config.out_dir) / checkpoint.NEWEST
     if config.init_from == "auto":
@@ -74,7 +77,9 @@ def resolve_start(config, argv, world):
         return config, None
     if config.init_from == "resume":
         start_checkpoint = loading.load(newest, mapped=world.size > 1)
-        config = parse(type(config), argv, saved_settings(start_checkpoint))
+        saved = saved_settings(start_checkpoint)
+        defaults = {name: value for name, value in saved.items() if name not in PLACE}
+        config = fill(type(config), given, {**defaults, **shape_of(start_checkpoint)})
         return replace(config, init_from="resume"), start_checkpoint
     start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
     if out_dir in (start, start.parent) and not config.eval_only:
@@ -82,22 +87,23 @@ def resolve_start(config, argv, world):
             f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
             "or go on with that run by --init_from=resume"
         )
-    return config, loading.load_start(config.init_from)
+    start_checkpoint = loading.load_start(config.init_from)
+    return fill(type(config), given, shape_of(start_checkpoint)), start_checkpoint
+
+
+def shape_of(contents):
+    """The settings that a checkpoint's weights decide; none where it does not say them well."""
+    try:
+        shape = GPTConfig.from_args(contents["model_args"])
+    except (ValueError, TypeError):
+        return {}  # model_of says what is wrong with it
+    return {name: getattr(shape, name) for name in ARCHITECTURE}
 
 
 def saved_settings(contents):
-    """The settings in a checkpoint's contents that a resumed run goes on with, under today's names."""
+    """The settings in a checkpoint's contents, without those of its task, under today's names."""
     settings = contents.get("config", {})
-    return {RENAMED.get(name, name): value for name, value in settings.items() if name not in NOT_RESUMED}
-
-
-def changed_settings(config, start_checkpoint):
-    """What a resumed run has changed, as "name before -> now" each."""
-    if config.init_from != "resume":
-        return []
-    before, now = saved_settings(start_checkpoint), asdict(config)
-    changed = (name for name in now if name in before and before[name] != now[name])
-    return [f"{name} {before[name]} -> {now[name]}" for name in changed]
+    return {RENAMED.get(name, name): value for name, value in settings.items() if name not in TASK}
 
 
 def require_divisible(config, world):
@@ -140,7 +146,7 @@ def build_model(config, start_checkpoint, data):
         require_tokenizer(config, start_checkpoint, gpt, data.tokenizer)
     config = replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE})
     data.require_length(config.block_size)
-    return config, gpt
+    return config, gpt.train()
 
 
 def new_model(config, vocab_size):
@@ -157,22 +163,28 @@ def new_model(config, vocab_size):
 
 def model_of_checkpoint(config, contents):
     """
-    The GPT in a checkpoint's contents, cropped to a shorter block_size. Raises UserError where there is none,
-    and UsageError where a resumed run asks for another architecture.
+    The GPT in a checkpoint's contents, cropped to a shorter block_size in a new run. Raises UserError where
+    there is none, and UsageError where a resumed run asks for another architecture.
     """
     resumes = config.init_from == "resume"
     path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
     gpt = loading.model_of(contents, path, dropout=config.dropout)
-    if resumes:
-        for name in ARCHITECTURE:
-            if getattr(config, name) != getattr(gpt.config, name):
-                raise UsageError(
-                    f"{name}={getattr(config, name)}, but the run in {config.out_dir} has "
-                    f"{name}={getattr(gpt.config, name)}: leave it out, or use --init_from=scratch"
-                )
-    elif config.block_size < gpt.config.block_size:
+    if not resumes and config.block_size < gpt.config.block_size:
         gpt.crop_block_size(config.block_size)
+    if resumes and (differing := unlike(config, gpt.config)):
+        raise UsageError(
+            f"{differing[0]}, but the run in {config.out_dir} has {differing[1]}: leave it out, or use "
+            "--init_from=scratch"
+        )
     return gpt
+
+
+def unlike(asked, found):
+    """The settings of the architecture in which two configs differ, as text of each; () if in none."""
+    names = [name for name in ARCHITECTURE if getattr(asked, name) != getattr(found, name)]
+    return names and tuple(
+        ", ".join(f"{name}={getattr(one, name)}" for name in names) for one in (asked, found)
+    )
 
 
 def require_tokenizer(config, contents, gpt, tokenizer):

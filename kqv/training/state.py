@@ -1,7 +1,7 @@
 """What changes during training, and its form in a checkpoint."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
@@ -9,6 +9,9 @@ from kqv.errors import UserError
 from kqv.formats import checkpoint
 from kqv.training.optimizer import load_optimizer, make_optimizer
 from model import GPT
+
+# For older checkpoints, which do not say what these numbers belong to: the settings that decide it.
+DECIDED_BY = {"windows": {"dataset", "data_order"}, "best_val_loss": {"dataset", "eval_iters", "batch_size"}}
 
 
 @dataclass
@@ -20,8 +23,15 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     bad_steps: torch.Tensor  # skipped in a row, counted on the device
     step: int = 0  # steps done
+    windows: int = 0  # how many windows of the text these steps have read
     evaluated: int = -1  # the step of the last evaluation
     best_val_loss: float = math.inf
+    belongs_to: dict = field(default_factory=dict)  # what `windows` and `best_val_loss` belong to, see below
+
+    def note_step(self, windows):
+        """Count a step that has read so many windows."""
+        self.step += 1
+        self.windows += windows
 
     def note_evaluation(self, val_loss):
         """Keep the result of an evaluation at this step. Returns whether it is the best; NaN never is."""
@@ -30,6 +40,25 @@ class TrainingState:
             self.best_val_loss = val_loss
         return is_best
 
+    def begin_anew(self, belongs_to, changed=()):
+        """
+        Set `windows` to 0 where the run reads another text, and forget the best loss where evaluations
+        measure something else than before. `belongs_to` says which text that is now; `changed` has the names
+        of the settings that have changed, which tell as much of an older checkpoint. Returns what it forgot.
+        """
+        before, self.belongs_to = self.belongs_to, belongs_to
+        other = {
+            name
+            for name, now in belongs_to.items()
+            if (before[name] != now if name in before else DECIDED_BY[name] & set(changed))
+        }
+        forgotten = {name: getattr(self, name) for name in other}
+        if "windows" in other:
+            self.windows = 0
+        if "best_val_loss" in other:
+            self.best_val_loss, self.evaluated = math.inf, -1
+        return forgotten
+
     def state_dict(self):
         return {
             "model": self.model.state_dict(),
@@ -37,8 +66,10 @@ class TrainingState:
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
             "iter_num": self.step,
+            "windows": self.windows,
             "evaluated": self.evaluated,
             "best_val_loss": self.best_val_loss,
+            "belongs_to": self.belongs_to,
         }
 
     def load_state_dict(self, saved):
@@ -48,8 +79,28 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
         self.bad_steps += saved.get("bad_steps", 0)
         self.step = int(saved["iter_num"])
+        self.windows = int(saved["windows"]) if "windows" in saved else self.step * windows_per_step_of(saved)
         self.evaluated = int(saved.get("evaluated", -1))
         self.best_val_loss = float(saved["best_val_loss"])
+        self.belongs_to = dict(saved.get("belongs_to", {}))
+
+
+def windows_per_step_of(saved):
+    """How many windows a step read in the run of an older checkpoint, which does not count them."""
+    settings = saved.get("config", {})
+    return settings.get("batch_size", 0) * settings.get("gradient_accumulation_steps", 0)
+
+
+def belongs_to(data, config):
+    """
+    What the numbers of a state belong to: its `windows` to a text and the order in which it is read, its best
+    loss to the windows that evaluations read.
+    """
+    batches = min(config.eval_iters, data.batches("val", config.batch_size, config.block_size))
+    return {
+        "windows": f"{data.fingerprint(['train'])}, {config.data_order}",
+        "best_val_loss": f"{data.fingerprint(['val'])}, {batches * config.batch_size} windows",
+    }
 
 
 def start_state(config, gpt, start_checkpoint, dtype):
@@ -79,5 +130,18 @@ def snapshot(state, config, tokenizer, wandb_id=None):
         "model_args": asdict(state.model.config),
         "config": asdict(config),
         "tokenizer": tokenizer.to_json(),
+        "ids_in_loss": tokenizer.vocab_size,
         "wandb_id": wandb_id,
     }
+
+
+def changed_loss(config, start_checkpoint, tokenizer):
+    """A line, if the run to resume counted in its loss the rows that pad the vocabulary, as it once was."""
+    if config.init_from != "resume":
+        return
+    rows, ids = start_checkpoint["model_args"]["vocab_size"], tokenizer.vocab_size
+    if start_checkpoint.get("ids_in_loss", rows) > ids:
+        yield (
+            f"the rows {ids} to {rows - 1}, which pad the vocabulary, do not count in the loss any more, so "
+            "it is slightly lower than this run's before"
+        )

@@ -32,6 +32,7 @@ import sample
 import train
 from kqv.errors import UserError
 from kqv.formats import checkpoint, families, huggingface, loading
+from kqv.settings import parse
 from kqv.text.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
 
@@ -106,7 +107,7 @@ def test_evaluation_only_reports_the_loss_of_the_folders_weights(cli, folder, bp
     line = next(line for line in out.splitlines() if "val loss" in line)
     reported = float(line.split("val loss ")[1].split()[0])
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    config = train.parse(train.TrainSettings, QUICK)
+    config = parse(train.TrainSettings, QUICK)
     batch = train.Dataset("bpe").evaluation_batch("val", config.batch_size, config.block_size, 0, 1)
     x, y = torch.from_numpy(batch.idx), torch.from_numpy(batch.targets)
     with torch.no_grad():

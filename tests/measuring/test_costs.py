@@ -64,7 +64,7 @@ def training(job, world):
 
     def step():
         idx = torch.randint(job.shape.vocab_size, (job.batch_size, job.shape.block_size))
-        batches = [((idx, idx), 0)] * job.accumulation
+        batches = [((idx, idx), 1.0, 0)] * job.accumulation
         train.train_step(model, state, batches, 1e-4, config, world, autocast)
 
     return step, state

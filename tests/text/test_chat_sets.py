@@ -23,7 +23,7 @@ from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.order import packed
 from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
-from kqv.training.start import build_model, checkpoint_activations
+from kqv.training.start import checkpoint_activations
 from model import NextToken
 
 UNHURRIED = settings(
@@ -31,11 +31,9 @@ UNHURRIED = settings(
 )
 CHAT = ChatTokenizer(CharTokenizer("ab "))  # 3 letters, <|system|> 3, <|user|> 4, <|assistant|> 5, end 6
 SAID = st.text(st.sampled_from("ab "), max_size=5)
-CONVERSATIONS = st.lists(
-    st.tuples(st.none() | SAID, st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)),
-    min_size=1,
-    max_size=9,
-)
+TURNS = st.lists(st.tuples(SAID, SAID), min_size=1, max_size=3)
+CONVERSATIONS = st.lists(st.tuples(st.none() | SAID, TURNS), min_size=1, max_size=9)
+UNEVEN = st.lists(st.tuples(st.none() | SAID, TURNS | st.just([("a", None)])), min_size=1, max_size=9)
 TINY = [*TINY_RUN, "--dataset=sums", "--block_size=24", "--dtype=float32"]
 
 
@@ -43,7 +41,7 @@ def messages_of(conversation):
     instructions, turns = conversation
     said = [] if instructions is None else [("system", instructions)]
     for question, answer in turns:
-        said += [("user", question), ("assistant", answer)]
+        said += [("user", question), ("assistant", answer)][: 1 if answer is None else 2]
     return said
 
 
@@ -306,21 +304,30 @@ def test_a_run_on_conversations_with_activations_computed_again_is_the_same(run)
     assert losses("out") == pytest.approx(losses("plain"), abs=1e-5)
 
 
-def test_evaluation_is_the_mean_over_all_rows(run):
-    run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
-    config = train.parse(train.TrainSettings, [*TINY, "--batch_size=1"])
-    data = Dataset("sums")
-    _, gpt = build_model(config, None, data.tokenizer)
-    rows = data.batch("val", np.arange(data.windows("val", 24)), 24)
-    with torch.no_grad():
-        expected = np.mean(
-            [
-                NextToken(gpt)(*(torch.from_numpy(part[i : i + 1]) for part in rows)).item()
-                for i in range(len(rows.idx))
-            ]
-        )
-    found = run(*TINY, "--eval_only", "--batch_size=1", "--eval_iters=100000")
-    assert f"val loss {expected:.4f}" in found
+@settings(UNHURRIED, max_examples=30)
+@given(conversations=UNEVEN, block_size=st.integers(5, 40), batch_size=st.integers(1, 5))
+def test_what_a_batch_learns_is_known_without_reading_it(conversations, block_size, batch_size, tmp_path):
+    data = chat_set(tmp_path, conversations)
+    if not data.windows("train", block_size):
+        return
+    for order in ("random", "epoch"):
+        for index in range(3):
+            which = (batch_size, block_size, 7, 2, index, order, 3)
+            batch, _ = data.training_batch(*which)
+            assert data.learnt_tokens(*which) == (batch.targets >= 0).sum()
+
+
+@settings(UNHURRIED, max_examples=30)
+@given(conversations=UNEVEN, batch_size=st.integers(1, 7), count=st.integers(1, 9))
+def test_an_evaluation_learns_each_row_at_most_once(conversations, batch_size, count, tmp_path):
+    data = chat_set(tmp_path, conversations)
+    rows = data.batch("val", np.arange(data.windows("val", 40)), 40)
+    batches = [data.evaluation_batch("val", batch_size, 40, index, count) for index in range(count)]
+    read = np.unique(np.linspace(0, len(rows.idx) - 1, count * batch_size).astype(int))
+    learnt = sum((batch.targets >= 0).sum() for batch in batches)
+    assert learnt == (rows.targets[read] >= 0).sum()
+    if count >= data.batches("val", batch_size, 40):
+        assert learnt == (rows.targets >= 0).sum()  # all of a small split
 
 
 def test_conversations_that_are_too_long_are_counted(run, cli):
@@ -409,7 +416,7 @@ def test_what_was_trained_on_texts_goes_on_with_conversations(source, base, cli)
 
 
 def test_a_padded_vocabulary_that_has_room_for_the_marks_stays(run, cli):
-    Path("texts.txt").write_text(Path(ROOT, "README.md").read_text("utf-8"))
+    Path("texts.txt").write_text("".join(page.read_text("utf-8") for page in sorted(ROOT.glob("docs/*.md"))))
     assert cli(prepare.main, "texts.txt", "--tokenizer=bpe:1100")[0] == 0
     run(*TINY, "--dataset=texts_bpe1100", "--out_dir=base", "--max_iters=1")
     assert cli(prepare.main, "sums.tsv", "--name=chat", "--tokenizer=base")[0] == 0

@@ -95,7 +95,8 @@ def test_many_processes_see_together_what_one_sees(size, order, numbered):
     def seen(rank, size):
         world = World(torch.device("cpu"), rank, size)
         return [
-            (x.tolist(), y.tolist(), seed) for (x, y), seed in micro_batches(numbered, config, world, step=5)
+            (x.tolist(), y.tolist(), weight, seed)
+            for (x, y), weight, seed in micro_batches(numbered, config, world, step=5)
         ]
 
     alone = seen(0, 1)
@@ -270,9 +271,7 @@ def test_an_id_that_the_tokenizer_of_nanogpts_folder_lacks_is_refused_wherever_i
         ids = np.zeros(1000, np.uint16)
         ids[place] = known
         ids.tofile(tmp_path / f"{split}.bin")
-        with pytest.raises(
-            UserError, match=f"the {split} split of .* has the id {known}, but .* has only {known}"
-        ):
+        with pytest.raises(UserError, match=f"{split}.bin has the id {known}, but .* has only {known}"):
             Dataset(tmp_path)
 
 

@@ -32,7 +32,7 @@ def write_files(folder, sizes, dtype):
 )
 def test_tokens_in_many_files_are_one_array(sizes, dtype, slices, at_once, tmp_path_factory):
     paths, numbers = write_files(tmp_path_factory.mktemp("files"), sizes, dtype)
-    tokens = token_files.Tokens(paths, dtype)
+    tokens = token_files.Tokens(paths, dtype, 2**32)
     assert len(tokens) == len(numbers) and tokens.dtype == numbers.dtype
     for part in [slice(None), *slices]:
         assert np.array_equal(tokens[part], numbers[part]) and tokens[part].dtype == numbers.dtype
@@ -44,7 +44,7 @@ def test_tokens_in_many_files_are_one_array(sizes, dtype, slices, at_once, tmp_p
 
 def test_a_file_that_becomes_shorter_is_one_line(tmp_path):
     paths, numbers = write_files(tmp_path, [50, 50], "uint16")
-    tokens = token_files.Tokens(paths, "uint16")
+    tokens = token_files.Tokens(paths, "uint16", 2**16)
     os.truncate(paths[1], 50)
     assert np.array_equal(tokens[40:75], numbers[40:75])
     with pytest.raises(UserError, match="1.bin became shorter"):
@@ -54,7 +54,7 @@ def test_a_file_that_becomes_shorter_is_one_line(tmp_path):
 def test_files_are_closed_with_their_tokens(tmp_path):
     paths, _ = write_files(tmp_path, [5] * 40, "uint16")
     before = len(os.listdir("/proc/self/fd"))
-    tokens = token_files.Tokens(paths, "uint16")
+    tokens = token_files.Tokens(paths, "uint16", 2**16)
     assert len(os.listdir("/proc/self/fd")) == before + 40
     del tokens
     assert len(os.listdir("/proc/self/fd")) == before

@@ -77,16 +77,15 @@ def call(function, arguments, folder, cwd, environment):
 
 
 def train_main(*argv):
-    """train.py, as its last line runs it."""
+    """train.py, as its first lines run it."""
     import torch
 
     import train
     from kqv.errors import run
-    from kqv.training.failures import report_once
 
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
-    run(report_once(train.main))
+    run(train.main)
 
 
 def train_and_save_late(*argv):

@@ -162,7 +162,7 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
         model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", dtype)
         state = start_state(config, gpt, None, dtype)
         idx = torch.zeros(4, 16, dtype=torch.long)
-        batches = [((idx, idx), 0)] * (accumulation // 2)
+        batches = [((idx, idx), 1.0, 0)] * (accumulation // 2)
         with Collectives() as sent:
             train.train_step(world.wrap(model), state, batches, 1e-3, config, world, nullcontext())
         moments = [value for values in state.optimizer.state.values() for value in values.values()]

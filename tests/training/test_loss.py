@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kqv.training import loss
 from model import NextToken
+from model import next_token_loss as model_loss
 
 N, V, C = 64, 128, 8  # tokens, vocabulary, channels
 IN_CHUNKS = N * V // 8
@@ -170,6 +171,32 @@ def test_no_tensor_is_as_large_as_all_logits(dtype):
             with_gradients(function, *arguments, context=autocast)
         largest[function] = max(torch.Size(shape).numel() for shape in made.shapes)
     assert largest == {plain_loss: N * V, loss.next_token_loss: IN_CHUNKS}
+
+
+@settings(deadline=None, max_examples=50)
+@given(ids=st.integers(1, 40), rows=st.integers(0, 30), at_once=st.sampled_from([1, 100, 10**9]))
+@example(ids=19, rows=0, at_once=10**9)
+def test_rows_that_pad_the_vocabulary_have_no_part_in_the_loss(ids, rows, at_once):
+    x, weight, targets = inputs(20, ids, 5, uncounted=[3])
+    expected = with_gradients(plain_loss, x, weight, targets)
+    padded = torch.cat([weight.detach(), torch.full((rows, 5), 9.0)]).requires_grad_()
+    for function in (loss.next_token_loss, model_loss):
+        with logits_at_once(at_once):
+            found = with_gradients(lambda *args: function(*args, ids), x, padded, targets)  # noqa: B023
+        assert not found[2][ids:].any()
+        for tensor, expectation in zip((*found[:2], found[2][:ids]), expected, strict=True):
+            torch.testing.assert_close(tensor, expectation, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_padding_has_no_part_in_lower_precision_too(dtype):
+    x, weight, targets = inputs(20, 60, 5)
+    padded = torch.cat([weight.detach(), torch.full((4, 5), 9.0)]).requires_grad_()
+    for at_once in (300, 10**9):
+        with logits_at_once(at_once), torch.autocast("cpu", dtype):
+            found = with_gradients(lambda *args: loss.next_token_loss(*args, 60), x, padded, targets)
+        assert not found[2][60:].any() and found[2].isfinite().all()
+        assert found[0].item() == pytest.approx(plain_loss(x, weight, targets).item(), abs=2e-2)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import resource
 import socket
 import subprocess
 import sys
@@ -322,7 +323,7 @@ def test_a_run_goes_on_without_a_wandb_that_is_out_of_reach(run, tmp_path):
 
 
 def test_numbers_that_json_does_not_know_are_null(tmp_path):
-    log = metrics.Metrics(tmp_path, 0, -1)
+    log = metrics.Metrics(tmp_path, 0, -1, resumed=False)
     log.record("train", 3, {"loss": math.nan, "lr": math.inf, "sample": "a\nb"})
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
@@ -332,6 +333,38 @@ def test_numbers_that_json_does_not_know_are_null(tmp_path):
         "lr": None,
         "sample": "a\nb",
     }
+
+
+def test_records_that_find_no_room_are_left_out_whole_and_counted(tmp_path, capsys):
+    log, unlimited = (
+        metrics.Metrics(tmp_path, 0, -1, resumed=False),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    log.record("train", 0, {"loss": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, unlimited[1]))
+    try:
+        for step in (1, 2, 3):
+            log.record("train", step, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    log.record("train", 4, {"loss": 1.0})
+    log.close()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "metrics.jsonl can't be written (File too large)" in err
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in found if "loss" in record] == [0, 4]
+    assert found[1] == {"kind": "note", "step": 4, "note": "3 records could not be written"}
+
+
+def test_a_tracker_that_fails_ends_no_run(run, cli, wandb):
+    def fail(*_, **__):
+        raise RuntimeError("the service has died")
+
+    wandb.log = fail
+    status, out, err = cli(train.main, *TINY, "--wandb_log")
+    assert status == 0 and "done: step 6" in out
+    assert err == "warning: wandb failed (the service has died): training goes on without it\n"
+    assert len(logged("loss")) == 6
 
 
 LINES = [
@@ -358,7 +391,7 @@ def test_a_resumed_run_keeps_what_was_recorded_before_its_checkpoint(tmp_path, o
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')  # torn
-    log = metrics.Metrics(tmp_path, step, evaluated)
+    log = metrics.Metrics(tmp_path, step, evaluated, resumed=True)
     log.record("train", step, {"loss": 0.5})
     log.close()
     expected = [*(lines[number] for number in kept), {"kind": "train", "step": step, "loss": 0.5}]

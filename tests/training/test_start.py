@@ -1,7 +1,9 @@
 """From settings to a model: what a resumed run goes on with, what does not fit, how it computes."""
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from conftest import TINY_RUN, random_gpt, random_ids
 
 import train
 from kqv.errors import UserError
-from kqv.settings import parse
+from kqv.settings import parse, read_given
+from kqv.training.notices import changed_settings, odd_learning_rates
 from kqv.training.start import (
-    changed_settings,
     checkpoint_activations,
     new_model,
     resolve_start,
@@ -28,6 +30,12 @@ def settings(*argv, **values):
 
 
 # Settings
+
+
+def resolved(argv):
+    """(settings, start_checkpoint) of a command line."""
+    world = World(torch.device("cpu"))
+    return resolve_start(settings(*argv), read_given(train.TrainSettings, argv), world)
 
 
 @pytest.fixture
@@ -47,14 +55,13 @@ def old_checkpoint(cli, tiny_set):
 @pytest.mark.parametrize("order", ["random", "epoch"])
 def test_a_resumed_run_goes_on_with_a_setting_that_was_renamed(old_checkpoint, order):
     old_checkpoint(order)
-    argv = ["--init_from=resume"]
-    world = World(torch.device("cpu"))
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
+    argv = ["--init_from=resume", "--device=cpu"]
+    config, start_checkpoint = resolved(argv)
     assert config.data_order == order and config.n_layer == 2
-    assert changed_settings(config, start_checkpoint) == []
+    assert changed_settings(config, start_checkpoint) == {}
     argv.append(f"--data_order={'epoch' if order == 'random' else 'random'}")
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
-    assert changed_settings(config, start_checkpoint) == [f"data_order {order} -> {config.data_order}"]
+    config, start_checkpoint = resolved(argv)
+    assert changed_settings(config, start_checkpoint) == {"data_order": f"{order} -> {config.data_order}"}
 
 
 @pytest.mark.parametrize("checkpointed", [True, False])
@@ -65,14 +72,89 @@ def test_out_of_memory_with_one_sequence_proposes_a_smaller_model(checkpointed):
 
 
 def test_auto_resumes_where_there_is_a_checkpoint_or_its_predecessor(cli, tiny_set):
-    world = World(torch.device("cpu"))
     argv = ["--init_from=auto"]
-    assert resolve_start(settings(*argv), argv, world)[0].init_from == "scratch"
+    assert resolved(argv)[0].init_from == "scratch"
     assert cli(train.main, *TINY_RUN, "--dataset=tiny")[0] == 0
-    config, start_checkpoint = resolve_start(settings(*argv), argv, world)
+    config, start_checkpoint = resolved(argv)
     assert config.init_from == "resume" and start_checkpoint["iter_num"] == 6
     shutil.move("out/ckpt.pt", "elsewhere.pt")
-    assert resolve_start(settings(*argv), argv, world)[1]["iter_num"] == 3
+    assert resolved(argv)[1]["iter_num"] == 3
+
+
+def test_weights_decide_the_shape_of_a_new_run_and_what_was_asked_for_is_said(cli, tiny_set):
+    base = ["--dataset=tiny", "--init_from=base", "--max_iters=0", "--device=cpu", "--eval_iters=1"]
+    assert cli(train.main, *TINY_RUN, "--dataset=tiny", "--out_dir=base", "--max_iters=1")[0] == 0
+    status, _, err = cli(train.main, *base)  # the defaults are of another shape, but nobody gave them
+    assert (status, err) == (0, "")
+    assert torch.load("out/ckpt.pt", weights_only=True)["config"]["block_size"] == 16
+    Path("mine.py").write_text("n_layer = 4\nn_head = 2\n")
+    for argv in (["--n_layer=4", "--block_size=64"], ["mine.py", "--block_size=64"]):
+        status, _, err = cli(train.main, *base, *argv)
+        assert status == 0 and err.count("\n") == 1
+        assert (
+            "block_size=64, n_layer=4 is not used: the weights of base have block_size=16, n_layer=2;" in err
+        )
+    status, _, err = cli(train.main, *base, "--block_size=8")
+    assert (status, err) == (0, "")
+    assert torch.load("out/ckpt.pt", weights_only=True)["model_args"]["block_size"] == 8
+
+
+def test_a_resumed_run_says_that_it_is_on_another_device(cli, tiny_set):
+    assert cli(train.main, *TINY_RUN, "--dataset=tiny", "--max_iters=1")[0] == 0
+    contents = torch.load("out/ckpt.pt", weights_only=True)
+    assert contents["config"]["device"] == "cpu"
+    for device, says in (("cuda:1", "changed: device cuda:1 -> cpu"), ("auto", None), ("cpu", None)):
+        contents["config"]["device"] = device
+        torch.save(contents, "out/ckpt.pt")
+        for argv in ([], ["--device=cpu"]) if not torch.cuda.is_available() else [["--device=cpu"]]:
+            status, out, err = cli(train.main, "--init_from=resume", *argv)
+            assert (status, err) == (0, "")
+            assert says in out if says else "changed" not in out
+
+
+def test_a_setting_that_was_given_and_has_no_use_is_named(cli, tiny_set):
+    argv = ["--decay_lr=False", "--wandb_project=mine", "--timeout_minutes=3", "--max_iters=1"]
+    status, out, err = cli(train.main, *TINY_RUN, "--dataset=tiny", *argv)
+    assert (status, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("not used: ")]
+    why = "decay_lr is False"
+    expected = [f"warmup_iters ({why})", f"lr_decay_iters ({why})", "wandb_project (wandb_log is False)"]
+    assert line == f"not used: {', '.join([*expected, 'timeout_minutes (it is one process)'])}"
+    assert "not used" not in cli(train.main, *TINY_RUN, "--dataset=tiny", "--max_iters=1")[1]
+
+
+def test_without_min_lr_the_learning_rate_falls_to_a_tenth(cli, tiny_set):
+    def rates():
+        lines = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+        return [line["lr"] for line in lines if "lr" in line]
+
+    run = [*TINY_RUN, "--dataset=tiny", "--lr_decay_iters=3", "--learning_rate=1e-5"]
+    assert cli(train.main, *run)[0] == 0
+    assert rates()[3:] == pytest.approx([1e-6] * 3) and max(rates()) == 1e-5
+    assert cli(train.main, "--init_from=resume", "--learning_rate=1e-4", "--max_iters=7")[0] == 0
+    assert rates()[-1] == pytest.approx(1e-5)  # still a tenth
+    assert cli(train.main, "--init_from=resume", "--min_lr=3e-6", "--max_iters=8")[0] == 0
+    assert cli(train.main, "--init_from=resume", "--max_iters=9")[0] == 0
+    assert rates()[-2:] == [3e-6, 3e-6]
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"warmup_iters": 2000, "max_iters": 60}, ["never reaches 0.0006", "2000", "60", "--warmup_iters=6"]),
+        ({"learning_rate": 1e-5, "min_lr": 6e-5}, ["rises to min_lr=6e-05", "learning_rate=1e-05"]),
+        ({"warmup_iters": 2000, "max_iters": 60, "min_lr": 1}, ["never reaches"]),
+        ({"learning_rate": 1e-5}, None),
+        ({"learning_rate": 1e-5, "min_lr": 1e-5}, None),
+        ({"learning_rate": 1e-5, "min_lr": 1, "decay_lr": False}, None),
+        ({"warmup_iters": 60, "max_iters": 60}, None),
+        ({"warmup_iters": 60, "max_iters": 50, "eval_only": True}, None),
+    ],
+)
+def test_a_learning_rate_that_gets_nowhere_is_one_warning(values, says):
+    lines = list(odd_learning_rates(settings(**values)))
+    assert len(lines) == (says is not None)
+    assert all(word in lines[0] for word in says or [])
 
 
 # The model

@@ -1,5 +1,7 @@
 """A run survives signals, kills, torn files, full disks, bad numbers and odd command lines."""
 
+import errno
+import fcntl
 import json
 import math
 import multiprocessing
@@ -13,27 +15,33 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from conftest import ROOT, TINY_RUN, process_environment
+from ranks import Ranks, run_ranks, train_main
+from torch.nn.modules.module import register_module_forward_hook
 
 import prepare
 import sample
 import train
+from kqv.errors import UserError
 from kqv.formats import loading
-from kqv.settings import parse
+from kqv.settings import fill, parse, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import micro_batches
+from kqv.training.folder import own_folder
 from kqv.training.saver import Saver
+from kqv.training.signals import StopSignals
 from kqv.training.start import build_model
 from kqv.training.state import start_state
 from kqv.training.world import World
 from model import NextToken
 
+WAIT = 120  # seconds, for what takes one
 RUN = [*TINY_RUN, "--dataset=tiny", "--dropout=0.1", "--gradient_accumulation_steps=2", "--log_interval=1"]
 
 
@@ -123,7 +131,7 @@ def test_deterministic_runs_repeat(cli, tiny_set):
     assert same(weights("a"), weights("b"))
 
 
-@pytest.mark.parametrize("name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGHUP", 0), ("SIGINT", 130)])
 def test_a_signal_ends_the_run_after_its_step_with_all_saved(cli, tiny_set, name, status):
     sender = threading.Thread(
         target=signal_at_step, args=(getattr(signal, name), 5, Path("stopped").absolute())
@@ -142,9 +150,21 @@ def test_a_signal_ends_the_run_after_its_step_with_all_saved(cli, tiny_set, name
     assert metrics("straight") == metrics("stopped")
 
 
+def test_a_run_under_nohup_ignores_that_the_terminal_goes(cli, tiny_set):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    sender = threading.Thread(target=signal_at_step, args=(signal.SIGHUP, 2, Path("out").absolute()))
+    try:
+        sender.start()
+        status, out, err = cli(train.main, *RUN, "--max_iters=12", "--eval_interval=1000")
+        sender.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert status == 0 and "done: step 12" in out, err
+
+
 def signal_at_step(number, step, out_dir):
     """Send this process a signal when the run has logged a step."""
-    if has_logged(out_dir, step, until=time.monotonic() + 20):
+    if has_logged(out_dir, step, until=time.monotonic() + WAIT):
         os.kill(os.getpid(), number)
 
 
@@ -154,7 +174,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(cli, tiny_se
         target=train.main, args=([*RUN, *often, "--out_dir=killed"],)
     )
     forked.start()
-    assert has_logged("killed", 7, until=time.monotonic() + 20)
+    assert has_logged("killed", 7, until=time.monotonic() + WAIT)
     forked.kill()
     forked.join()
     saved = loading.load("killed/ckpt.pt")["iter_num"]
@@ -180,7 +200,7 @@ def test_a_second_ctrl_c_quits_at_once(cli, tiny_set, tmp_path):
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=WAIT)
     assert process.returncode == 130
     assert err.strip() == "error: interrupted"
 
@@ -245,21 +265,201 @@ def test_twenty_kills_change_nothing(cli, tiny_set, tmp_path):
     print(f"20 kills survived up to step {saved}; steps lost at each: {lost}")
 
 
-def test_training_goes_on_when_the_disk_is_full(cli, tiny_set, tmp_path):
-    """A limit on the size of files stands in for the full disk: only the checkpoint is larger than it."""
-    assert cli(train.main, *RUN, "--out_dir=out", "--max_iters=3")[0] == 0
-    limit = (tmp_path / "out" / "ckpt.pt").stat().st_size - 1000
+# Disks that are full
+
+
+@contextmanager
+def files_up_to(size):
+    """A limit on the size of files stands in for the full disk."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
     try:
-        status, out, err = cli(train.main, "--init_from=resume", "--out_dir=out", "--max_iters=6")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    assert status == 0, err
-    assert "done: step 6" in out
-    assert "warning:" in err and "ckpt.pt" in err and "Traceback" not in err
-    assert loading.load("out/ckpt.pt")["iter_num"] == 3
-    assert not list((tmp_path / "out").glob(".*")), "something half-written was left"
+
+
+@pytest.mark.parametrize("start, saved", [("resume", "step 3"), ("scratch", "nothing")])
+@pytest.mark.parametrize("best_fits", [True, False])
+def test_a_run_whose_last_state_is_not_on_the_disk_ends_with_an_error(cli, tiny_set, start, saved, best_fits):
+    assert cli(train.main, *RUN, "--max_iters=3")[0] == 0
+    before = {path.name: path.read_bytes() for path in Path("out").glob("*.pt")}
+    size = Path("out/ckpt.pt").stat().st_size - 1000
+    with files_up_to(size if best_fits else 50_000):
+        argv = ["--max_iters=9"] if start == "resume" else [*RUN, "--max_iters=9"]
+        status, out, err = cli(train.main, f"--init_from={start}", *argv)
+    assert status == 1 and "step 6: loss" in out and "done" not in out and "sample.py" not in out
+    *warnings, error = err.splitlines()
+    assert all(line.startswith("warning: out/") for line in warnings) and len(warnings) >= 2
+    assert error.startswith("error: the run ends at step 9, but out/ckpt.pt can't be saved (File too large)")
+    assert f": {saved}; " in error
+    left = {path.name: path.read_bytes() for path in Path("out").glob("*.pt")}
+    assert left["ckpt.pt"] == before["ckpt.pt"]
+    if start == "scratch":  # no file of it beside those of the other run
+        assert left == before
+    assert not list(Path("out").glob(".*")), "something half-written was left"
+
+
+def test_a_run_whose_disk_was_full_for_a_while_ends_well(cli, tiny_set):
+    assert cli(train.main, *RUN, "--max_iters=3")[0] == 0
+    size = Path("out/ckpt.pt").stat().st_size
+    saver = Saver("out", newest=3)
+    contents = {"model": {"x": torch.zeros(size)}, "model_args": {}, "iter_num": 6}
+    with files_up_to(size):
+        saver.save(contents, best=True)
+        with pytest.raises(UserError, match="ends at step 6, but out/ckpt.pt .* step 3;"):
+            saver.require_saved(6)
+    assert saver.has_lost_best() and not saver.has_lost_best()
+    saver.save({**contents, "iter_num": 9}, best=False)
+    saver.require_saved(9)
+    assert not saver.has_lost_best() and loading.load("out/ckpt.pt")["iter_num"] == 9
+
+
+class NoBestSaver(Saver):
+    """A Saver for whose best.pt the disk has no room."""
+
+    def save_file(self, path, contents):
+        if path.name == "best.pt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().save_file(path, contents)
+
+
+def test_a_best_loss_that_could_not_be_saved_is_the_best_no_longer(cli, tiny_set, capsys):
+    given = read_given(train.TrainSettings, [*RUN, "--max_iters=0"])
+    run = train.set_up(fill(train.TrainSettings, given), given, None, World(torch.device("cpu")))
+    for saver, best in ((NoBestSaver("out"), math.inf), (Saver("out"), pytest.approx(3, abs=0.2))):
+        run.saver = saver
+        run.evaluate()
+        assert run.save_due(False) and run.state.best_val_loss < 4
+        run.save(False)
+        run.saver.require_saved(0)
+        assert not run.agree_to_stop(StopSignals())
+        assert run.state.best_val_loss == best
+    assert capsys.readouterr().err.count("warning: out/best.pt can't be saved (No space left on device)") == 1
+    assert loading.load("out/best.pt")["best_val_loss"] == run.state.best_val_loss
+
+
+# Output that nobody reads
+
+
+@pytest.mark.parametrize("why", ["No space left on device", "Broken pipe"])
+def test_a_run_goes_on_when_its_output_can_not_be_written(cli, tiny_set, monkeypatch, why):
+    if why == "Broken pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    with open(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        status, _, err = cli(train.main, *RUN, "--sample_tokens=3")
+    assert (status, err) == (0, "")
+    assert loading.load("out/ckpt.pt")["iter_num"] == 6 and len(metrics("out")) == 6 * 3 + 3 * 2
+    notes = [
+        json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines() if "note" in line
+    ]
+    assert [note["note"] for note in notes] == [
+        f"standard output can't be written ({why}): the run goes on without it"
+    ]
+
+
+def test_what_is_evaluated_and_can_not_be_written_is_an_error(cli, tiny_set, monkeypatch):
+    with open("/dev/full", "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        status, _, err = cli(train.main, *RUN, "--eval_only")
+    assert status == 1 and "standard output can't be written" in err
+
+
+# Two runs in one folder
+
+
+@contextmanager
+def owned(out_dir):
+    with own_folder(parse(train.TrainSettings, [f"--out_dir={out_dir}"]), World(torch.device("cpu"))):
+        yield
+
+
+@pytest.mark.parametrize("start", ["scratch", "resume", "auto"])
+def test_a_second_run_in_a_folder_is_refused(cli, refusal, tiny_set, start):
+    assert cli(train.main, *RUN, "--max_iters=3")[0] == 0
+    with owned("out"):
+        before = {path: path.read_bytes() for path in Path("out").iterdir()}
+        line = refusal(train.main, *RUN, f"--init_from={start}")
+        assert f"out is in use by another run (process {os.getpid()} on " in line and "--out_dir" in line
+        assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+        assert cli(train.main, "--eval_only", "--init_from=resume")[0] == 0  # it writes nothing
+    assert cli(train.main, "--init_from=resume", "--max_iters=4")[0] == 0
+    assert not Path("out/.lock").exists()
+
+
+def test_a_killed_run_owns_its_folder_no_longer(cli, tiny_set):
+    argv = [*RUN, "--max_iters=100000", "--eval_interval=1000", "--checkpoint_interval=1"]
+    forked = multiprocessing.get_context("fork").Process(target=train.main, args=(argv,))
+    forked.start()
+    assert has_logged("out", 3, until=time.monotonic() + WAIT)
+    assert "in use" in cli(train.main, *RUN)[2]
+    forked.kill()
+    forked.join()
+    assert Path("out/.lock").exists()
+    status, out, err = cli(train.main, *RUN, "--init_from=auto", "--max_iters=1")
+    assert (status, err) == (0, "") and "done: step" in out
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def late(number, how):
+        if not removed:
+            removed.append((tmp_path / ".lock").unlink())
+        flock(number, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with owned(tmp_path), pytest.raises(UserError, match="in use"), owned(tmp_path):
+        pass
+
+
+def test_where_the_file_system_has_no_locks_a_run_says_so(cli, tiny_set, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    status, out, err = cli(train.main, *RUN)
+    assert status == 0 and "done: step 6" in out
+    assert err.count("\n") == 1 and err.startswith("warning: the file system of out has no locks")
+
+
+def test_a_run_that_does_not_begin_leaves_no_folder(refusal, tiny_set):
+    Path("a").mkdir()
+    for argv in (["--dataset=missing"], ["--init_from=resume"], ["--init_from=nowhere"]):
+        refusal(train.main, *RUN, "--out_dir=a/b/c", *argv)
+        assert Path("a").exists() and not list(Path("a").iterdir())
+
+
+def test_all_processes_of_a_run_own_its_folder_together(cli, tiny_set):
+    with owned("out"), Ranks(2, *RUN, "--max_iters=1") as ranks:
+        ends = ranks.ends()
+    assert [status for status, _, _ in ends] == [1, 1]
+    assert "".join(out + err for _, out, err in ends).count("out is in use by another run") == 1
+    assert "done: step 1" in run_ranks(2, *RUN, "--max_iters=1")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_many_processes_that_can_not_save_end_with_one_error(cli, tiny_set, parallel):
+    with Ranks(
+        2, *RUN, f"--parallel={parallel}", "--max_iters=1", main=train_with_files_up_to_20_kb
+    ) as ranks:
+        ends = ranks.ends()
+    assert 1 in [status for status, _, _ in ends] and "Traceback" not in "".join(err for _, _, err in ends)
+    errors = [line for _, _, err in ends for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "the run ends at step 1, but out/ckpt.pt can't be saved" in errors[0], ends
+    assert not list(Path("out").glob("*.pt"))
+
+
+def train_with_files_up_to_20_kb(*argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    train_main(*argv)
+
+
+# Bad numbers
 
 
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(cli, tiny_set):
@@ -270,6 +470,37 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(cli, tiny_s
     assert status == 1
     assert err.count("\n") == 1 and "5 steps in a row" in err and "--learning_rate" in err
     assert same(weights("out"), before)
+
+
+@pytest.mark.parametrize("eval_interval", [1000, 4])
+def test_bad_steps_that_no_log_line_saw_end_the_run_and_spoil_no_checkpoint(cli, tiny_set, eval_interval):
+    assert cli(train.main, *RUN, "--out_dir=out", "--max_iters=3")[0] == 0
+    before = weights("out")
+    argv = ["--learning_rate=1e30", "--decay_lr=False", "--log_interval=1000", "--max_iters=24"]
+    argv += [f"--eval_interval={eval_interval}", "--checkpoint_interval=5"]
+    status, out, err = cli(train.main, "--init_from=resume", *argv)
+    assert status == 1 and "done" not in out
+    assert err.count("\n") == 1 and "20 steps in a row up to step 23" in err
+    assert same(weights("out"), before)
+
+
+def test_a_save_waits_for_a_step_that_is_good(cli, tiny_set):
+    calls = Counter()
+
+    def spoil(module, _, loss):
+        if isinstance(module, NextToken) and module.training:
+            calls["step"] += 1
+            return loss * (math.nan if calls["step"] in (6, 7) else 1)
+        return None
+
+    hook = register_module_forward_hook(spoil)
+    one = ["--gradient_accumulation_steps=1", "--max_iters=10", "--eval_interval=1000"]
+    try:
+        assert cli(train.main, *RUN, *one, "--checkpoint_interval=3")[0] == 0
+    finally:
+        hook.remove()
+    records = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records if record["kind"] == "save"] == [3, 8, 9, 10]
 
 
 def test_a_skipped_step_changes_no_weight_and_no_moment(cli, tiny_set):
@@ -430,7 +661,7 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     """Weights change while the thread writes, and tied ones are stored once."""
     weight = torch.zeros(100_000)
     contents = {"model": {"wte": weight, "head": weight}, "model_args": {}, "optimizer": [weight + 5]}
-    saver = LateSaver(tmp_path, True)
+    saver = LateSaver(tmp_path)
     for step in range(2):
         saver.begin.clear()
         saver.save({**contents, "iter_num": step}, best=True)

@@ -1,0 +1,92 @@
+"""What a run says when it begins: what became of its settings, what it forgets and what it replaces."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from kqv.formats import checkpoint
+from kqv.training.optimizer import last_learning_rate
+from kqv.training.start import saved_settings, unlike
+
+
+def start_lines(config, given, world, start_checkpoint, names):
+    """What a run says of its settings and its folder when it begins, as lines."""
+    if changed := changed_settings(config, start_checkpoint):
+        yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
+    if unused := unused_settings(config, given, world):
+        yield f"not used: {', '.join(unused)}"
+    yield from forgotten(names, config)
+    if line := what_is_replaced(config):
+        yield line
+
+
+def changed_settings(config, start_checkpoint):
+    """What a resumed run has changed: {name of a setting: "before -> now"}."""
+    if config.init_from != "resume":
+        return {}
+    before, now = saved_settings(start_checkpoint), asdict(config)
+    if before.get("device") == "auto":  # older checkpoints do not say where they were
+        before["device"] = now["device"]
+    changed = (name for name in now if name in before and before[name] != now[name])
+    return {name: f"{before[name]} -> {now[name]}" for name in changed}
+
+
+def unused_settings(config, given, world):
+    """The settings that were given but that this run has no use for, as "name (why)" each."""
+    uses = {
+        "decay_lr is False": (config.decay_lr, ("warmup_iters", "lr_decay_iters", "min_lr")),
+        "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
+        "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
+    }
+    reasons = {name: why for why, (used, names) in uses.items() if not used for name in names}
+    return [f"{name} ({why})" for name, why in reasons.items() if name in given]
+
+
+def forgotten(names, config):
+    """A line for each number that a resumed run has forgotten, see TrainingState.begin_anew."""
+    if "best_val_loss" in names:
+        yield (
+            f"the best validation loss so far, {names['best_val_loss']:.4f}, was not measured on what is "
+            f"evaluated now, windows of data/{config.dataset}: the best begins anew"
+        )
+    if names.get("windows") and config.data_order == "epoch":
+        yield f"the epoch begins anew, since data/{config.dataset} was not read in this order before"
+
+
+def what_is_replaced(config):
+    """What a new run does with the checkpoints of another one in its out_dir, as a line; none: ""."""
+    found = [name for name in (checkpoint.NEWEST, checkpoint.BEST) if Path(config.out_dir, name).exists()]
+    if not found or config.init_from == "resume" or config.eval_only:
+        return ""
+    old = [f"{Path(name).stem}.old.pt" for name in found]
+    return (
+        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save they become "
+        f"{' and '.join(old)}"
+    )
+
+
+# Warnings
+
+
+def overruled(asked, found):
+    """A line where the settings that were asked for are not those of the weights found."""
+    if differing := unlike(asked, found):
+        yield (
+            f"{differing[0]} is not used: the weights of {found.init_from} have {differing[1]}; "
+            "--init_from=scratch makes a model of any shape"
+        )
+
+
+def odd_learning_rates(config):
+    """A line for a schedule that never reaches learning_rate, or rises where it should fall."""
+    if not config.decay_lr or config.eval_only:
+        return
+    if config.warmup_iters > config.max_iters > 0:
+        yield (
+            f"the learning rate never reaches {config.learning_rate}: warmup_iters={config.warmup_iters} is "
+            f"longer than the run, max_iters={config.max_iters}: try --warmup_iters={config.max_iters // 10}"
+        )
+    elif last_learning_rate(config) > config.learning_rate:
+        yield (
+            f"the learning rate rises to min_lr={config.min_lr}, as learning_rate={config.learning_rate} is "
+            "below it: leave min_lr out for a tenth of the learning rate"
+        )
