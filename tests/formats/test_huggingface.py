@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, logits_of, random_gpt, random_ids, script, write_text
@@ -613,3 +614,22 @@ def test_weights_of_wrapped_models_are_read(tmp_path, prefix):
     found = loading.load_start(str(tmp_path))["model"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
+def test_a_run_its_export_and_transformers_have_one_loss(cli, tmp_path, kind):
+    """Rows that pad the vocabulary, and an id that only other programs need, count in none of them."""
+    ours, model = exported(kind), in_transformers(kind)[0]
+    (tmp_path / "text.txt").write_text(TEXT[:200], "utf-8")
+    options = ["--name=it", f"--tokenizer={ours.run}", "--val_fraction=0.5"]
+    status, _, err = cli(prepare.main, "text.txt", *options)
+    assert status == 0, err
+    idx = torch.from_numpy(np.fromfile("data/it/val.bin", np.uint16).astype("int64"))[None]
+    with torch.no_grad():
+        logits = model(idx[:, :-1]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, idx[0, 1:]).item()
+    for source in (f"--out_dir={ours.run}", f"--init_from={ours.folder}"):
+        arguments = [source, "--dataset=it", "--evaluate=val", "--device=cpu", "--dtype=float32"]
+        status, out, err = cli(sample.main, *arguments)
+        assert status == 0, err
+        assert f"{expected:.3f}" in out, (out, expected)
