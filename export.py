@@ -13,15 +13,17 @@ from kqv.errors import UsageError, UserError, first_line
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
+from kqv.formats.precision import require_numbers
 from kqv.settings import parse, setting
 
-# A format is a module with HELP, DTYPES, save(path, ...) and is_ours(path): may an export replace `path`?
+# A format is a module with HELP, SUFFIX, DTYPES, save(path, ...) and is_ours(path): may an export replace it?
 FORMATS = {"hf": huggingface, "gguf": gguf}
 DTYPES = {  # dtype: the formats that have it
     dtype: [name for name, other in FORMATS.items() if dtype in other.DTYPES]
     for format in FORMATS.values()
     for dtype in format.DTYPES
 }
+OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx")  # no names for what is written here
 SPECIAL = [f"{dtype}: {' or '.join(names)} alone" for dtype, names in DTYPES.items() if names != [*FORMATS]]
 
 
@@ -29,8 +31,10 @@ SPECIAL = [f"{dtype}: {' or '.join(names)} alone" for dtype, names in DTYPES.ite
 class TargetSettings:
     """What to write"""
 
-    format: Literal[tuple(FORMATS)] = setting(
-        "hf", "; ".join(f"{name}: {format.HELP}" for name, format in FORMATS.items())
+    format: Literal[("auto", *FORMATS)] = setting(
+        "auto",
+        "; ".join(f"{name}: {format.HELP}" for name, format in FORMATS.items())
+        + "; auto: what the name --to says, gguf for NAME.gguf, else hf",
     )
     to: str = setting("", "the folder or file to write; an earlier export there is replaced", path=True)
     dtype: Literal[tuple(DTYPES)] = setting("f32", "; ".join(["how weights are kept", *SPECIAL]))
@@ -39,7 +43,7 @@ class TargetSettings:
 @dataclass(frozen=True)
 class ExportSettings(TargetSettings, WeightsSettings):
     """
-    usage: python export.py --out_dir=out/plays_char --to=DIR [--format=gguf] [--name=value ...]
+    usage: python export.py --out_dir=out/plays_char --to=FOLDER or NAME.gguf [--name=value ...]
 
     Write a trained model and its tokenizer for transformers or llama.cpp. The other way round, train.py and
     sample.py read a Hugging Face folder with --init_from=DIR.
@@ -48,9 +52,9 @@ class ExportSettings(TargetSettings, WeightsSettings):
 
 def main(argv):
     config = parse(ExportSettings, argv)
-    format = FORMATS[config.format]
     if not config.to:
         raise UsageError("--to is missing: name the folder (hf) or file (gguf) to write, as --to=exported")
+    format = format_of(config)
     if config.dtype not in format.DTYPES:
         *most, last = format.DTYPES
         raise UsageError(
@@ -63,6 +67,9 @@ def main(argv):
     path, contents = loading.load_chosen(config)
     tokenizer = loading.tokenizer_of(contents)
     gpt = loading.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
+    require_numbers(gpt)
+    if tokenizer.separator is None:
+        gpt = loading.with_end(gpt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:
@@ -71,3 +78,17 @@ def main(argv):
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
+
+
+def format_of(config):
+    """The format to write, by its name or by that of the target. Raises UsageError where they contradict."""
+    suffix = Path(config.to).suffix.lower()
+    said = next((name for name, format in FORMATS.items() if suffix and format.SUFFIX == suffix), None)
+    name = (said or "hf") if config.format == "auto" else config.format
+    format = FORMATS[name]
+    if said not in (None, name) or suffix in OF_OTHERS or (format.SUFFIX and config.to.endswith("/")):
+        raise UsageError(
+            f"--to={config.to} is no name for {format.HELP} (--format={name}): name it as "
+            f"--to=exported{format.SUFFIX}"
+        )
+    return format

@@ -170,3 +170,86 @@ def test_weights_of_another_shape_are_refused(cli, run):
 def test_two_ids_of_one_name_are_refused(cli, tmp_path, format):
     save_run(tmp_path / "out", CharTokenizer("aba"))
     assert_one_line(cli(export.main, *targets(format)), "'a'")
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_file"),
+    [
+        (["--to=it.gguf"], True),
+        (["--to=a.b/IT.GGUF"], True),
+        (["--to=it", "--format=gguf"], True),
+        (["--to=it.gguf", "--format=gguf", "--dtype=q8_0"], True),
+        (["--to=it"], False),
+        (["--to=gguf"], False),
+        (["--to=v1.5"], False),
+    ],
+)
+def test_the_format_follows_from_the_name(cli, run, argv, is_file):
+    status, _, err = cli(export.main, *argv)
+    assert status == 0, err
+    path = Path(argv[0].removeprefix("--to="))
+    assert path.is_file() == is_file and path.exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--to=it.gguf", "--format=hf"],
+        ["--to=it.safetensors"],
+        ["--to=it.bin"],
+        ["--to=it.pt", "--format=gguf"],
+        ["--to=it/", "--format=gguf"],
+        ["--to=it.gguf/"],
+    ],
+)
+def test_a_name_that_contradicts_the_format_is_refused(refusal, run, argv):
+    err = refusal(export.main, *argv, status=2)
+    assert argv[0] in err and "--format=" in err
+    assert not Path(argv[0].removeprefix("--to=")).exists()
+
+
+def with_weight(run, name, value):
+    contents = loading.load(run / "ckpt.pt")
+    contents["model"][name].view(-1)[3] = value
+    checkpoint.save(run / "ckpt.pt", contents)
+
+
+@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_a_weight_that_is_no_number_is_not_exported(cli, run, format, name, value):
+    with_weight(run, name, value)
+    result = cli(export.main, *targets(format))
+    assert_one_line(result, name, "nan" if value != value else "inf", "--checkpoint")
+    assert left_in("here") == []
+
+
+NAME = "transformer.h.0.attn.c_attn.weight"
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "value", "fit"),
+    [
+        ("hf", "f16", 7e4, "f32 or bf16"),
+        ("hf", "bf16", -3.4e38, "f32"),
+        ("gguf", "f16", -7e4, "f32 or bf16"),
+        ("gguf", "bf16", 3.4e38, "f32"),
+        ("gguf", "q8_0", 9e6, "f32 or bf16"),
+    ],
+)
+def test_a_precision_that_does_not_hold_a_weight_is_refused(cli, tmp_path, format, dtype, value, fit):
+    save_run(tmp_path / "out", ByteTokenizer(), random_gpt(vocab_size=257, n_embd=32))
+    with_weight(tmp_path / "out", NAME, value)
+    result = cli(export.main, *targets(format), f"--dtype={dtype}")
+    assert_one_line(result, NAME, dtype, f"--dtype={fit}", f"{abs(value):.3g}")
+    assert left_in("here") == []
+    for other in fit.split(" or "):
+        status, _, err = cli(export.main, *targets(format), f"--dtype={other}")
+        assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("hf", "f16"), ("gguf", "f16"), ("gguf", "q8_0")])
+def test_the_largest_number_of_a_precision_is_held(cli, run, format, dtype):
+    with_weight(run, NAME, 65504.0)
+    status, _, err = cli(export.main, *targets(format), f"--dtype={dtype}")
+    assert (status, err) == (0, "")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from kqv.formats.tokenizer_json import base_of
+
 
 def card(name, gpt, tokenizer, contents):
     """
@@ -62,6 +64,6 @@ def what_it_reads(tokenizer):
     """A sentence for the card: which texts the tokenizer reads."""
     if tokenizer.kind == "chat":
         return "Conversations go through `apply_chat_template`; in a text, its marks are read as such."
-    if tokenizer.kind == "char":
+    if base_of(tokenizer).kind == "char":
         return "Characters that it does not know are left out."
     return "It reads any text; no text is read as a special id."

@@ -24,6 +24,13 @@ BEST = "best.pt"  # of the lowest validation loss
 REST = "rest.pt"  # in the folder of a sharded model's checkpoint, see kqv/formats/sharded.py
 
 
+# Parts of names that are not the model's own: of torch.compile, DistributedDataParallel, FSDP, recomputation.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+MASKS = (".attn.bias", ".attn.masked_bias")  # not weights: old files carry the causal mask
+
+
 ONLY_TO_TRAIN = ("optimizer", "scaler")  # best.pt has all but these
 
 
@@ -82,10 +89,42 @@ def is_checkpoint(contents):
     )
 
 
-def plain_names(weights):
+def plain_weights(weights, source):
     """
-    Weights under the model's own names, without torch.compile's prefix. Causal masks, which old nanoGPT saved
-    as buffers, are left out.
+    The weights {name: tensor} of `source` under the model's own names, without what torch.compile and the
+    wrappers of many processes put before and into them. Causal masks, which old files have, are left out.
+    Raises UserError for two weights of one name, and for whole numbers, as quantised weights are.
     """
-    names = {name: name.removeprefix("_orig_mod.") for name in weights}
-    return {plain: weights[name] for name, plain in names.items() if not plain.endswith(".attn.bias")}
+    plain = {}
+    for name, tensor in weights.items():
+        ours = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        if ours.endswith(MASKS):
+            continue
+        if ours in plain:
+            raise UserError(f"{source} has two weights {ours}, one of them as {name}: keep one")
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"the weight {name} of {source} is of {tensor.dtype}, as of a quantised model: use the model "
+                "before it was quantised"
+            )
+        plain[ours] = tensor
+    return plain
+
+
+def tie_head(weights, source):
+    """
+    Let the embedding and the head of plain weights be one tensor, as in the model, where a file has only one
+    of them or both with the same numbers. Raises UserError where they differ.
+    """
+    embedding, head = "transformer.wte.weight", "lm_head.weight"
+    one = weights.get(embedding, weights.get(head))
+    other = weights.get(head, one)
+    if one is None:
+        return
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    if not alike or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
+        raise UserError(
+            f"{source} has a {head} that differs from its {embedding}, as with tie_word_embeddings=false, "
+            "but kqv's GPT has one matrix for both: use a model whose embeddings are tied"
+        )
+    weights[embedding] = weights[head] = one

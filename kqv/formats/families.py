@@ -15,13 +15,13 @@ ARCHITECTURE = "GPT2LMHeadModel"  # the class in transformers
 LAYER_NORM_EPSILON = 1e-5  # nn.LayerNorm's default
 
 
-# Key of transformers' config.json: field of GPTConfig.
+# Field of GPTConfig: keys of transformers' config.json for it, the usual one first, and what it is without.
 CONFIG_FIELDS = {
-    "vocab_size": "vocab_size",
-    "n_positions": "block_size",
-    "n_embd": "n_embd",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
+    "vocab_size": (("vocab_size",), 50257),
+    "block_size": (("n_positions", "max_position_embeddings"), 1024),
+    "n_embd": (("n_embd", "hidden_size"), 768),
+    "n_layer": (("n_layer", "num_hidden_layers"), 12),
+    "n_head": (("n_head", "num_attention_heads"), 12),
 }
 
 
@@ -35,15 +35,14 @@ FIXED = {
     "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "tie_word_embeddings": (True,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+    "pruned_heads": (None, {}),
 }
 
 
 # OpenAI's code stores these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-MASKS = (".attn.bias", ".attn.masked_bias")  # not weights: old files carry the causal mask
 
 
 NOT_BIASED = ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -52,37 +51,61 @@ NOT_BIASED = ("wte.weight", "wpe.weight", "lm_head.weight")
 def model_args_of(config, source):
     """
     A config.json's content -> the `model_args` of a GPT. Raises UserError, which names `source`, for another
-    architecture, and KeyError, TypeError or AttributeError for what is no config.
+    architecture and for a shape that is none, and TypeError or AttributeError for what is no config.
     """
-    fixed = {**FIXED, "n_inner": (None, 4 * config["n_embd"])} if "n_embd" in config else FIXED
-    for name, allowed in fixed.items():
+    args = {ours: shape_of(config, ours, source) for ours in CONFIG_FIELDS}
+    for name, allowed in {**FIXED, "n_inner": (None, 4 * args["n_embd"])}.items():
         if config.get(name, allowed[0]) not in allowed:
             raise UserError(
                 f"{source} is not GPT-2's architecture ({name} is {config[name]}, not {allowed[0]}): "
                 "use one that is"
             )
-    return {ours: config[theirs] for theirs, ours in CONFIG_FIELDS.items()} | {"bias": True}
+    return {**args, "bias": True}
+
+
+def shape_of(config, ours, source):
+    """What a config.json's content says of one field of GPTConfig. Raises UserError."""
+    names, default = CONFIG_FIELDS[ours]
+    given = {name: config[name] for name in names if name in config}
+    for name, value in given.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{source} has {name}={value!r} in its config.json, not a whole number above 0")
+    if len(set(given.values())) > 1:
+        both = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(f"{source} has {both} in its config.json, two names of one number: keep one of them")
+    return next(iter(given.values()), default)
+
+
+def require_shape(weights, args, config, source):
+    """Raise UserError, which names the key of config.json, where our weights are not of the shape `args`."""
+    embedding, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
+    blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
+    sizes = {"vocab_size": len(embedding), "block_size": len(positions), "n_embd": embedding.size(-1)}
+    for ours, size in {**sizes, "n_layer": len(blocks)}.items():
+        names, _ = CONFIG_FIELDS[ours]
+        name = next((name for name in names if name in config), None)
+        if args[ours] != size:
+            says = f"{name}={args[ours]}" if name else f"no {names[0]}, which means {args[ours]},"
+            raise UserError(f"{source} has {says} in its config.json, but weights of {names[0]}={size}")
 
 
 def config_of(model_args):
     """The inverse: a GPT's `model_args` -> the architecture's part of config.json."""
     return {
         "architectures": [ARCHITECTURE],
-        **{name: allowed[0] for name, allowed in FIXED.items()},
-        **{theirs: model_args[ours] for theirs, ours in CONFIG_FIELDS.items()},
+        **{name: allowed[0] for name, allowed in FIXED.items() if allowed[0] is not None},
+        "tie_word_embeddings": True,
+        **{theirs: model_args[ours] for ours, ((theirs, *_), _) in CONFIG_FIELDS.items()},
         **dict.fromkeys(DROPOUTS, model_args["dropout"]),
     }
 
 
 def our_weights(theirs):
-    """{transformers' name: tensor} -> {our name: tensor}. Old files lack the prefix `transformer.`."""
+    """Plain {transformers' name: tensor} -> {our name: tensor}. Old files lack the prefix `transformer.`."""
     ours = {}
     for name, tensor in theirs.items():
-        if name.endswith(MASKS):
-            continue
         name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         ours[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    ours["lm_head.weight"] = ours["transformer.wte.weight"]  # tied
     return ours
 
 

@@ -8,13 +8,12 @@ neighbours by the list of merges until it has none for them. A character is merg
 
 from pathlib import Path
 
-import numpy as np
-
 from kqv.errors import UserError
 from kqv.formats import families
+from kqv.formats.precision import require_held
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
-    END,
+    added_to,
     base_of,
     merges_of,
     pattern_of,
@@ -23,9 +22,13 @@ from kqv.formats.tokenizer_json import (
     specials_of,
     spelled,
 )
+from kqv.text.tokenizer import END
 from kqv.text.tokenizers import PATTERNS
 
 HELP = "a file for llama.cpp"
+
+
+SUFFIX = ".gguf"
 
 
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -61,13 +64,12 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         if ours == "lm_head.weight":
             continue  # tied: llama.cpp uses the embedding if there is no head
         array = tensor.numpy()
-        if ours == "transformer.wte.weight" and tokenizer.separator is None:
-            array = np.concatenate([array, array.mean(0, keepdims=True)])  # see add_tokenizer
         kind = gguf.GGMLQuantizationType[dtype.upper()]
         if array.ndim == 1 or ours == "transformer.wpe.weight":
             kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32
         elif dtype == "q8_0" and array.shape[1] % 32:
             kind = gguf.GGMLQuantizationType.F16  # a block of q8_0 is 32 numbers
+        require_held(ours, tensor, kind.name.lower(), DTYPES)
         theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(theirs, gguf.quantize(array, kind), raw_dtype=kind)
     try:
@@ -79,14 +81,15 @@ def save(path, name, gpt, tokenizer, dtype, contents):
 
 
 def add_tokenizer(writer, tokenizer, types):
-    """
-    llama.cpp needs an id that ends a text. A tokenizer without one gets it as its last id. That id's row of
-    the embedding is the mean of all rows: its logit is the mean of all logits, so it is never the likeliest.
-    """
-    base, specials = base_of(tokenizer), specials_of(tokenizer)
+    """Write the tokenizer's ids, merges and special ids; `types` are the gguf package's kinds of ids."""
+    base, specials, words = base_of(tokenizer), specials_of(tokenizer), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
-    specials = specials or {END: len(pieces)}
-    tokens = [*map(spelled, pieces), *specials]
+    require_apart(words, pieces)
+    entries = [(spelled(piece), types.NORMAL) for piece in pieces]
+    for name, number in sorted({**words, **specials}.items(), key=lambda item: item[1]):
+        kind = types.CONTROL if name in specials else types.USER_DEFINED
+        entries[number : number + 1] = [(name, kind)]  # a word may be a piece
+    tokens, kinds = zip(*entries, strict=True)
     require_unique(tokens)
     if base.kind == "char":
         merges = dict.fromkeys(
@@ -94,11 +97,11 @@ def add_tokenizer(writer, tokenizer, types):
         )
     else:
         merges = merges_of(pieces)
-    words = {pattern: name for name, pattern in PATTERNS.items()}.get(pattern_of(base), "gpt-2")
+    cut = {pattern: name for name, pattern in PATTERNS.items()}.get(pattern_of(base), "gpt-2")
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
+    writer.add_tokenizer_pre(cut)
     writer.add_token_list(tokens)
-    writer.add_token_types([types.NORMAL] * len(pieces) + [types.CONTROL] * len(specials))
+    writer.add_token_types(kinds)
     # The list can't be empty. No text has this merge, since a space is spelled as another character.
     writer.add_token_merges([f"{spelled(a)} {spelled(b)}" for a, b in merges] or ["  "])
     writer.add_bos_token_id(specials[END])
@@ -107,6 +110,29 @@ def add_tokenizer(writer, tokenizer, types):
     writer.add_add_eos_token(False)
     if tokenizer.kind == "chat":
         writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def require_apart(words, pieces):
+    """
+    Raise UserError where the end of an added word is the beginning of another: of two that overlap in a text,
+    here the first counts, and in llama.cpp the longest. And where a word is a piece with another spelling.
+    """
+    begun = {}
+    for word in words:
+        for length in range(1, len(word)):
+            begun.setdefault(word[:length], set()).add(word)
+    for word, number in words.items():
+        others = (begun.get(word[-length:], set()) - {word} for length in range(1, len(word)))
+        if other := next(filter(None, others), None):
+            raise UserError(
+                f"the tokenizer's added words {word!r} and {min(other)!r} can overlap, and llama.cpp would "
+                "not take the first: export with --format=hf"
+            )
+        if number < len(pieces) and spelled(pieces[number]) != word:
+            raise UserError(
+                f"the tokenizer's added word {word!r} is a piece, too, which llama.cpp would spell in "
+                "another way: export with --format=hf"
+            )
 
 
 def is_ours(path):

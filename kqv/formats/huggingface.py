@@ -13,10 +13,16 @@ from pathlib import Path
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.formats import families, tokenizer_json
+from kqv.formats import families, tokenizer_json, tokenizer_reading
 from kqv.formats.card import card
+from kqv.formats.checkpoint import plain_weights, tie_head
+from kqv.formats.precision import require_held
+from kqv.text.tokenizer import END
 
 HELP = "a Hugging Face folder"
+
+
+SUFFIX = ""  # of its name
 
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -35,7 +41,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-BESIDE = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
+BESIDE = ("config.json", "generation_config.json", *tokenizer_reading.FILES)
 
 
 EXPORTED = "exported_by"  # this key in config.json says that a later export may replace the folder
@@ -64,17 +70,24 @@ def load(source):
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
         model_args = families.model_args_of(config, source)
-        weights = families.our_weights(read_weights(folder, source))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        weights = families.our_weights(plain_weights(read_weights(folder, source), source))
+        if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
+            raise UserError(
+                f"{source} has tie_word_embeddings=false in its config.json, but no lm_head.weight: set it "
+                "to true if the head is the embedding"
+            )
+        tie_head(weights, source)
+        families.require_shape(weights, model_args, config, source)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {error}"
+            f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {first_line(error)}"
         ) from None
-    contents = {"model": weights, "model_args": model_args}
+    contents = {"model": weights, "model_args": model_args, "from_huggingface": str(source)}
     rows = weights["lm_head.weight"]
-    definition, order = tokenizer_json.from_huggingface(folder, config.get("eos_token_id", 50256), len(rows))
+    definition, order = tokenizer_reading.from_huggingface(folder, config, len(rows))
     if order:  # our ids differ from theirs: the rows of the embedding are put in our order
         weights["lm_head.weight"] = weights["transformer.wte.weight"] = rows[order]
-    if definition is None and config["vocab_size"] == 50257:
+    if definition is None and model_args["vocab_size"] == 50257:
         definition = {"kind": "gpt2"}
     if definition:
         contents["tokenizer"] = definition
@@ -157,7 +170,8 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("writing a Hugging Face folder needs: pip install safetensors") from None
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
+    end = tokenizer_json.specials_of(tokenizer)[END]
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     config = {
         **families.config_of(asdict(gpt.config)),
         **ids,
@@ -174,7 +188,9 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
     for file, text in texts.items():
         (folder / file).write_text(text, "utf-8")
     weights = families.their_weights(gpt.state_dict())
-    weights = {name: weight.to(DTYPES[dtype]) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        require_held(name, weight, dtype, DTYPES)
+        weights[name] = weight.to(DTYPES[dtype])
     try:
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, for one

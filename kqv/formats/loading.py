@@ -8,9 +8,20 @@ All weights come in one form, the contents of a checkpoint: a dict with `model` 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from kqv.errors import UserError, warn
 from kqv.formats import huggingface
-from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS, REST, is_checkpoint, plain_names, read
+from kqv.formats.checkpoint import (
+    BEST,
+    NEWEST,
+    PREVIOUS,
+    REST,
+    is_checkpoint,
+    plain_weights,
+    read,
+    tie_head,
+)
 from kqv.settings import setting
 from kqv.text import dataset, names, tokenizers
 from model import GPT, GPTConfig
@@ -60,7 +71,8 @@ def load_file(path, mapped):
         raise UserError(
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
-    contents["model"] = plain_names(contents["model"])
+    contents["model"] = plain_weights(contents["model"], path)
+    tie_head(contents["model"], path)
     return contents
 
 
@@ -136,19 +148,46 @@ def without_padding(gpt, vocab_size):
     return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights, copy=False)
 
 
+@torch.no_grad()
+def with_end(gpt):
+    """
+    The GPT with one id more, the last, which is as good as impossible: for programs that need an id that ends
+    a text, or fills up the texts of a batch, where the tokenizer has none.
+
+    The id's row of the embedding is found by least squares: after random ids, its logit is to be -100. So the
+    probabilities of the other ids stay what they are.
+    """
+    T, C = gpt.config.block_size, gpt.config.n_embd
+    random = torch.Generator().manual_seed(0)
+    idx = torch.randint(gpt.config.vocab_size, (1 + 8 * C // T, T), generator=random)
+    x = gpt.eval().hidden(idx).flatten(0, 1).double()  # (B, T, C) -> (B T, C)
+    x = x[x.isfinite().all(-1)]
+    squares = x.T @ x + 1e-3 * (1 + len(x)) * torch.eye(C)  # (C, C)
+    row = torch.linalg.solve(squares, -100 * x.sum(0)).float()  # (C,)
+    rows = torch.cat([gpt.lm_head.weight, row[None]])  # (V + 1, C)
+    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
+    return GPT.from_weights(replace(gpt.config, vocab_size=len(rows)), weights)
+
+
 def tokenizer_of(contents):
     """
     The tokenizer of a checkpoint's contents. nanoGPT's checkpoints have none: then it is the one of the data
     folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
     definition = contents.get("tokenizer")
-    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_json
-        raise UserError(f"{definition['why']}: use a model with a byte-level BPE, as GPT-2's")
+    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_reading
+        raise UserError(definition["why"])
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)
     folder = names.folder_of(str(contents.get("config", {}).get("dataset", "unnamed")))
     if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
         return dataset.read_meta(folder)[0]
+    if "from_huggingface" in contents:
+        source = contents["from_huggingface"]
+        raise UserError(
+            f"{source} has weights, but no tokenizer (a tokenizer.json): save it there too, as with "
+            f"tokenizer.save_pretrained({str(source)!r})"
+        )
     vocab_size = contents["model_args"].get("vocab_size")
     if vocab_size in (50257, 50304):
         return tokenizers.GPT2Tokenizer()

@@ -1,31 +1,20 @@
 """
-Our tokenizers <-> the `tokenizer.json` of Hugging Face; and what GGUF files need too: pieces, merges, the
-pattern that cuts a text into words, special ids. No package is needed to read or write a tokenizer.json.
+Our tokenizers -> the `tokenizer.json` of Hugging Face; and what GGUF files need too: pieces, merges, the
+pattern that cuts a text into words, added words. No package is needed to write a tokenizer.json; the way back
+is in tokenizer_reading.py.
 
 Those programs write a piece as a string, with one printable character for each byte, as GPT-2 does
 (`bytes_of_letters`).
 """
 
 import json
-from hashlib import sha256
-from types import SimpleNamespace
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError
 from kqv.text import tokenizers
-from kqv.text.tokenizers import PATTERNS, ChatTokenizer
-
-END = "<|endoftext|>"
-
+from kqv.text.tokenizer import END
+from kqv.text.tokenizers import PATTERNS
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-
-
-# The SHA-256 of GPT-2's pieces, one a line.
-GPT2_PIECES = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
-
-
-# Parts of a tokenizer.json that change ids and that our tokenizers don't have.
-UNSUPPORTED = ("normalizer", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 # ChatTokenizer.encode_chat as a Jinja template.
@@ -42,8 +31,15 @@ CHAT_TEMPLATE = (
 
 
 def base_of(tokenizer):
-    """The tokenizer of plain text: a chat tokenizer's base, or the tokenizer itself."""
-    return tokenizer.base if tokenizer.kind == "chat" else tokenizer
+    """The tokenizer of plain text below a chat's marks and added words, or the tokenizer itself."""
+    return base_of(tokenizer.base) if tokenizer.kind in ("chat", "added") else tokenizer
+
+
+def added_to(tokenizer):
+    """{word: id} of the words that were added to the tokenizer of plain text."""
+    if tokenizer.kind == "chat":
+        return added_to(tokenizer.base)
+    return tokenizer.words if tokenizer.kind == "added" else {}
 
 
 def pieces_of(tokenizer):
@@ -54,11 +50,11 @@ def pieces_of(tokenizer):
 
 
 def specials_of(tokenizer):
-    """{name: id} of the special ids, which no text is encoded to, in the order of the ids."""
-    specials = {} if tokenizer.separator is None else {END: tokenizer.separator}
-    if tokenizer.kind == "chat":
-        specials |= {f"<|{role}|>": mark for role, mark in zip(tokenizer.roles, tokenizer.marks, strict=True)}
-    return dict(sorted(specials.items(), key=lambda item: item[1]))
+    """
+    {name: id} of the special ids, in the order of the ids. Where the tokenizer has none, an id that ends a
+    text comes after all others, as of `loading.with_end`: other programs need one.
+    """
+    return tokenizer.specials() or {END: tokenizer.vocab_size}
 
 
 def spelled(piece):
@@ -103,25 +99,27 @@ def require_unique(names):
 
 def to_huggingface(tokenizer, block_size):
     """{file name: text} of the files that `AutoTokenizer.from_pretrained` reads. Raises UserError."""
-    base, specials = base_of(tokenizer), specials_of(tokenizer)
+    base, specials, words = base_of(tokenizer), specials_of(tokenizer), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
     if base.kind == "char":
-        names, merges, words, decoder = list(base.chars), [], None, {"type": "Fuse"}
+        names, merges, cut, decoder = list(base.chars), [], None, {"type": "Fuse"}
     else:
         names = [spelled(piece) for piece in pieces]
         merges = [[spelled(left), spelled(right)] for left, right in merges_of(pieces)]
-        words, decoder = words_of(pattern_of(base)), BYTES
-    require_unique([*names, *specials])
-    as_it_is = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        cut, decoder = words_of(pattern_of(base)), BYTES
+    require_unique([*names, *specials, *(word for word, number in words.items() if number >= len(names))])
+    as_it_is = {"single_word": False, "lstrip": False, "rstrip": False}
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": number, "content": name, **as_it_is, "special": True} for name, number in specials.items()
+            {"id": number, "content": name, **as_it_is}
+            | {"normalized": name not in specials, "special": name in specials}
+            for name, number in sorted({**words, **specials}.items(), key=lambda item: item[1])
         ],
         "normalizer": None,
-        "pre_tokenizer": words,
+        "pre_tokenizer": cut,
         "post_processor": None,
         "decoder": decoder,
         "model": {
@@ -139,14 +137,13 @@ def to_huggingface(tokenizer, block_size):
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # without token_type_ids
         "model_max_length": block_size,
         # No text is encoded to a special id, except for chats: their template writes the marks as text.
         "split_special_tokens": tokenizer.kind != "chat",
     }
-    if specials:
-        settings |= {"bos_token": END, "eos_token": END, "pad_token": END}
     if tokenizer.kind == "chat":
         settings["additional_special_tokens"] = [name for name in specials if name != END]
         settings["chat_template"] = CHAT_TEMPLATE
@@ -165,102 +162,3 @@ def words_of(pattern):
         return {**BYTES, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     return {"type": "Sequence", "pretokenizers": [split, BYTES]}
-
-
-def from_huggingface(folder, end, rows):
-    """
-    (definition, order) of the tokenizer in `folder`. `definition` is the `to_json` of one of our tokenizers
-    that reads and writes texts in the same way; `order` lists their ids in the order of ours, None if the ids
-    are the same. `end` is the id that ends a text, `rows` the number of ids that the weights have.
-
-    (None, None) if the folder has no tokenizer. If none of ours does the same, the definition is
-    {"kind": "foreign", "why": reason}, which `loading.tokenizer_of` refuses.
-    """
-    try:
-        content = read(folder)
-        return (None, None) if content is None else definition_of(content, end, rows)
-    except (Foreign, UserError) as error:
-        why = first_line(error)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        why = f"it is damaged: {type(error).__name__} {first_line(error)}"
-    return {"kind": "foreign", "why": f"{folder} has a tokenizer that none of kqv's is like ({why})"}, None
-
-
-class Foreign(Exception):
-    """A tokenizer does what none of ours does; the message says what."""
-
-
-def read(folder):
-    """
-    The content of a folder's tokenizer.json, or of its older form, vocab.json and merges.txt; None if it has
-    no tokenizer. Raises Foreign for one in another form.
-    """
-    whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    if whole.exists():
-        return json.loads(whole.read_text("utf-8"))
-    if vocabulary.exists() and merges.exists():
-        model = {"vocab": json.loads(vocabulary.read_text("utf-8")), "merges": []}
-        lines = merges.read_text("utf-8").split("\n")
-        model["merges"] = [line for line in lines if line and not line.startswith("#version")]
-        specials = [{"content": name, "id": number} for name, number in model["vocab"].items() if name == END]
-        return {"model": model, "pre_tokenizer": {**BYTES, "use_regex": True}, "added_tokens": specials}
-    for name in ("vocab.txt", "vocab.json", "spiece.model"):
-        if (folder / name).exists():
-            raise Foreign(name)
-    return None
-
-
-def definition_of(content, end, rows):
-    """
-    (definition, order), as `from_huggingface`, of a tokenizer.json's content. Raises Foreign or UserError if
-    none of our tokenizers does the same, and many other errors if the content is damaged.
-    """
-    model, specials = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
-    unsupported = [name for name in UNSUPPORTED if model.get(name) or content.get(name)]
-    if model.get("type", "BPE") != "BPE" or unsupported:
-        raise Foreign(", ".join([model.get("type", "BPE"), *unsupported]))
-    names = sorted(set(model["vocab"]) - set(specials), key=model["vocab"].get)
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-    base = base_definition(content.get("pre_tokenizer"), names, merges)
-    if base["kind"] != "gpt2":
-        tokenizers.from_json(base)  # raises UserError if a byte is missing or a piece is there twice
-    ends = [] if base["kind"] == "char" else [number for number in specials.values() if number == end]
-    if base["kind"] != "char" and not ends:
-        raise Foreign(f"the end of a text, {end}, is none of {specials}")
-    order = [model["vocab"][name] for name in names] + ends
-    if set(order) - set(range(rows)) or len(set(order)) < len(order):
-        raise Foreign(f"it has {len(order)} ids, and not all are within 0 to {rows - 1}, or two are the same")
-    shape = SimpleNamespace(kind="any", vocab_size=len(order), separator=len(names) if ends else None)
-    if specials == specials_of(ChatTokenizer(shape)) and order == list(range(len(order))):
-        return {"kind": "chat", "base": base}, None
-    order += sorted(set(range(rows)) - set(order))  # the other special ids: not used by any text
-    return base, None if order == list(range(rows)) else order
-
-
-def base_definition(words, names, merges):
-    """The definition of a tokenizer from its pre_tokenizer, pieces and merges. Raises Foreign."""
-    if words is None and not merges and all(len(name) == 1 for name in names):
-        return {"kind": "char", "chars": "".join(names)}
-    if words is None:
-        raise Foreign("its pieces go across words")
-    letters = tokenizers.bytes_of_letters()
-    pieces = [bytes(letters[letter] for letter in name) for name in names]
-    if plain(words) == BYTES and not merges and pieces == [bytes([byte]) for byte in range(256)]:
-        return {"kind": "byte"}
-    known = [pattern for pattern in PATTERNS.values() if plain(words) == plain(words_of(pattern))]
-    if not known:
-        raise Foreign("it cuts words in another way")
-    number = {piece: number for number, piece in enumerate(names)}
-    made = [number[left + right] for left, right in merges]
-    if made != sorted(made) or {number for number, piece in enumerate(pieces) if len(piece) > 1} != set(made):
-        raise Foreign("its merges come in another order than its pieces")
-    if known == [PATTERNS["gpt-2"]] and sha256("\n".join(names).encode()).hexdigest() == GPT2_PIECES:
-        return {"kind": "gpt2"}
-    return {"kind": "bpe", "pattern": known[0], "pieces": [piece.decode("latin-1") for piece in pieces]}
-
-
-def plain(words):
-    """A pre_tokenizer without what does not change ids. Older files leave out `use_regex`."""
-    if words["type"] == "Sequence":
-        return [plain(part) for part in words["pretokenizers"]]
-    return {"use_regex": True, **words, "trim_offsets": True} if words["type"] == "ByteLevel" else words

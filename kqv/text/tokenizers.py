@@ -7,6 +7,7 @@ A new one is a class like those below (see `Tokenizer`) and its entry in TOKENIZ
 import reprlib
 
 from kqv.errors import UsageError, UserError
+from kqv.text.added import AddedTokenizer
 from kqv.text.bpe import PATTERNS, BPETokenizer, GPT2Tokenizer, bytes_of_letters
 from kqv.text.chat import ChatTokenizer
 from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
@@ -40,8 +41,10 @@ def from_json(definition):
     """The tokenizer that `to_json` described. Raises UserError where `definition` describes none."""
     tokenizer = None
     match definition:
-        case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in TOKENIZERS:
+        case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in (*TOKENIZERS, "added"):
             tokenizer = ChatTokenizer(from_json(base))
+        case {"kind": "added", "base": {"kind": str(kind)} as base} if kind in TOKENIZERS:
+            tokenizer = AddedTokenizer.over(from_json(base), definition)
         case {"kind": str(kind)} if kind in TOKENIZERS:
             tokenizer = TOKENIZERS[kind].from_json(definition)
     if tokenizer is None:

@@ -199,9 +199,12 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         torch.manual_seed(config.seed)
         gpt.grow_vocab_size(max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
     elif gpt.config.vocab_size < tokenizer.vocab_size or known != definition:
+        weights = config.out_dir if config.init_from == "resume" else config.init_from
+        theirs = known.get("kind") if known != definition else "unknown"
         raise UserError(
-            f"data/{config.dataset} was made with another tokenizer than the weights of {config.init_from} "
-            f"({tokenizer.kind}, {tokenizer.vocab_size} ids): prepare it with the one that the weights know"
+            f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
+            f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
+            f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
         )
 
 

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
+from conftest import random_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -83,10 +85,48 @@ def test_only_the_newest_checkpoint_keeps_its_predecessor(tmp_path):
     assert steps == {"ckpt.pt": 3, "ckpt.prev.pt": 2, "best.pt": 3}
 
 
-def test_names_of_compiled_models_and_old_masks_are_made_plain(tmp_path):
-    weights = {
-        "_orig_mod.transformer.h.0.attn.bias": torch.ones(1),
-        "_orig_mod.lm_head.weight": torch.ones(2),
-    }
-    checkpoint.save(tmp_path / "a.pt", {"model": weights, "model_args": {}})
-    assert list(loading.load(tmp_path / "a.pt")["model"]) == ["lm_head.weight"]
+@pytest.mark.parametrize("form", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "inner"])
+def test_names_of_wrapped_models_and_old_masks_are_made_plain(tmp_path, form):
+    gpt = random_gpt()
+    plain = {**gpt.state_dict(), "transformer.h.0.attn.bias": torch.ones(1)}
+    if form == "inner":
+        wrapped = {name.replace("h.0.", "h.0._orig_mod."): tensor for name, tensor in plain.items()}
+    else:
+        wrapped = {form + name: tensor for name, tensor in plain.items()}
+    checkpoint.save(tmp_path / "a.pt", {"model": wrapped, "model_args": asdict(gpt.config)})
+    again = loading.model_of(loading.load(tmp_path / "a.pt"), "a.pt")
+    assert all(torch.equal(tensor, gpt.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize("left", ["lm_head.weight", "transformer.wte.weight"])
+def test_one_of_embedding_and_head_is_enough(tmp_path, left):
+    gpt = random_gpt()
+    weights = {name: tensor for name, tensor in gpt.state_dict().items() if name != left}
+    checkpoint.save(tmp_path / "a.pt", {"model": weights, "model_args": asdict(gpt.config)})
+    assert torch.equal(loading.load(tmp_path / "a.pt")["model"][left], gpt.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda weights: {"lm_head.weight": weights["lm_head.weight"] + 1}, "lm_head.weight"),
+        (lambda weights: {"lm_head.weight": weights["lm_head.weight"][1:]}, "lm_head.weight"),
+        (lambda weights: {"lm_head.weight": weights["lm_head.weight"].half()}, "lm_head.weight"),
+        (lambda weights: {"transformer.ln_f.weight": torch.ones(16, dtype=torch.int8)}, "torch.int8"),
+        (lambda weights: {"module.transformer.ln_f.weight": torch.ones(16)}, "two weights"),
+    ],
+)
+def test_weights_that_would_be_lost_are_refused(tmp_path, change, named):
+    gpt = random_gpt()
+    weights = {**gpt.state_dict(), **change(gpt.state_dict())}
+    checkpoint.save(tmp_path / "a.pt", {"model": weights, "model_args": asdict(gpt.config)})
+    with pytest.raises(UserError, match=named):
+        loading.load(tmp_path / "a.pt")
+
+
+def test_a_head_that_is_the_embedding_may_hold_what_is_no_number(tmp_path):
+    gpt = random_gpt()
+    gpt.lm_head.weight.data[0, 0] = float("nan")
+    weights = {**gpt.state_dict(), "lm_head.weight": gpt.lm_head.weight.detach().clone()}
+    checkpoint.save(tmp_path / "a.pt", {"model": weights, "model_args": asdict(gpt.config)})
+    assert loading.load(tmp_path / "a.pt")["model"].keys() == gpt.state_dict().keys()

@@ -7,7 +7,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from conftest import random_gpt
+from conftest import random_gpt, random_ids
 from exports import (
     CHATS,
     CONVERSATIONS,
@@ -17,6 +17,7 @@ from exports import (
     a_folder,
     another_tokenizer,
     as_dicts,
+    assert_one_line,
     exported,
     save_run,
 )
@@ -25,6 +26,7 @@ from hypothesis import strategies as st
 
 import export
 from kqv.formats import gguf, loading
+from kqv.text.added import AddedTokenizer
 from kqv.text.tokenizers import ByteTokenizer
 
 
@@ -163,12 +165,13 @@ def test_rows_too_short_for_blocks_are_kept_in_half_precision(tmp_path):
     assert down.tensor_type.name == "Q8_0" and down.shape[0] == 96
 
 
-def test_the_end_that_characters_lack_is_the_mean_of_all():
+def test_the_end_that_characters_lack_is_as_good_as_impossible():
     fields, tensors = read_gguf(gguf_file("char"))
     V = exported("char").tokenizer.vocab_size
     embedding = tensors["token_embd.weight"].data
     assert embedding.shape[0] == V + 1 == len(fields["tokenizer.ggml.tokens"])
-    np.testing.assert_allclose(embedding[V], embedding[:V].mean(0), atol=1e-6)
+    x = exported("char").gpt.hidden(random_ids(8, 128, below=V)).detach().numpy()  # (B, T, C)
+    assert (x @ embedding[V] < -30).all()
     assert fields["tokenizer.ggml.eos_token_id"] == fields["tokenizer.ggml.bos_token_id"] == V
     assert fields["tokenizer.ggml.token_type"] == [1] * V + [3]
 
@@ -205,3 +208,21 @@ def test_a_vocabulary_in_gpt2s_way_is_the_same_in_llama_cpp(tmp_path):
 def test_an_export_is_known_by_its_first_key():
     assert gguf.is_ours(gguf_file("byte"))
     assert not gguf.is_ours(exported("byte").folder / "config.json")
+
+
+def test_added_words_are_words_in_llama_cpp_too(tmp_path):
+    words = {"checkpoint": 257, "check": 258, " two words": 259, "éa": 260}
+    tokenizer = AddedTokenizer(ByteTokenizer(), words)
+    save_run(tmp_path / "run", tokenizer)
+    export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'it.gguf'}"])
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    other = LlamaCpp(tmp_path / "it.gguf")
+    for text in ("a checkpoint is two words", "checkpointcheck éa\nché"):
+        ids = tokenizer.encode(text).tolist()
+        assert other.ask("/tokenize", content=text, parse_special=False)["tokens"] == ids
+        assert other.ask("/detokenize", tokens=ids)["content"] == text
+
+
+def test_added_words_that_overlap_are_refused_for_llama_cpp(cli, tmp_path):
+    save_run(tmp_path / "run", AddedTokenizer(ByteTokenizer(), {"abc": 257, "cde": 258}))
+    assert_one_line(cli(export.main, "--out_dir=run", "--to=it.gguf"), "'abc'", "'cde'", "--format=hf")

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_RUN, logits_of, random_gpt, random_ids, script, write_text
@@ -21,13 +22,17 @@ from exports import (
     in_transformers,
     random_gpt2,
     save_run,
+    write_json,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 import export
 import prepare
 import sample
 import train
-from kqv.formats import families, huggingface, loading
+from kqv.errors import UserError
+from kqv.formats import checkpoint, families, huggingface, loading
 from kqv.settings import parse
 from kqv.text.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
@@ -91,7 +96,8 @@ def test_the_names_of_old_files_are_read_too():
     del old["lm_head.weight"]
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    ours, expected = families.our_weights(old), families.our_weights(theirs)
+    ours, expected = families.our_weights(checkpoint.plain_weights(old, "it")), families.our_weights(theirs)
+    checkpoint.tie_head(ours, "it")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
 
@@ -145,9 +151,10 @@ def test_a_set_with_another_tokenizer_is_refused(cli, folder, tiny_set):
     assert_one_line(result, "tokenizer", folder)
 
 
-def test_sampling_with_an_unknown_vocabulary_is_refused(cli, tmp_path):
+def test_a_folder_without_its_tokenizer_is_refused_with_how_to_save_it(cli, tmp_path):
     random_gpt2(vocab_size=61).save_pretrained(tmp_path / "theirs")
-    assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'theirs'}", "--device=cpu"), "tokenizer", 61)
+    result = cli(sample.main, f"--init_from={tmp_path / 'theirs'}", "--device=cpu")
+    assert_one_line(result, f"tokenizer.save_pretrained('{tmp_path / 'theirs'}')")
 
 
 # Folders that do not
@@ -192,7 +199,7 @@ def test_another_architecture_is_refused(cli, tmp_path):
 )
 def test_gpt2_with_other_parts_is_refused(cli, folder, change):
     edit_config(folder, **change)
-    refused(cli, folder, folder, "architecture", *change)
+    refused(cli, folder, folder, *change)
 
 
 def test_either_name_of_gpt2s_activation_is_read(folder):
@@ -237,11 +244,13 @@ def test_a_hub_out_of_reach_is_one_line_with_the_way_out(tmp_path):
 def test_transformers_computes_the_same_logits(kind):
     ours, (model, tokenizer) = exported(kind), in_transformers(kind)
     V = ours.tokenizer.vocab_size
-    assert model.config.vocab_size == len(tokenizer) == V < ours.gpt.config.vocab_size
+    assert model.config.vocab_size == len(tokenizer) == V + (ours.tokenizer.separator is None)
     idx = random_ids(2, 128, below=V)
     with torch.no_grad():
-        expected = logits_of(ours.gpt, idx)[..., :V]
-        torch.testing.assert_close(model(idx).logits, expected, atol=1e-4, rtol=0)
+        expected, found = logits_of(ours.gpt, idx)[..., :V], model(idx).logits
+        torch.testing.assert_close(found[..., :V], expected, atol=1e-4, rtol=0)
+        likely = found.log_softmax(-1)[..., :V]  # an id that only programs need takes nothing from the others
+        torch.testing.assert_close(likely, expected.log_softmax(-1), atol=1e-4, rtol=0)
     assert model.dtype == torch.float32 and expected.std() > 0.5
 
 
@@ -262,6 +271,29 @@ def test_transformers_writes_what_sample_py_writes(cli, kind):
     assert status == 0, err
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=100, do_sample=False)
     assert out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pipeline_writes_several_texts_at_once(kind):
+    """For which it needs an id that fills up the shorter ones."""
+    model, tokenizer = in_transformers(kind)
+    write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    texts, options = ["the queries and", "keys a", "heads"], {"max_new_tokens": 8, "do_sample": False}
+    several = [one[0]["generated_text"] for one in write(texts, batch_size=2, **options)]
+    assert several == [write(text, **options)[0]["generated_text"] for text in texts]
+    collate = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    batch = collate([tokenizer(text) for text in texts])
+    assert (batch["labels"] >= 0).sum() == sum(len(tokenizer(text)["input_ids"]) for text in texts)
+
+
+@pytest.mark.parametrize("shape", [{"vocab_size": 4, "bias": False}, {"vocab_size": 300, "n_embd": 32}, {}])
+def test_an_id_more_takes_nothing_from_the_others(shape):
+    gpt = random_gpt(**shape)
+    V, idx = gpt.config.vocab_size, random_ids(20, 8, below=gpt.config.vocab_size)
+    more = loading.with_end(gpt).eval()
+    assert more.config.vocab_size == V + 1 and more.lm_head.weight is more.transformer.wte.weight
+    found, expected = (logits_of(one, idx).log_softmax(-1)[..., :V] for one in (more, gpt))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_biases_that_a_model_lacks_are_zeros(tmp_path):
@@ -459,3 +491,145 @@ def test_a_path_is_no_name_on_the_hub(cli, hub, tmp_path):
     (tmp_path / "out/run").mkdir(parents=True)
     assert_one_line(cli(sample.main, "--init_from=out/run"), "no checkpoint")
     assert set(hub) <= {"../b", "a/b.pt"}
+
+
+# Keys of config.json, with the real transformers as the judge
+
+SIZES = {
+    "n_positions": [16, 24, None, "missing"],
+    "max_position_embeddings": ["missing", 24, 16],
+    "n_layer": [2, 1, "missing", 2.0],
+    "num_hidden_layers": ["missing", 2],
+    "n_head": [2, 4, 1, 3, "missing"],
+    "num_attention_heads": ["missing", 4],
+    "n_embd": [8, 16, "missing"],
+    "hidden_size": ["missing", 8, 16],
+    "vocab_size": [61, 60, "missing"],
+    "n_ctx": ["missing", 7],
+    "n_inner": [None, 32, 33, "missing"],
+}
+OTHERS = {
+    "activation_function": ["gelu_new", "gelu", "gelu_pytorch_tanh", "gelu_fast", "relu", "missing"],
+    "layer_norm_epsilon": [1e-5, 1e-3, "missing"],
+    "scale_attn_weights": [True, False],
+    "scale_attn_by_inverse_layer_idx": [False, True],
+    "reorder_and_upcast_attn": [False, True],
+    "add_cross_attention": [False, True],
+    "tie_word_embeddings": [True, False, "missing"],
+    "architectures": [["GPT2LMHeadModel"], ["GPT2Model"], "missing"],
+    "model_type": ["gpt2", "missing", "gpt_neo"],
+    "attn_pdrop": [0.1, 0.9],
+    "initializer_range": [0.02, 3.0],
+    "quantization_config": ["missing", {"quant_method": "x"}],
+}
+
+
+def a_change(**more):
+    """A dict of a few changes to a config.json."""
+    keys = {**SIZES, **OTHERS, **more}
+    one = st.sampled_from([(key, value) for key, values in keys.items() for value in values])
+    return st.lists(one, min_size=1, max_size=3).map(dict)
+
+
+def test_a_config_gives_the_logits_of_transformers_or_is_refused_by_one_line(tmp_path):
+    random_gpt2(61).save_pretrained(tmp_path)
+    good = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    idx = random_ids(2, 12, below=60)
+    taken = []
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @example({"n_positions": "missing", "max_position_embeddings": 24})
+    @example({"n_head": "missing", "num_attention_heads": 4})
+    @example({"tie_word_embeddings": "missing"})
+    @given(a_change())
+    def check(changes):
+        config = {**good, **changes}
+        config = {key: value for key, value in config.items() if value != "missing"}
+        write_json(tmp_path / "config.json", config)
+        try:
+            contents = loading.load_start(str(tmp_path))
+            gpt = loading.model_of(contents, tmp_path).eval()
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            return
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(logits_of(gpt, idx), theirs(idx).logits, atol=1e-4, rtol=0)
+        taken.append(changes)
+
+    check()
+    assert len(taken) > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_positions": "missing"}, "n_positions"),
+        ({"n_positions": 23}, "n_positions=23"),
+        ({"n_embd": 16}, "n_embd=16"),
+        ({"hidden_size": 16}, "hidden_size"),
+        ({"n_layer": 3}, "n_layer=3"),
+        ({"vocab_size": 60}, "vocab_size=60"),
+        ({"n_layer": "2"}, "n_layer='2'"),
+        ({"n_head": None}, "n_head=None"),
+        ({"n_head": 3}, "n_head=3"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named(cli, tmp_path, changes, named):
+    random_gpt2(61).save_pretrained(tmp_path / "hf")
+    config = {**json.loads((tmp_path / "hf/config.json").read_text("utf-8")), **changes}
+    write_json(tmp_path / "hf/config.json", {k: v for k, v in config.items() if v != "missing"})
+    assert_one_line(cli(sample.main, "--init_from=hf"), "hf", named)
+
+
+@pytest.mark.parametrize("tied", [True, False, "missing"])
+@pytest.mark.parametrize("head", ["same", "other"])
+def test_a_head_of_its_own_is_used_or_refused(cli, tmp_path, tied, head):
+    from safetensors.torch import load_file, save_file
+
+    random_gpt2(61).save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf/model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone() + (head == "other")
+    save_file(weights, path, metadata={"format": "pt"})
+    config = {**json.loads((tmp_path / "hf/config.json").read_text("utf-8")), "tie_word_embeddings": tied}
+    write_json(tmp_path / "hf/config.json", {k: v for k, v in config.items() if v != "missing"})
+    if head == "other":
+        assert_one_line(cli(sample.main, "--init_from=hf"), "lm_head.weight", "tie_word_embeddings")
+    else:
+        contents = loading.load_start(str(tmp_path / "hf"))
+        assert torch.equal(contents["model"]["lm_head.weight"], weights["transformer.wte.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_weights_of_wrapped_models_are_read(tmp_path, prefix):
+    from safetensors.torch import load_file, save_file
+
+    random_gpt2(61).save_pretrained(tmp_path)
+    expected = loading.load_start(str(tmp_path))["model"]
+    weights = {prefix + name: weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    found = loading.load_start(str(tmp_path))["model"]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
+def test_a_run_its_export_and_transformers_have_one_loss(cli, tmp_path, kind):
+    """Rows that pad the vocabulary, and an id that only other programs need, count in none of them."""
+    ours, model = exported(kind), in_transformers(kind)[0]
+    (tmp_path / "text.txt").write_text(TEXT[:200], "utf-8")
+    options = ["--name=it", f"--tokenizer={ours.run}", "--val_fraction=0.5"]
+    status, _, err = cli(prepare.main, "text.txt", *options)
+    assert status == 0, err
+    idx = torch.from_numpy(np.fromfile("data/it/val.bin", np.uint16).astype("int64"))[None]
+    with torch.no_grad():
+        logits = model(idx[:, :-1]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits, idx[0, 1:]).item()
+    for source in (f"--out_dir={ours.run}", f"--init_from={ours.folder}"):
+        arguments = [source, "--dataset=it", "--evaluate=val", "--device=cpu", "--dtype=float32"]
+        status, out, err = cli(sample.main, *arguments)
+        assert status == 0, err
+        assert f"{expected:.3f}" in out, (out, expected)
