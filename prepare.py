@@ -49,9 +49,7 @@ Stopped at any moment, the same command goes on with what was finished.
     unknown: Literal["error", "skip"] = setting("error", "what to do with characters the tokenizer lacks")
     name: str = setting("", "the set's name; empty: the source's")
     text_column: str = setting(documents.TEXT, "the column of the text, in tables and JSON")
-    val: str = setting(
-        "", "a file, folder or hf:NAME for validation; empty: a share of the text", path=True
-    )
+    val: str = setting("", "a file, folder or hf:NAME for validation; empty: a share of the text", path=True)
     val_fraction: float = setting(0.1, "share of the text for validation", at_least=0.0, below=1.0)
     workers: int = setting(0, "processes that encode; 0: one a core. The result is the same", at_least=0)
 

@@ -191,7 +191,8 @@ def test_text_that_can_not_be_prepared(refuse, here, content, says):
 
 def test_text_that_is_not_there(refuse, here):
     refuse(prepare.main, "nope.txt", status=1, says=["nope.txt", "plays"])
-    refuse(prepare.main, "data", status=1, says=["data", "text file"])
+    Path("empty").mkdir()
+    refuse(prepare.main, "empty", status=1, says=["empty", "text file"])
     refuse(prepare.main, "*.nope", "--name=new", status=1, says=["*.nope"])
     refuse(prepare.main, status=2, says=["no source", "plays"])
     refuse(prepare.main, "text.txt", "--tokenizer=word", status=2, says=["--tokenizer=word", "char"])
@@ -250,10 +251,9 @@ def test_a_prompt_that_the_tokenizer_does_not_know(refuse):
     refuse(sample.main, *TEXT, "--start=\udcff", status=1, says=[r"'\udcff'", "position 0"])
 
 
-def test_a_prompt_of_no_or_too_many_tokens(refuse):
+def test_a_prompt_from_an_empty_file(refuse):
     Path("empty.txt").touch()
-    refuse(sample.main, *TEXT, "--start=FILE:empty.txt", status=1, says=["0 tokens", "--start"])
-    refuse(sample.main, *TEXT, f"--start={'keys ' * 5}", status=1, says=["25 tokens", "16", "shorten"])
+    refuse(sample.main, *TEXT, "--start=FILE:empty.txt", status=1, says=["empty.txt has no text"])
 
 
 def test_a_prompt_from_a_file_that_can_not_be_read(refuse, here):

@@ -40,10 +40,14 @@ def read_prompts(config):
 def read_start(start):
     """The text that --start names: FILE:path, - for standard input, or the text itself."""
     if start == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "standard input")
-    if start.startswith("FILE:"):
-        return read_file(expand_home(start.removeprefix("FILE:")), f"--start={start}")
-    return start
+        text = decode_utf8(sys.stdin.buffer.read(), "standard input")
+    elif start.startswith("FILE:"):
+        text = read_file(expand_home(start.removeprefix("FILE:")), f"--start={start}")
+    else:
+        return start
+    if not text:
+        raise UserError(f"--start={start} has no text: give one to continue, or leave --start out")
+    return text
 
 
 def read_file(path, setting):

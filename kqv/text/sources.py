@@ -252,8 +252,6 @@ def identity(status):
 
 def spooled(path):
     """A copy, on the disk, of standard input or another file that can be read only once. Raises UserError."""
-    if path == STDIN and sys.stdin is None:
-        raise UserError(f"{STANDARD_INPUT} is closed: pipe a text into it")
     copy = tempfile.TemporaryFile()
     try:
         with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:

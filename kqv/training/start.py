@@ -200,7 +200,7 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         gpt.grow_vocab_size(max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
     elif gpt.config.vocab_size < tokenizer.vocab_size or known != definition:
         weights = config.out_dir if config.init_from == "resume" else config.init_from
-        theirs = known.get("kind") if known != definition else "unknown"
+        theirs = known.get("kind") if isinstance(known, dict) else "no tokenizer of ours"
         raise UserError(
             f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "

@@ -259,8 +259,9 @@ def test_a_sharded_checkpoint_writes_text_starts_runs_and_is_exported(stopped, c
     for start in ("four", "four/best.pt", "exported"):
         argv = [*RUN, f"--init_from={start}", "--learning_rate=0", "--min_lr=0", "--max_iters=1"]
         assert cli(train.main, *argv, "--out_dir=started")[0] == 0
-        same = {name: value for name, value in weights("started").items() if "bias" not in name}
         expected = {name: value for name, value in weights("four", "best.pt").items() if "bias" not in name}
+        # The end of a text, which characters lack, is one more row in an export.
+        same = {name: weights("started")[name][: len(value)] for name, value in expected.items()}
         assert_close(same, expected, atol=0)
 
 

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -170,13 +169,10 @@ def signal_at_step(number, step, out_dir):
 
 def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(cli, tiny_set):
     often = ["--max_iters=100000", "--lr_decay_iters=20", "--eval_interval=1000", "--checkpoint_interval=3"]
-    forked = multiprocessing.get_context("fork").Process(
-        target=train.main, args=([*RUN, *often, "--out_dir=killed"],)
-    )
-    forked.start()
+    process = start(Path.cwd(), *often, "--out_dir=killed")
     assert has_logged("killed", 7, until=time.monotonic() + WAIT)
-    forked.kill()
-    forked.join()
+    process.kill()
+    process.communicate()
     saved = loading.load("killed/ckpt.pt")["iter_num"]
     assert saved >= 3 and saved % 3 == 0
     with open("killed/metrics.jsonl", "a") as file:
@@ -392,13 +388,12 @@ def test_a_second_run_in_a_folder_is_refused(cli, refusal, tiny_set, start):
 
 
 def test_a_killed_run_owns_its_folder_no_longer(cli, tiny_set):
-    argv = [*RUN, "--max_iters=100000", "--eval_interval=1000", "--checkpoint_interval=1"]
-    forked = multiprocessing.get_context("fork").Process(target=train.main, args=(argv,))
-    forked.start()
+    argv = ["--max_iters=100000", "--eval_interval=1000", "--checkpoint_interval=1"]
+    process = start(Path.cwd(), *argv)
     assert has_logged("out", 3, until=time.monotonic() + WAIT)
     assert "in use" in cli(train.main, *RUN)[2]
-    forked.kill()
-    forked.join()
+    process.kill()
+    process.communicate()
     assert Path("out/.lock").exists()
     status, out, err = cli(train.main, *RUN, "--init_from=auto", "--max_iters=1")
     assert (status, err) == (0, "") and "done: step" in out
