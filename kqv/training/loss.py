@@ -42,8 +42,8 @@ def without_padding(head, vocab_size):
     return bias
 
 
-# The compiler would unroll the loop, and keep several chunks in memory. (This is torch.compiler.disable, but it
-# imports the compiler at the first call: train.py starts 1 s sooner.)
+# The compiler would unroll the loop, and keep several chunks in memory. This is torch.compiler.disable, but
+# imports the compiler at the first call, not at the start of train.py, where that takes a second.
 @torch._disable_dynamo
 def in_chunks(x, head, bias, targets, chunks, compiled):
     """ChunkedCrossEntropy; if the model is compiled, so is the work on the logits of one chunk."""
