@@ -14,7 +14,7 @@ from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
 from kqv.formats.precision import require_numbers
-from kqv.settings import parse, setting
+from kqv.settings import fill, read_given, refuse_unused, setting
 
 # A format is a module with HELP, SUFFIX, DTYPES, save(path, ...) and is_ours(path): may an export replace it?
 FORMATS = {"hf": huggingface, "gguf": gguf}
@@ -51,7 +51,9 @@ class ExportSettings(TargetSettings, WeightsSettings):
 
 
 def main(argv):
-    config = parse(ExportSettings, argv)
+    given = read_given(ExportSettings, argv)
+    config = fill(ExportSettings, given)
+    refuse_unused(loading.UNUSED, config, given)
     if not config.to:
         raise UsageError("--to is missing: name the folder (hf) or file (gguf) to write, as --to=exported")
     format = format_of(config)

@@ -23,15 +23,13 @@ from kqv.generation.printing import is_plain, print_continuations
 from kqv.generation.prompts import PromptSettings, completed, encode_prompt, fitted, read_prompts
 from kqv.generation.sampling import Sampling
 from kqv.generation.writer import TextSettings, Writer, batched
-from kqv.settings import fill, read_given
+from kqv.settings import fill, read_given, refuse, refuse_unused
 
 OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "compile")
 
 UNUSED = (  # settings, when they mean nothing, and that in words
-    (("out_dir", "checkpoint"), lambda c: c.init_from != "resume", "with --init_from, which names weights"),
-    (("out_dir",), lambda c: c.checkpoint not in ("best", "newest"), "with --checkpoint=PATH"),
     (("dataset", "max_examples", "bleu"), lambda c: not c.evaluate, "without --evaluate=train or val"),
     (("chat", "system", "unknown", *OF_TEXTS), lambda c: c.evaluate, "with --evaluate, which reads a set"),
     (OF_DRAWING, lambda c: c.evaluate, "with --evaluate, where answers are the likeliest"),
@@ -110,20 +108,11 @@ def load(config):
 
 def require_compatible(config, given):
     """Raise UsageError where two settings do not go together; `given`: {name: Given}, what the user gave."""
-    for names, mean_nothing, reason in UNUSED:
-        if mean_nothing(config):
-            refuse(given, names, reason)
+    refuse_unused((*loading.UNUSED, *UNUSED), config, given)
     if config.beams and config.num_samples > config.beams:
         raise UsageError(f"num_samples={config.num_samples} is more than beams={config.beams} can give")
     if "" in config.stop:
         raise UsageError("--stop is empty, and an empty string is everywhere: leave it out, or name one")
-
-
-def refuse(given, names, reason):
-    """Raise UsageError where one of the settings was given. (One that is False is used: it is off.)"""
-    for name in names:
-        if name in given and given[name].value is not False:
-            raise UsageError(f"{given[name]} means nothing {reason}: leave it out")
 
 
 def require_conversations(tokenizer, config, given):

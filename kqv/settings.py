@@ -41,6 +41,23 @@ class Given:
         return self.where
 
 
+def refuse_unused(table, config, given):
+    """
+    Raise UsageError where the user gave a setting that means nothing. A row of the table: names of settings,
+    a function of the config that says whether they mean nothing, and that in words.
+    """
+    for names, mean_nothing, reason in table:
+        if mean_nothing(config):
+            refuse(given, names, reason)
+
+
+def refuse(given, names, reason):
+    """Raise UsageError where one of the settings was given. (One that is False is used: it is off.)"""
+    for name in names:
+        if name in given and given[name].value is not False:
+            raise UsageError(f"{given[name]} means nothing {reason}: leave it out")
+
+
 def parse(cls, argv, saved=None):
     """
     The settings that a command line asks for, as an instance of the frozen dataclass `cls`: `fill`, with what

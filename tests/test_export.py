@@ -137,6 +137,13 @@ def test_the_checkpoint_can_be_chosen(cli, run):
     assert "Steps: 2." in Path("it/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "argv", [["--init_from=out", "--out_dir=out"], ["--checkpoint=out/ckpt.pt", "--out_dir=out"]], ids=str
+)
+def test_what_is_given_and_not_used_is_refused(refusal, run, argv):
+    assert "--out_dir=out means nothing with" in refusal(export.main, *argv, "--to=x", status=2)
+
+
 @pytest.mark.parametrize("argv", [[], ["--to=x", "--dtype=q8_0"], ["--to=x", "--format=onnx"]])
 def test_settings_that_make_no_sense_are_refused(refusal, run, argv):
     assert "--" in refusal(export.main, *argv, status=2)

@@ -40,6 +40,12 @@ class WeightsSettings:
     )
 
 
+UNUSED = (  # settings of these, when they mean nothing, and that in words
+    (("out_dir", "checkpoint"), lambda c: c.init_from != "resume", "with --init_from, which names weights"),
+    (("out_dir",), lambda c: c.checkpoint not in ("best", "newest"), "with --checkpoint=PATH"),
+)
+
+
 def load(path, mapped=False):
     """
     The contents of a checkpoint of kqv or nanoGPT, on the CPU. `path` is a file or a sharded model's folder;

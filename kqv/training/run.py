@@ -77,10 +77,10 @@ class TrainingRun:
         self.limit_bad_steps()
         with self.log.pause():
             losses = evaluate(self.model, self.data, config, self.world, self.autocast)
-            if config.sample_tokens:
+            finite = [math.isfinite(loss) for loss in losses.values()]
+            if config.sample_tokens and all(finite):  # else there is no text
                 sample = write_sample(self.state.model, self.data, config, self.world)
         self.log.evaluation(step, losses, self.data.bits_per_byte("val", losses["val"]), sample)
-        finite = [math.isfinite(loss) for loss in losses.values()]
         self.is_spoilt = not any(finite)
         if self.is_spoilt and self.finished or config.eval_only and not all(finite):
             raise UserError(
