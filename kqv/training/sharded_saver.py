@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from kqv.errors import first_line
+from kqv.errors import first_line, reason_of
 from kqv.files import put_in_place, remove, sha256_of_file
 from kqv.formats.checkpoint import REST, previous_of, save
 from kqv.formats.sharded import METADATA, PARTS, first_cause
@@ -65,7 +65,7 @@ class ShardedSaver(Saver):
             try:
                 do(*arguments)
             except (OSError, RuntimeError) as error:
-                problem = [getattr(error, "strerror", None) or first_line(error)]
+                problem = [reason_of(error)]
         dist.broadcast_object_list(problem, group=self.world.saving)
         if problem[0]:
             raise RuntimeError(problem[0])

@@ -15,6 +15,6 @@ def shard_like(parameter, tensor):
     """This process's part of a full tensor if the parameter is sharded, else the tensor itself."""
     if not hasattr(parameter, "device_mesh"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import distribute_tensor  # slow import: only when sharding
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
