@@ -14,22 +14,16 @@ from kqv.files import replacing
 
 NEWEST = "ckpt.pt"
 
-
 PREVIOUS = "ckpt.prev.pt"  # what ckpt.pt was before
-
 
 BEST = "best.pt"  # of the lowest validation loss
 
-
 REST = "rest.pt"  # in the folder of a sharded model's checkpoint, see kqv/formats/sharded.py
-
 
 # Parts of names that are not the model's own: of torch.compile, DistributedDataParallel, FSDP, recomputation.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-
 MASKS = (".attn.bias", ".attn.masked_bias")  # not weights: old files carry the causal mask
-
 
 ONLY_TO_TRAIN = ("optimizer", "scaler")  # best.pt has all but these
 

@@ -11,9 +11,7 @@ from kqv.errors import UserError
 
 ARCHITECTURE = "GPT2LMHeadModel"  # the class in transformers
 
-
 LAYER_NORM_EPSILON = 1e-5  # nn.LayerNorm's default
-
 
 # Field of GPTConfig: keys of transformers' config.json for it, the usual one first, and what it is without.
 CONFIG_FIELDS = {
@@ -24,9 +22,7 @@ CONFIG_FIELDS = {
     "n_head": (("n_head", "num_attention_heads"), 12),
 }
 
-
 DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")  # three rates there, one here
-
 
 # What a config.json may set and our model never varies: (our value, other spellings of it).
 FIXED = {
@@ -40,10 +36,8 @@ FIXED = {
     "pruned_heads": (None, {}),
 }
 
-
 # OpenAI's code stores these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
 
 NOT_BIASED = ("wte.weight", "wpe.weight", "lm_head.weight")
 

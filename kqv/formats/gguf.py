@@ -27,12 +27,9 @@ from kqv.text.tokenizers import PATTERNS
 
 HELP = "a file for llama.cpp"
 
-
 SUFFIX = ".gguf"
 
-
 DTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-
 
 EXPORTED = "kqv.export"  # the file's first key says that a later export may replace the file
 

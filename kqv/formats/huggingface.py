@@ -21,34 +21,24 @@ from kqv.text.tokenizer import END
 
 HELP = "a Hugging Face folder"
 
-
 SUFFIX = ""  # of its name
-
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
 
 # Where weights may be, the best first: in one file, or in several that an index names.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
-
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-
 
 BESIDE = ("config.json", "generation_config.json", *tokenizer_reading.FILES)
 
-
 EXPORTED = "exported_by"  # this key in config.json says that a later export may replace the folder
 
-
 FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md")
-
 
 FILES += ("tokenizer.json", "tokenizer_config.json")
 

@@ -16,7 +16,6 @@ from kqv.text.tokenizers import PATTERNS
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
-
 # ChatTokenizer.encode_chat as a Jinja template.
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|system|>{% endif %}"

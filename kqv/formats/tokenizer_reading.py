@@ -17,28 +17,22 @@ from kqv.text.tokenizers import PATTERNS, ChatTokenizer
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 FILES += ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model")
 
-
 # The SHA-256 of GPT-2's pieces, one a line.
 GPT2_PIECES = "3a1f1c010d179f036be1992bc14b861e326341438633869c694dc4dccfe153d3"
-
 
 # Parts of a tokenizer.json that change ids and that our tokenizers don't have.
 UNSUPPORTED = ("normalizer", "byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
-
 # Keys of tokenizer_config.json that change ids if they are true.
 SWITCHES = ("add_prefix_space", "add_bos_token", "add_eos_token", "do_lower_case")
-
 
 # Classes of transformers that take a tokenizer.json as it is, and the one that cuts words in GPT-2's way
 # whatever the file says. Without a class it is the latter, since the model is a GPT-2.
 GENERAL = ("PreTrainedTokenizer", "TokenizersBackend")
 GPT2S = "GPT2Tokenizer"
 
-
 NAMES = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-
 
 FLAGS = (
     "lstrip",

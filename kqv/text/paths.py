@@ -12,7 +12,6 @@ from kqv.text.opening import COMPRESSED
 
 STDIN = "-"
 
-
 STANDARD_INPUT = "standard input"  # its name in messages
 
 

@@ -20,9 +20,7 @@ SPLITS = ("train", "val")
 
 META, NANOGPT_META = "meta.json", "meta.pkl"
 
-
 FORMAT = 2  # of meta.json
-
 
 AT_ONCE = 2**22  # ids, where a whole split is read
 

@@ -17,7 +17,6 @@ from kqv.errors import UserError
 
 END = "<|endoftext|>"  # the name of the separator
 
-
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -14,7 +14,6 @@ from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
 
 __all__ = ["PATTERNS", "bytes_of_letters"]  # what kqv.formats needs, too
 
-
 TOKENIZERS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
 
 

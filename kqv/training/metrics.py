@@ -13,7 +13,6 @@ from kqv.errors import UserError, first_line, warn
 
 METRICS = "metrics.jsonl"
 
-
 OLDER_METRICS = "metrics.prev.jsonl"  # of the run whose checkpoints a new one has not yet replaced
 
 
