@@ -3,7 +3,7 @@ How fast the project is here, as numbers and as fractions of what the machine co
 what a run on other machines would take.
 """
 
-if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+if __name__ == "__main__":  # before the imports, so that one that fails ends in one line
     from kqv.errors import run_command
 
     run_command(__file__)

@@ -1,6 +1,6 @@
 """A trained model for other programs: a Hugging Face folder, or a GGUF file for llama.cpp."""
 
-if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+if __name__ == "__main__":  # before the imports, so that one that fails ends in one line
     from kqv.errors import run_command
 
     run_command(__file__)
@@ -16,14 +16,15 @@ from kqv.formats.loading import WeightsSettings
 from kqv.formats.precision import require_numbers
 from kqv.settings import fill, read_given, refuse_unused, setting
 
-# A format is a module with HELP, SUFFIX, DTYPES, save(path, ...) and is_ours(path): may an export replace it?
+# A format is a module with HELP, SUFFIX, DTYPES, save(path, ...) and is_ours(path): whether an export may
+# replace that path.
 FORMATS = {"hf": huggingface, "gguf": gguf}
 DTYPES = {  # dtype: the formats that have it
     dtype: [name for name, other in FORMATS.items() if dtype in other.DTYPES]
     for format in FORMATS.values()
     for dtype in format.DTYPES
 }
-OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx")  # no names for what is written here
+OF_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".onnx")  # endings of other formats' files
 SPECIAL = [f"{dtype}: {' or '.join(names)} alone" for dtype, names in DTYPES.items() if names != [*FORMATS]]
 
 

@@ -1,10 +1,10 @@
 """
-A GPT, whole, in one file: the architecture of GPT-2 (Radford et al. 2019), to read from top to bottom.
+The whole GPT in one file, to read from top to bottom. The architecture is GPT-2's (Radford et al. 2019).
 
-Tokens go in as ids; out come, for every position, V numbers (logits) that say how likely each id is to come
-next. On the way each token is a vector of C channels, its place in the *residual stream*. Every block reads
-the stream and adds to it twice: attention lets tokens look at the tokens before them, the MLP lets each token
-think about what it has seen.
+The input is token ids. The output is, for every position, V numbers (logits): how likely each id is to come
+next. In between each token is a vector of C channels, its place in the *residual stream*. Every block reads
+the stream and adds to it twice: attention lets tokens look at the tokens before them, the MLP computes on
+each token by itself.
 
     idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
@@ -12,7 +12,7 @@ Training compares the logits with the tokens that did come next (`next_token_los
 token from them, again and again, with a `KVCache`.
 
 Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary,
-S slots of the cache that are looked at.
+S slots of the cache that tokens look at.
 """
 
 import math
@@ -188,11 +188,11 @@ class GPT(nn.Module):
 
     def hidden(self, idx, positions=None, cache=None):
         """
-        idx (B, T) token ids -> the residual stream behind the last block, normalised (B, T, C).
+        idx (B, T) token ids -> the residual stream after the last block, normalised (B, T, C).
 
-        Without more, each row is one text from its beginning. With `positions` (B, T), each token's place in
-        its own example, a row holds several examples side by side, and no token looks beyond its example.
-        With a `cache`, each row goes on with the text that the cache holds of it.
+        By default each row is one text from its beginning. `positions` (B, T) are for rows that hold several
+        examples side by side: each token's place in its own example. No token looks at another example. With
+        a `cache`, each row continues the text that the cache holds for it.
 
         Raises ValueError for more than block_size tokens, or for both `positions` and a `cache`.
         """
@@ -219,16 +219,16 @@ class GPT(nn.Module):
     @classmethod
     def from_weights(cls, config, weights, copy=True):
         """
-        A GPT with the given weights {parameter name: tensor}, to use, not to train: without dropout, until
-        `train` is called. Without `copy` it shares the memory of those that are float32.
+        A GPT with the given weights {parameter name: tensor}, in evaluation mode: without dropout. Without
+        `copy` it shares the memory of the weights that are float32.
 
-        Raises ValueError where they don't fit.
+        Raises ValueError where the weights don't fit the config.
         """
         blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
         if len(blocks) != config.n_layer:
             raise ValueError(f"n_layer is {config.n_layer}, but there are weights of {len(blocks)} blocks")
         try:
-            with torch.device("meta"):  # names and shapes only: memory is taken by weights that are there
+            with torch.device("meta"):  # names and shapes only: the weights take the place of these
                 model = cls(config)
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
@@ -261,7 +261,7 @@ class GPT(nn.Module):
                 f"block_size={block_size} is not within 1 to {self.config.block_size}, what the model has"
             )
         self.config = replace(self.config, block_size=block_size)
-        kept = self.transformer.wpe.weight[:block_size].detach().clone()  # a view would save it whole
+        kept = self.transformer.wpe.weight[:block_size].detach().clone()  # a view is saved with its base
         self.transformer.wpe.weight = nn.Parameter(kept)
         self.transformer.wpe.num_embeddings = block_size
 
@@ -303,7 +303,7 @@ def next_token_loss(x, head, targets, vocab_size=None):
 
     It is the mean cross-entropy in nats: -log of the probability that the model gave to the right id. A model
     that knows nothing gives every id 1/V, which is a loss of log V. Rows of `head` from `vocab_size`
-    on stand for no id, and have no part in the probabilities.
+    on stand for no id: the softmax leaves them out.
     """
     logits = F.linear(x, head)[:, :vocab_size]  # (N, C) @ (C, V) -> (N, V)
     return F.cross_entropy(logits, targets, ignore_index=-1)
@@ -311,9 +311,9 @@ def next_token_loss(x, head, targets, vocab_size=None):
 
 class NextToken(nn.Module):
     """
-    A GPT with its loss, which is what training computes. `loss` may be any function that computes what
-    `next_token_loss` does; a faster one is kqv/training/loss.py's. `vocab_size` is the tokenizer's number of
-    ids, where the GPT has more rows than that: the others pad its matrix.
+    A GPT with its loss, which is what training computes. `loss` is a function with the arguments and result
+    of `next_token_loss`; the one in kqv/training/loss.py needs less memory. `vocab_size` is the tokenizer's
+    number of ids, if the embedding has more rows: the last ones are padding.
     """
 
     def __init__(self, gpt, loss=next_token_loss, vocab_size=None):
@@ -322,8 +322,8 @@ class NextToken(nn.Module):
 
     def forward(self, idx, targets, positions=None):
         """
-        idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1. (Nor -100, as
-        Hugging Face's data has it, where it is not compiled.)
+        idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1. Where this is
+        not compiled, other negative targets count as -1 too, such as the -100 of Hugging Face's data.
         """
         if not torch.compiler.is_compiling():
             targets = targets.clamp(min=-1)
@@ -361,7 +361,7 @@ class KVCache(nn.Module):
 
     Rows may hold texts of different lengths: `length` (B,) counts the tokens of each. Slots past a row's
     length hold garbage; the mask hides them until they are overwritten. Tokens look at the first `span`
-    slots, by default all; less is faster, and right as long as the longest row fits.
+    slots, by default all. A smaller span is faster, and correct as long as the longest row fits in it.
     """
 
     def __init__(self, config, batch_size, slots=None, device=None, dtype=None):
@@ -376,11 +376,11 @@ class KVCache(nn.Module):
     def place(self, T):
         """
         Add T tokens to each row -> their positions (B, T), and the mask (B, 1, T, S): a token may look at
-        every slot up to its own. Where the T tokens fill the span, they are the first, and the mask is None,
-        the causal triangle.
+        every slot up to its own. Where the T tokens fill the span, no tokens are before them, and the mask is
+        None: the causal triangle.
 
-        Raises ValueError where a row has no room for them. (Not on a GPU, nor compiled, where looking at
-        `length` would wait for the device: there an index is out of bounds.)
+        On a CPU and not compiled, raises ValueError where a row has no room for them. Elsewhere that check
+        would wait for the device: there, the write to the cache has an index out of bounds.
         """
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         if self.length.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -1,6 +1,6 @@
 """Text -> token files: what `train.py` reads, in data/<name>."""
 
-if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+if __name__ == "__main__":  # before the imports, so that one that fails ends in one line
     from kqv.errors import run_command
 
     run_command(__file__)
@@ -17,7 +17,7 @@ from kqv.text import dataset, documents, encoding, learning, names, sources, tok
 from kqv.text.built_in import BUILT_IN
 from kqv.text.tokenizers import TOKENIZERS
 
-RULES = 2  # how text is read; a set that was made by other rules is made again
+RULES = 2  # the version of how text is read; a set of another version is made again
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ Turn text into the token files that train.py reads, in data/<name>. A SOURCE is
 {sources.listing()}
 
 A row of a table or an object of JSON has a text; or it is a conversation, with messages, or with a prompt and
-its completion. Of conversations, the answers are learnt. Several sources make one set, which needs a --name.
-Line ends \\r\\n and \\r become \\n. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+its completion. Only the answers of a conversation are learnt. Several sources make one set, which needs a
+--name. Line ends \\r\\n and \\r become \\n. Text is in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
 The --tokenizer is
 
 {tokenizers.listing()}
 
-Stopped at any moment, the same command goes on with what was finished.
+If it was stopped, the same command goes on from what was finished.
 """
 
     sources: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def main(argv):
 
 
 def read_settings(argv):
-    """The settings; where a built-in set has some of its own, these are the defaults. Raises UsageError."""
+    """The settings. The defaults are those of the built-in set, if it has its own. Raises UsageError."""
     given = read_given(PrepareSettings, argv)
     config = fill(PrepareSettings, given)
     if config.val and "val_fraction" in given:
@@ -119,7 +119,7 @@ def find_tokenizer(name):
 
 
 def is_prepared(folder, about, source):
-    """Whether the folder has this very set, whole."""
+    """Whether the folder has exactly this set, complete."""
     try:
         dataset.Dataset(folder)
         meta = json.loads((folder / token_files.META).read_text("utf-8"))

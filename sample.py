@@ -2,7 +2,7 @@
 Text from a trained model: continuations, answers, a conversation. With --evaluate its loss on a prepared set.
 """
 
-if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+if __name__ == "__main__":  # before the imports, so that one that fails ends in one line
     from kqv.errors import run_command
 
     run_command(__file__)
@@ -29,7 +29,7 @@ OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "compile")
 
-UNUSED = (  # settings, when they mean nothing, and that in words
+UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
     (("dataset", "max_examples", "bleu"), lambda c: not c.evaluate, "without --evaluate=train or val"),
     (("chat", "system", "unknown", *OF_TEXTS), lambda c: c.evaluate, "with --evaluate, which reads a set"),
     (OF_DRAWING, lambda c: c.evaluate, "with --evaluate, where answers are the likeliest"),
@@ -49,8 +49,8 @@ class SampleSettings(
     """
     usage: python sample.py [config.py ...] [--name=value ...]
 
-    Print text from a trained model. A checkpoint is all it needs. One that was trained on conversations
-    answers: what it is to continue is what the user says.
+    Print text from a trained model. A checkpoint is all it needs. A model that was trained on conversations
+    answers: the text to continue is then the user's message.
     """
 
 

@@ -1,6 +1,6 @@
 """The training run: batches -> steps -> evaluation -> checkpoints -> logs."""
 
-if __name__ == "__main__":  # before the imports: one that fails ends in one line, too
+if __name__ == "__main__":  # before the imports, so that one that fails ends in one line
     from kqv.errors import run_command
 
     run_command(__file__)
@@ -70,7 +70,7 @@ class TrainSettings(
 def main(argv):
     given = read_given(TrainSettings, argv)
     config = fill(TrainSettings, given)
-    if not config.eval_only:  # nobody need read what a run of days prints
+    if not config.eval_only:  # a long run goes on where nobody reads its output
         errors.output_may_be_lost()
     # Handlers outlive the process group, which may still report a lost rank.
     with StopSignals() as stop, join_world(config) as world, own_folder(config, world):
@@ -142,8 +142,8 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
 
 def set_up(config, given, start_checkpoint, world):
     """
-    The run that `config` describes, of whose settings some were `given`, from the contents of the checkpoint
-    that it starts from; None: from scratch. The contents are emptied, since the run holds them now.
+    The TrainingRun that `config` describes. `given` has the settings that the user gave. `start_checkpoint`
+    has the contents of the checkpoint to start from, None: from scratch. It is emptied: the run has copies.
     """
     require_divisible(config, world)
     device = world.device.type if world.size > 1 else str(world.device)

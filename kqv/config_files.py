@@ -13,9 +13,9 @@ PLAIN = (bool, int, float, str)
 
 def read_config_file(path, known):
     """
-    The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are its own.
-    `known` holds the names of all settings. Raises UsageError, also where the file sets none, or seems to set
-    one in a way that has no effect.
+    The plain values that a config file leaves behind, as {name: value}. Names that begin with _ are private
+    to the file. `known` holds the names of all settings. Raises UsageError, also where the file sets none, or
+    seems to set one in a way that has no effect.
     """
     source = read_source(path)
     try:
@@ -43,7 +43,7 @@ def read_config_file(path, known):
 
 
 def require_config_file(path, types_of):
-    """Raise UsageError where there is no file to read settings from, with what its name may stand for."""
+    """Raise UsageError where there is no file to read settings from, with what the user may have meant."""
     if os.path.exists(path) and not os.path.isdir(path):
         return
     folder, name = os.path.split(path.rstrip("/"))
@@ -106,8 +106,8 @@ def require_effect(tree, path, known):
 
 def set_elsewhere(node, place=None):
     """
-    The names that are assigned in classes, in functions, and under `if __name__ == ...`, which do not run, as
-    (name, line, place); but not in what the file calls its own.
+    Names whose assignment sets nothing, as (name, line, place): those assigned in a class or a function, or
+    under `if __name__ == ...`. Classes and functions that are private (_name) are left out.
     """
     if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
         if node.name.startswith("_"):

@@ -1,7 +1,8 @@
 """
 What a user sees when something is wrong: one line that names the value and the way out, never a traceback.
 
-It is imported before all else, and Ctrl-C meanwhile prints a traceback: so what few need is imported late.
+This module is imported first, and Ctrl-C during that import prints a traceback. To keep it short, modules
+that are rarely needed are imported inside functions.
 """
 
 import os
@@ -36,8 +37,8 @@ class OutputLost(UserError):
 
 class Output:
     """
-    A text stream whose reader may go, and whose disk may fill. Where the output is `needed`, a write that
-    fails raises OutputLost; where it is not, the text is dropped. `lost` is the first error.
+    A text stream that may fail, because its reader has ended or its disk is full. If the output is `needed`,
+    a write that fails raises OutputLost; else the text is dropped. `lost` is the first error.
     """
 
     def __init__(self, stream, needed):
@@ -67,8 +68,8 @@ class Output:
 
 def run_command(path):
     """
-    Run the command in the file at `path`, its imports and its `main(argv)`, and exit. It stands before a
-    command's imports: so an import that fails, and Ctrl-C meanwhile, end in one line too.
+    Run the command in the file at `path`, its imports and its `main(argv)`, and exit. A command
+    calls this before its imports, so that an import that fails, or Ctrl-C during one, ends in one line too.
     """
     run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
     if not hasattr(sys, "ps1"):  # not in a notebook, which goes on
@@ -79,7 +80,7 @@ def run_command(path):
 
 
 def working_folder():
-    """The working folder. Raises UserError where it has been deleted, on which libraries end in many ways."""
+    """The working folder. Raises UserError where it has been deleted: libraries fail then in many ways."""
     try:
         return os.getcwd()
     except FileNotFoundError:
@@ -87,7 +88,7 @@ def working_folder():
 
 
 def load(path):
-    """The module in the file at `path`, which a copy of a command under another name may be, too."""
+    """The module in the file at `path`, which may be a copy of a command under another name."""
     import importlib.util
 
     name = os.path.basename(path).removesuffix(".py")
@@ -173,8 +174,8 @@ def not_importable(error):
 
 def open_streams():
     """
-    Make the standard streams ready for any text. One that was closed (`>&-`) leads nowhere from now on: else
-    the next file that is opened would get its number, and with it what is printed.
+    Make the standard streams ready for any text. One that was closed (`>&-`) becomes the null device:
+    else the next file that is opened would get its number, and what is printed would go into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -191,7 +192,7 @@ def open_streams():
 
 
 def discard(stream):
-    """What `stream` holds and can't write goes nowhere: the interpreter tries once more when it ends."""
+    """Drop what `stream` holds and can't write: else the interpreter tries to write it again when it ends."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     except (OSError, ValueError):  # no file is behind it

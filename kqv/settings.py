@@ -52,7 +52,7 @@ def refuse_unused(table, config, given):
 
 
 def refuse(given, names, reason):
-    """Raise UsageError where one of the settings was given. (One that is False is used: it is off.)"""
+    """Raise UsageError where one of the settings was given. (A given False is accepted.)"""
     for name in names:
         if name in given and given[name].value is not False:
             raise UsageError(f"{given[name]} means nothing {reason}: leave it out")
@@ -102,8 +102,9 @@ def read_given(cls, argv):
 
 def fill(cls, given, saved=None):
     """
-    An instance of `cls` with {name: Given}, and defaults for the rest; `saved`, {name: value}, replaces
-    defaults (a checkpoint's settings on resume); None replaces none. Raises UsageError.
+    An instance of `cls` with {name: Given}, and defaults for the rest. `saved`, {name: value}, replaces
+    defaults (a checkpoint's settings on resume); a saved None is ignored where the default is None. Raises
+    UsageError.
     """
     types_of = typing.get_type_hints(cls)
     types_of.pop(positional_name(cls), None)
@@ -218,7 +219,7 @@ def require_no_setting(argument, types_of):
 def check_bounds(field, value):
     """Raise UsageError for a value outside the bounds of its setting."""
     at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
-    if at_least is not None and not value >= at_least:  # which NaN is not either
+    if at_least is not None and not value >= at_least:  # `not`, since NaN fails every comparison
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")
     if below is not None and not value < below:
         raise UsageError(f"{field.name} is {value}, but it must be below {below}")
@@ -255,9 +256,9 @@ def docstring(cls):
 
 def group(name, title, source, without=(), at_least=1, **defaults):
     """
-    A settings group made of another dataclass's fields, which are Annotated[type, "help"], so that a field
-    that is added there is a setting here: all of `source` but `without`, with `defaults` in place of its own.
-    A whole number must be `at_least` that.
+    A settings group made of the fields of another dataclass, `source`, which are Annotated[type, "help"]. So
+    a field that is added there is a setting here. Fields in `without` are left out; `defaults` replace those
+    of the source. `at_least` is the lower bound of whole numbers.
     """
     fields = []
     for field in dataclasses.fields(source):

@@ -7,9 +7,8 @@ import typing
 
 from kqv.errors import UsageError
 
-HYPHENS = str.maketrans(
-    dict.fromkeys("‐‑‒–—―−﹘﹣－", "-")
-)  # signs that web pages and word processors put in the place of -
+# Signs that web pages and word processors put in the place of -
+HYPHENS = str.maketrans(dict.fromkeys("‐‑‒–—―−﹘﹣－", "-"))
 
 
 def convert(name, value, kind, where, from_text=False):
@@ -108,12 +107,12 @@ def expand_home(path):
 
 def as_utf8(text):
     """
-    An argument, or a tuple of them, as the text that its bytes are in UTF-8: in a locale of ASCII alone,
-    Python reads the bytes of other characters as surrogates.
+    An argument, or each of a tuple of them, read as UTF-8. In an ASCII locale, Python turns each byte of
+    other characters into a surrogate; this turns them back.
     """
     if isinstance(text, tuple):
         return tuple(map(as_utf8, text))
     try:
         return os.fsencode(text).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in text) else text
-    except UnicodeError:  # it is no UTF-8: whoever reads it says so
+    except UnicodeError:  # not UTF-8: the code that uses the text reports it
         return text

@@ -40,7 +40,7 @@ class WeightsSettings:
     )
 
 
-UNUSED = (  # settings of these, when they mean nothing, and that in words
+UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
     (("out_dir", "checkpoint"), lambda c: c.init_from != "resume", "with --init_from, which names weights"),
     (("out_dir",), lambda c: c.checkpoint not in ("best", "newest"), "with --checkpoint=PATH"),
 )
@@ -68,7 +68,7 @@ def load(path, mapped=False):
 
 
 def load_file(path, mapped):
-    """The same of the file or folder `path` alone."""
+    """As `load`, but of `path` alone: ckpt.prev.pt does not take its place."""
     if (path / REST).is_file():
         contents = load_folder(path)
     else:
@@ -157,11 +157,11 @@ def without_padding(gpt, vocab_size):
 @torch.no_grad()
 def with_end(gpt):
     """
-    The GPT with one id more, the last, which is as good as impossible: for programs that need an id that ends
-    a text, or fills up the texts of a batch, where the tokenizer has none.
+    The GPT with one more id, the last, whose probability is almost 0: for programs that need an id that ends
+    a text or pads the texts of a batch, where the tokenizer has none.
 
-    The id's row of the embedding is found by least squares: after random ids, its logit is to be -100. So the
-    probabilities of the other ids stay what they are.
+    The id's row of the embedding is the least-squares solution for a logit of -100 after random ids. So the
+    probabilities of the other ids stay the same.
     """
     T, C = gpt.config.block_size, gpt.config.n_embd
     random = torch.Generator().manual_seed(0)
