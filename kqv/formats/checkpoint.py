@@ -20,7 +20,7 @@ BEST = "best.pt"  # of the lowest validation loss
 
 REST = "rest.pt"  # in the folder of a sharded model's checkpoint, see kqv/formats/sharded.py
 
-# Parts of names that are not the model's own: of torch.compile, DistributedDataParallel, FSDP, recomputation.
+# Parts of weights' names that wrappers add: torch.compile, DistributedDataParallel, FSDP, recomputation.
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 MASKS = (".attn.bias", ".attn.masked_bias")  # not weights: old files carry the causal mask
@@ -30,8 +30,8 @@ ONLY_TO_TRAIN = ("optimizer", "scaler")  # best.pt has all but these
 
 def save(path, contents):
     """
-    Write `contents`, a dict of tensors and plain values, to the file `path`. A crash at any moment leaves the
-    file as it was before or as it is to be. torch.save stores a CRC-32 of every record, which `read` checks.
+    Write `contents`, a dict of tensors and plain values, to the file `path`. After a crash at any moment the
+    file is the old one or the new one, whole. torch.save stores a CRC-32 of every record; `read` checks it.
     """
     path = Path(path)
     with replacing(path, previous_of(path)) as beside, open(beside, "wb") as file:

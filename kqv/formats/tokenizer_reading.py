@@ -34,11 +34,8 @@ GPT2S = "GPT2Tokenizer"
 NAMES = tuple(f"{part}_token" for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 LISTS = ("additional_special_tokens", "extra_special_tokens")
 
-FLAGS = (
-    "lstrip",
-    "rstrip",
-    "single_word",
-)  # of an added token: they take spaces along, or look at neighbours
+# Of an added token: it takes spaces along, or looks at its neighbours.
+FLAGS = ("lstrip", "rstrip", "single_word")
 
 
 class Foreign(Exception):
@@ -147,7 +144,7 @@ def name_of(token):
 
 
 def ends_of(folder, config):
-    """What may end a text, ids and names, the first to be believed first."""
+    """What may end a text, as ids or names, the most reliable first."""
     found = [
         json_of(folder, "generation_config.json").get("eos_token_id"),
         config.get("eos_token_id", 50256),
@@ -280,9 +277,9 @@ def base_definition(words, names, merges):
 
 def require_whole(names, merges):
     """
-    Raise Foreign unless the merges, in their order, make each piece from its letters. Then it does not matter
-    that a list of merges has one way to a piece, where ours merge any two neighbours that are a piece: a text
-    never has two neighbours that are a piece and no merge.
+    Raise Foreign unless the merges, in their order, make each piece from its letters. transformers merges the
+    listed pairs only; our tokenizers merge any two neighbours that together are a piece. Where each piece can
+    be made, no text has two such neighbours without a merge, so both give the same ids.
     """
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     for name in names:

@@ -56,7 +56,7 @@ class Conversation:
                 return
 
     def read(self, text):
-        """The text to continue where `text` was typed, and its ids. Raises UserError where there are none."""
+        """(text to continue, its ids) where the user typed `text`. Raises UserError without any ids."""
         self.turn += 1
         text = completed(text, self.writer.tokenizer)
         return text, self.prompt(text)
@@ -95,7 +95,7 @@ class Conversation:
 
 
 def remembered(pieces, said):
-    """The same pieces; each that was given is also in the list `said`."""
+    """Pass the pieces on, and append each to the list `said`."""
     for piece in pieces:
         said.append(piece)
         yield piece

@@ -22,7 +22,7 @@ COMPILE_FROM = 2000  # decoding steps from which compiling saves more time than 
 
 
 def compiling_pays(batches, device, gpt, config):
-    """Whether so much is to be written that compiling saves more time than it takes."""
+    """Whether there are so many tokens to write that compiling saves more time than it takes."""
     if len(batches) * config.max_new_tokens < COMPILE_FROM:
         return False
     return device.type == "cuda" or (device.type == "cpu" and is_large(gpt) and has_compiler())
@@ -75,14 +75,15 @@ def compiled_for_decoding(gpt):
 def decode(gpt, cache, tokens, sampler, *inputs):
     """
     Read the newest token of each row, (B, 1) -> the tensors that `sampler` makes of the logits (B, V). A
-    sampler says -1 where it has no token; that is read as id 0, because the host may not know it yet.
+    sampler returns -1 for a row whose logits are not finite. That is read as id 0 here, since the host may
+    not have seen it yet.
     """
     return sampler(gpt(tokens.clamp(min=0), cache=cache)[:, 0].float(), *inputs)
 
 
 @contextmanager
 def evaluating(gpt):
-    """Within this context a GPT drops nothing out; then its modules are in the modes in which they were."""
+    """A context without dropout. At its end, each module is in the mode that it had before."""
     in_training = [module for module in gpt.modules() if module.training] if gpt.training else []
     for module in in_training:
         module.training = False
@@ -95,7 +96,7 @@ def evaluating(gpt):
 
 class Engine:
     """
-    Runs a GPT: plain, or compiled, which pays for many tokens. A GPT in training mode drops nothing out here.
+    Runs a GPT: plain, or compiled, which pays for many tokens. Dropout is off, also in training mode.
 
     Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step. A graph
     needs the same shapes and addresses again, so the cache always has block_size slots, and lengths are

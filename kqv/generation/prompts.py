@@ -71,9 +71,9 @@ def decode_utf8(content, name):
 
 def completed(text, tokenizer):
     """
-    The text that is continued where the user gave `text`. Of an empty one that is a newline, or where the
-    tokenizer has none its first character; a message to a model of conversations may be empty. The newline
-    that ends a file is left out where the tokenizer has none.
+    The text that the model continues where the user gave `text`. An empty text becomes a newline, or the
+    tokenizer's first character where it has no newline. An empty message to a model of conversations stays
+    empty. Where the tokenizer has no newline, one at the end of the text is removed.
     """
     has_newline = tokenizer.encode("\n", "skip").size > 0
     if not has_newline:
@@ -96,9 +96,9 @@ def encode_prompt(text, tokenizer, config, history=()):
 
 def fitted(texts, prompts, tokenizer, config, block_size):
     """
-    What the model reads of prompts, lists of ids, whose texts are `texts`. Of a prompt that is longer than
-    block_size that is the end; of a conversation, what comes before the last message and the end of that,
-    with room for an answer. One warning says that something is left out.
+    The ids that the model reads of each prompt, a list of ids; `texts` are the prompts' texts. Of a prompt
+    that is longer than block_size, it reads the end. Of such a conversation, it reads what comes before the
+    last message, and the end of that message, with room for an answer. One warning tells of all of them.
 
     Raises UserError for a prompt without a token, or where --system leaves no room for a message.
     """
@@ -119,7 +119,7 @@ def fitted(texts, prompts, tokenizer, config, block_size):
 
 
 def end_of(ids, tokenizer, config, block_size, shown):
-    """What `fitted` gives of one prompt, which is `shown` in errors."""
+    """`fitted` for one prompt. `shown` is its name in errors."""
     if not ids:
         raise UserError(
             f"the prompt {shown} has 0 tokens, but the model continues at least 1: give a --start"
@@ -139,7 +139,7 @@ def end_of(ids, tokenizer, config, block_size, shown):
 
 
 def room_for_answer(config, block_size):
-    """The tokens of the context that a long conversation leaves free: what may be said, or a quarter."""
+    """How many tokens stay free for the answer to a long conversation: at most a quarter of the context."""
     return min(config.max_new_tokens, block_size // 4)
 
 

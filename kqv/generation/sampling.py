@@ -102,7 +102,7 @@ class Sampler(nn.Module):
     def forward(self, logits, uniform):
         """
         logits (B, V), uniform (B, 1) -> ids (B, 1); the id is -1 where the logits of a row are not finite,
-        so that whoever looks at the ids learns it without another copy from the device. With
+        so that the host learns it from the ids, without another copy from the device. With
         sampling.logprobs also their log-probabilities (B, 1), the ids of the 5 likeliest tokens (B, 5) and
         the log-probabilities of those (B, 5).
         """

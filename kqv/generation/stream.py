@@ -16,8 +16,8 @@ from kqv.generation.sampling import PLAIN, Sampler, not_finite, uniforms
 def lists_of_ids(texts, vocab_size):
     """
     Texts as a user of Python gives them, lists, arrays or tensors (T,) of ids -> lists of ids. Raises
-    TypeError for what is no text of ids, ValueError for a text without a token or with an id that the model
-    does not know.
+    TypeError for what is not a list of ids, ValueError for a text without a token or with an id that the
+    model does not know.
     """
     found = []
     for number, text in enumerate(texts):

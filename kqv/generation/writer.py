@@ -149,6 +149,6 @@ class Writer:
 
 
 def with_newlines(stops):
-    """The strings; of one with \\n or \\t, as people type them in a shell, also what these stand for."""
+    """The stop strings. One with a typed \\n or \\t is there twice: as typed, and with a newline or tab."""
     meant = (stop.replace("\\n", "\n").replace("\\t", "\t") for stop in stops)
     return tuple(dict.fromkeys((*stops, *meant)))

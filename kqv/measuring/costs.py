@@ -96,9 +96,9 @@ def block_activations(job):
 @functools.lru_cache(maxsize=64)
 def sequence_activations(shape, itemsize, norm_itemsize):
     """
-    Bytes that autograd keeps of a block for each sequence: of two sequences, less of one, so that weights and
-    autocast's copies of them do not count. The block runs on tensors without numbers, with the fused
-    attention (Dao et al. 2022).
+    Bytes that autograd keeps of a block for each sequence: what two sequences keep, minus what one keeps. So
+    weights and autocast's copies of them do not count. The block runs on tensors without numbers, with the
+    fused attention (Dao et al. 2022).
     """
     dtypes = {2: torch.bfloat16, 4: torch.float32}
 

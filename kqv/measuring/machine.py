@@ -66,7 +66,7 @@ class Machine:
 
 
 def reset_peak_memory(device):
-    """Let peak_memory begin anew."""
+    """Let `peak_memory` count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():

@@ -9,14 +9,8 @@ from pathlib import Path
 
 from kqv.training.start import ARCHITECTURE
 
-PASSED_ON = (
-    *ARCHITECTURE,
-    "dataset",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "activation_checkpointing",
-)
-PASSED_ON += ("device", "dtype", "compile")
+PASSED_ON = (*ARCHITECTURE, "dataset", "batch_size", "gradient_accumulation_steps")
+PASSED_ON += ("activation_checkpointing", "device", "dtype", "compile")
 
 
 def measure_start_up(settings, script):

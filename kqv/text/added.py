@@ -10,8 +10,8 @@ from kqv.text.tokenizer import Tokenizer
 
 class AddedTokenizer(Tokenizer):
     """
-    Another tokenizer, `base`, and `words` {text: id}: each is one id wherever a text has it, even inside of a
-    longer word. Of words that begin at the same place, the longest counts. The text between them is the
+    Another tokenizer, `base`, and `words` {text: id}: each is one id wherever it is in a text, even inside of
+    a longer word. Of words that begin at the same place, the longest counts. The text between them is the
     base's. Hugging Face calls such words added tokens that are not special.
 
     A word that the base has as one id keeps that id; the others have ids after those of the base.

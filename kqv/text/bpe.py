@@ -140,9 +140,8 @@ class BPETokenizer(TiktokenTokenizer):
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         words = pre_tokenizers.Split(Regex(cls.pattern), "isolated")
         learner = Tokenizer(models.BPE())
-        short = pre_tokenizers.Split(
-            Regex(r"[\s\S]{1,64}"), "isolated"
-        )  # a long run of one letter would take minutes
+        # A long run of one letter would take minutes.
+        short = pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated")
         learner.pre_tokenizer = pre_tokenizers.Sequence([words, short, byte_level])
         letters = byte_level.alphabet()  # one printable character for each byte
         trainer = trainers.BpeTrainer(

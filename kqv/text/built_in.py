@@ -74,7 +74,7 @@ def speeches(markdown):
 
 
 def tiny_shakespeare():
-    """Karpathy's tiny Shakespeare (1.1 MB), one document: the file that the field compares on."""
+    """Karpathy's tiny Shakespeare (1.1 MB), one document: results are usually compared on it."""
     return [cached("tinyshakespeare.txt", download_tiny_shakespeare).read_text("utf-8")]
 
 

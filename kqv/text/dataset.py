@@ -32,8 +32,8 @@ class Dataset:
 
     def __init__(self, name):
         """
-        Open `data/<name>`, or the folder `name` where that is a path. Raises UserError where it is no whole
-        set.
+        Open `data/<name>`, or the folder `name` where that is a path. Raises UserError where the set is not
+        complete.
         """
         if not name:
             raise UserError("no set is named: --dataset=NAME, of a folder in data")
@@ -147,8 +147,8 @@ class Dataset:
         is random in it (dropout). The same arguments always give the same result.
 
         order="random" draws windows with replacement. "epoch" takes every window once before any comes
-        again, in a new order each time; `before` is how many the steps before have taken, if not as many each
-        as this one.
+        again, in a new order each time; `before` is how many windows the steps before have taken, if not each
+        as many as this one.
         """
         windows, random = self.training_windows(
             batch_size, block_size, seed, step, index, order, micro_batches, before

@@ -39,7 +39,7 @@ class Writer:
         }
         require_no_dangling_link(folder)
         self.new.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.new / "lock", "w")  # until this process ends or leaves
+        self.lock = open(self.new / "lock", "w")  # held until `leave`, or until this process ends
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

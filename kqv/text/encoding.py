@@ -1,8 +1,8 @@
 """
 Text -> token files, in parts and on all cores.
 
-A source's pieces are collected to units of about a megabyte, which are encoded by many processes, and units
-to parts of about 256 MB, which a stopped run need not make again.
+A source's pieces are collected into units of about a megabyte, which many processes encode. Units are
+collected into parts of about 256 MB. A run that was stopped does not make finished parts again.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from kqv.text.tokenizers import from_json
 
 PART = 2**28  # bytes of text in a part
 
-BEFORE_WORKERS = 8  # units that are encoded in less time than other processes need to start
+BEFORE_WORKERS = 8  # so many units are encoded sooner than other processes start
 
 
 def write_set(folder, source, tokenizer, about, unknown="error", workers=0):
@@ -160,7 +160,7 @@ def encoded(items, kept, tokenizer, unknown, workers):
         ) from None
     finally:
         if pool:
-            with control_c_held_back():  # a second one would leave processes that just start without a parent
+            with control_c_held_back():  # a second Ctrl-C would leave starting processes without a parent
                 pool.shutdown(cancel_futures=True)
 
 
@@ -205,7 +205,7 @@ def start_workers(count, tokenizer, unknown):
 
 @contextmanager
 def control_c_held_back():
-    """Ctrl-C comes after the block. A process that is started in it leaves Ctrl-C to its parent for ever."""
+    """Delay Ctrl-C to the end of the block. A process that is started in the block never receives Ctrl-C."""
     came = []
     handler = signal.signal(signal.SIGINT, lambda *_: came.append(True))  # another thread may get the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a new process inherits

@@ -1,6 +1,6 @@
 """
 A wheel of the Python package index: by pip where there is one, else from the index that pip or uv would ask,
-over HTTP. What comes is not checked here.
+over HTTP. The caller checks the content.
 """
 
 import base64
@@ -28,7 +28,7 @@ USUAL_INDEX = "https://pypi.org/simple"
 
 
 class NotFetched(Exception):
-    """Why one way to fetch a wheel led nowhere."""
+    """One way to fetch a wheel failed; the message says why."""
 
 
 def fetch(requirement, sha256):
@@ -97,14 +97,14 @@ def normalized(project):
 
 
 def read(url, index=""):
-    """(content, address that it came from) of a URL; the password of the `index` is one for its host."""
+    """(content, address that it came from) of a URL. A password in the URL `index` is for its host."""
     shown, parts, index = without_password(url), urlsplit(url), urlsplit(index)
     password = password_for(index if index.hostname == parts.hostname else parts)
     is_folder = parts.scheme == "file" and shown.endswith("/")
     try:
         request = urllib.request.Request(f"{shown}index.html" if is_folder else shown)
         request.add_header("Accept", "text/html, */*;q=0.1")
-        if password:  # for this host alone, not for one that it sends us to
+        if password:  # for this host alone, not for one that it redirects to
             text = base64.b64encode(password.encode()).decode()
             request.add_unredirected_header("Authorization", f"Basic {text}")
         with urllib.request.urlopen(request, timeout=30, context=certificates()) as answer:
@@ -141,7 +141,7 @@ def without_password(url):
 
 
 def indexes():
-    """The indexes that uv and pip are told to use, by the environment or their files; the usual one else."""
+    """The indexes that uv and pip use, by the environment or their files; without any, the usual one."""
     environment = os.environ.get
     uv, pip = uv_files(), pip_files()
     first = [environment("UV_DEFAULT_INDEX"), environment("UV_INDEX_URL"), environment("PIP_INDEX_URL")]

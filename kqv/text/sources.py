@@ -21,7 +21,7 @@ from kqv.text.built_in import BUILT_IN
 from kqv.text.file_formats import FORMATS, format_of
 from kqv.text.paths import STANDARD_INPUT, STDIN, files_of, unreadable
 
-FEW = 100  # so many text files are cut in two each; of more, each is in one split as a whole
+FEW = 100  # of fewer text files, each is cut into train and val; of more, each is in one split
 
 
 class Piece(NamedTuple):
@@ -65,7 +65,7 @@ class Source:
         known = self.paths and not from_hub
         self.size = sum(self.status(path).st_size for path in self.paths) if known else None
         self.position = 0
-        self.lowest, self.highest = 1.0, 0.0  # val_fraction from which on some is in val, and all
+        self.lowest, self.highest = 1.0, 0.0  # val_fraction from which some text is in val; from which all is
         self.has_joints = False  # whether a newline was missing between two documents
         self.has_other_line_ends = False  # whether one that was read was no newline
 
@@ -193,7 +193,7 @@ class Source:
         return "val" if number < self.val_fraction * 2**64 else "train"
 
     def remedy(self):
-        """What gives both splits some text, once all was read, in words."""
+        """Advice that gives both splits some text; everything must have been read before."""
         if self.val:
             return "give more text for it"
         own = "or a validation file, --val=FILE"
@@ -246,7 +246,7 @@ def with_progress(source, what):
 
 
 def identity(status):
-    """What is different after a file was written."""
+    """Numbers that differ after a file was written."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -22,7 +22,7 @@ META, NANOGPT_META = "meta.json", "meta.pkl"
 
 FORMAT = 2  # of meta.json
 
-AT_ONCE = 2**22  # ids, where a whole split is read
+AT_ONCE = 2**22  # ids read at once where a whole split is read
 
 
 class Tokens:

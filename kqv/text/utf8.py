@@ -51,7 +51,7 @@ def lines(file, name):
     """(number, text without its end) of each line, which ends in \\n, \\r\\n or \\r. Raises UserError."""
     number, beginning = 1, []
     while block := file.read(PIECE):
-        while block.endswith(b"\r") and (more := file.read(1)):  # it may be the half of \r\n
+        while block.endswith(b"\r") and (more := file.read(1)):  # \n may follow
             block += more
         first, *others = re.split(rb"\r\n|\r|\n", block)
         beginning.append(first)

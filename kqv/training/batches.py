@@ -40,7 +40,7 @@ def micro_batches(data, config, world, step, before=None):
     """
     This process's micro-batches of a step: for each the model's arguments, on the device, its weight, and a
     seed for dropout. Of n processes, process r takes the micro-batches r, r + n, r + 2n, ... `before` is how
-    many windows the steps before have read; None: as many each as this one.
+    many windows the steps before have read; None: each read as many as this one.
 
     A micro-batch's weight is the number of tokens that it learns, as a multiple of the mean over all
     micro-batches of the step: 1 for texts, of which every token is learnt. So the mean of the weighted losses
@@ -59,7 +59,7 @@ def micro_batches(data, config, world, step, before=None):
     for index in range(world.rank, count, world.size):
         batch, seed = data.training_batch(*which[index])
         if not learnt[index]:
-            batch.targets[:] = 0  # the mean over no token is no number; this one's weight is 0
+            batch.targets[:] = 0  # a mean over no token would be NaN; this batch's weight is 0
         yield to_device(batch, world.device), learnt[index] / mean, seed
 
 

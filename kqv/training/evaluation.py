@@ -29,9 +29,9 @@ class EvaluationSettings:
 @torch.no_grad()
 def evaluate(model, data, config, world, autocast):
     """
-    {split: mean loss in nats per token} over all that is learnt of batches that are the same at every
-    evaluation; NaN where nothing is. The processes share the batches; each gets the mean over all. `model` is
-    called as in training, without dropout.
+    {split: mean loss in nats per token} over the learnt tokens of batches that are the same at every
+    evaluation; NaN where a split has no such token. The processes share the batches; each gets the mean over
+    all. `model` gives the loss, as in training; its dropout is off meanwhile.
     """
     model.eval()
     losses = {}

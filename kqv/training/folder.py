@@ -19,7 +19,7 @@ def own_folder(config, world):
     A context in which all processes of this run together own the folder config.out_dir, which is made if it
     is not there. A run that only evaluates writes nothing, and owns nothing.
 
-    Raises UserError, in every process, where another run owns the folder or it can't be written to.
+    Raises UserError, in every process, where another run owns the folder, or the folder can't be written to.
     """
     if config.eval_only:
         yield
@@ -60,7 +60,7 @@ def take(folder):
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), path.stat()):
                     break
-            os.close(lock)  # its owner removed it while this process opened it
+            os.close(lock)  # its owner removed the file while this process opened it
     except BlockingIOError:
         owner = os.read(lock, 200).decode(errors="replace").strip()
         os.close(lock)

@@ -150,8 +150,8 @@ class Log:
 
     def close(self, state, stopping, received):
         """
-        The last lines, of a run that is done or, where it is `stopping`, was stopped by the signal that this
-        process or another one `received`.
+        Print the last lines. Where the run is `stopping`, a signal has stopped it: `received`, or None where
+        another process received it.
         """
         self.bar.close()
         seconds, out_dir = time.perf_counter() - self.started, shlex.quote(self.config.out_dir)

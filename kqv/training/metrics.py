@@ -13,7 +13,7 @@ from kqv.errors import UserError, first_line, warn
 
 METRICS = "metrics.jsonl"
 
-OLDER_METRICS = "metrics.prev.jsonl"  # of the run whose checkpoints a new one has not yet replaced
+OLDER_METRICS = "metrics.prev.jsonl"  # of an earlier run, until a new one replaces its checkpoints
 
 
 class Metrics:
@@ -109,8 +109,8 @@ def as_html(value):
 def open_file(out_dir, step, evaluated, resumed):
     """
     Open metrics.jsonl. A run that is `resumed` goes on in its own file, without the lines after its
-    checkpoint at `step`. Beside a new run, the file of the checkpoints in the folder has another name, until
-    they are replaced.
+    checkpoint at `step`. A new run renames an earlier run's file to metrics.prev.jsonl. It keeps that
+    name until the new run replaces the checkpoints.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     path, older = out_dir / METRICS, out_dir / OLDER_METRICS

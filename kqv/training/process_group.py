@@ -34,8 +34,8 @@ class ParallelSettings:
 @contextmanager
 def join_world(config):
     """
-    The World that torchrun describes in the environment, left again when the context closes; a World of one
-    process without torchrun. `config` has DeviceSettings and ParallelSettings.
+    A context with the World that torchrun describes in the environment; without torchrun, a World of one
+    process. The processes part when the context closes. `config` has DeviceSettings and ParallelSettings.
 
     Raises UserError if the other processes can't be reached, or if one of them is lost later.
     """

@@ -1,4 +1,4 @@
-"""A run under way: its model, state and data, and what is due at its step."""
+"""A training run: its model, state and data, and what is due at its step."""
 
 import math
 import time
@@ -39,7 +39,7 @@ class TrainingRun:
         self.model, self.parallel_model, self.state = model, parallel_model, state
         self.autocast, self.log = autocast, log
         self.saver, self.wandb_id = saver, wandb_id
-        # The step of the last save; what the folder has of another run is none.
+        # The step of this run's last save; another run's checkpoint in the folder does not count.
         self.saved_at = state.step if config.init_from == "resume" else None
         self.saved_when = time.monotonic()
         self.best_at = None  # the step of the best evaluation, if it was in this process

@@ -22,7 +22,7 @@ class Saver:
 
     def __init__(self, out_dir, older=(), newest=None):
         """
-        `older` names files in the folder that are not this run's once it has saved: they get their names in
+        `older` names files in the folder that are not this run's: at its first save they are renamed, as in
         OLD. `newest` is the step of this run's checkpoint there, if it has one.
         """
         self.out_dir, self.older, self.newest = Path(out_dir), older, newest
@@ -102,7 +102,7 @@ class Saver:
             self.thread = None
 
     def has_lost_best(self):
-        """Whether the last best.pt could not be written. Asked again, it is False."""
+        """Whether the last best.pt could not be written. True once: the next call returns False."""
         busy = self.thread and self.thread.is_alive()
         return not busy and self.failed.pop(BEST, None) is not None
 

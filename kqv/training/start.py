@@ -54,7 +54,7 @@ ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name not
 
 # The run's task and place are new at each start; a resumed run takes all other settings from its checkpoint.
 TASK = ("out_dir", "init_from", "eval_only")
-PLACE = ("device", "backend", "timeout_minutes")  # processes have met on it before they read a checkpoint
+PLACE = ("device", "backend", "timeout_minutes")  # in use before a checkpoint is read
 
 # old name in a checkpoint -> name
 RENAMED = {"sampling": "data_order"}
@@ -66,8 +66,8 @@ RENAMED = {"sampling": "data_order"}
 def resolve_start(config, given, world):
     """
     (settings, start_checkpoint): the contents of the checkpoint that the run starts from, or None, and the
-    settings. `config` has those that were `given`, and the program's defaults; here the shape of the weights
-    and, on resume, the checkpoint's settings come in place of those defaults. Raises UserError.
+    settings. `config` has those that were `given`, and the program's defaults. The shape of the weights and,
+    on resume, the checkpoint's settings replace these defaults. Raises UserError.
     """
     newest = Path(config.out_dir) / checkpoint.NEWEST
     if config.init_from == "auto":
@@ -92,11 +92,11 @@ def resolve_start(config, given, world):
 
 
 def shape_of(contents):
-    """The settings that a checkpoint's weights decide; none where it does not say them well."""
+    """The settings that a checkpoint's weights decide; {} where its `model_args` are not valid."""
     try:
         shape = GPTConfig.from_args(contents["model_args"])
     except (ValueError, TypeError):
-        return {}  # model_of says what is wrong with it
+        return {}  # loading.model_of raises the error
     return {name: getattr(shape, name) for name in ARCHITECTURE}
 
 
@@ -211,7 +211,7 @@ def require_tokenizer(config, contents, gpt, tokenizer):
 def require_memory(shape):
     """Raise ValueError for a GPTConfig whose weights alone need more memory than the machine has."""
     try:
-        with torch.device("meta"):  # shapes alone; a billion layers would take their time, so one is compared
+        with torch.device("meta"):  # shapes alone; one layer is measured, since many take long
             one, two = (GPT(replace(shape, n_layer=n)).num_parameters(False) for n in (1, 2))
         count = one + (shape.n_layer - 1) * (two - one)
     except (RuntimeError, TypeError):  # a tensor larger than torch can describe
@@ -252,7 +252,7 @@ def compile_blocks(gpt):
 def set_precision(config, device):
     """
     How float32 products and attention are computed, and with --deterministic that every operation repeats bit
-    for bit. These switches are the process's.
+    for bit. These switches hold for the whole process.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # in TF32

@@ -26,7 +26,8 @@ class TrainingState:
     windows: int = 0  # how many windows of the text these steps have read
     evaluated: int = -1  # the step of the last evaluation
     best_val_loss: float = math.inf
-    belongs_to: dict = field(default_factory=dict)  # what `windows` and `best_val_loss` belong to, see below
+    # What `windows` and `best_val_loss` belong to, see the function `belongs_to`.
+    belongs_to: dict = field(default_factory=dict)
 
     def note_step(self, windows):
         """Count a step that has read so many windows."""
@@ -44,7 +45,8 @@ class TrainingState:
         """
         Set `windows` to 0 where the run reads another text, and forget the best loss where evaluations
         measure something else than before. `belongs_to` says which text that is now; `changed` has the names
-        of the settings that have changed, which tell as much of an older checkpoint. Returns what it forgot.
+        of the settings that have changed: they decide for an older checkpoint, which does not say what its
+        numbers belong to. Returns what it forgot.
         """
         before, self.belongs_to = self.belongs_to, belongs_to
         other = {
@@ -136,7 +138,7 @@ def snapshot(state, config, tokenizer, wandb_id=None):
 
 
 def changed_loss(config, start_checkpoint, tokenizer):
-    """A line, if the run to resume counted in its loss the rows that pad the vocabulary, as it once was."""
+    """A line, if the loss of the run to resume counted the rows that pad the vocabulary, as it once did."""
     if config.init_from != "resume":
         return
     rows, ids = start_checkpoint["model_args"]["vocab_size"], tokenizer.vocab_size
