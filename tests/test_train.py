@@ -329,6 +329,20 @@ def test_a_new_run_names_what_it_replaces_and_keeps_it(run):
     assert saved("out/ckpt.old.pt")["config"]["seed"] == saved("out/best.old.pt")["config"]["seed"] == 1
 
 
+def test_a_resumed_run_with_no_step_left_says_so(run):
+    run(*TINY, "--max_iters=4")
+    resume = ["--init_from=resume", "--device=cpu"]
+    assert "no step is left: the run is at step 4; to train on" in run(*resume, "--max_iters=3")
+    assert "no step is left" not in run(*resume, "--max_iters=5")
+
+
+def test_a_start_that_is_misspelt_names_those_there_are(run, cli):
+    status, _, err = cli(train.main, *TINY, "--init_from=resum")
+    assert status == 1 and "nor one of scratch, resume, auto, gpt2," in err
+    status, _, err = cli(sample.main, "--init_from=resum")
+    assert status == 1 and "nor one of resume, gpt2," in err
+
+
 def test_a_new_run_that_ends_before_it_saves_leaves_all_as_it_was(run, cli):
     run(*TINY, "--max_iters=4")
     before = listing("out")

@@ -110,18 +110,18 @@ def load_chosen(config):
     return path, load(path)
 
 
-def load_start(source):
+def load_start(source, words=("resume",)):
     """
     The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
     GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
-    ORG/NAME. Raises UserError if it is none of them.
+    ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
     path = Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
     if on_hub or (path / "config.json").exists():
         return huggingface.load(source)
     if not path.exists():
-        known = ", ".join(("scratch", "resume", *huggingface.NAMES))
+        known = ", ".join((*words, *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
 

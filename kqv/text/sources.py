@@ -97,6 +97,7 @@ class Source:
         if self.val:
             for name, piece in self.val.read():
                 yield name, piece._replace(split="val")
+            self.has_other_line_ends |= self.val.has_other_line_ends
 
     def read(self):
         """(name of its file or set, Piece) of the documents of `patterns`. Raises UserError without any."""

@@ -14,6 +14,9 @@ def start_lines(config, given, world, start_checkpoint, names):
         yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
     if unused := unused_settings(config, given, world):
         yield f"not used: {', '.join(unused)}"
+    if config.init_from == "resume" and not config.eval_only:
+        if (step := int(start_checkpoint["iter_num"])) >= config.max_iters:
+            yield f"no step is left: the run is at step {step}; to train on, --max_iters=N with a larger N"
     yield from forgotten(names, config)
     if line := what_is_replaced(config):
         yield line
@@ -58,8 +61,9 @@ def what_is_replaced(config):
     if not found or config.init_from == "resume" or config.eval_only:
         return ""
     old = [f"{Path(name).stem}.old.pt" for name in found]
+    become = "they become" if len(found) > 1 else "it becomes"
     return (
-        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save they become "
+        f"{config.out_dir} has another run's {' and '.join(found)}: at this run's first save {become} "
         f"{' and '.join(old)}"
     )
 

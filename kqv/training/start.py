@@ -87,7 +87,7 @@ def resolve_start(config, given, world):
             f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
             "or go on with that run by --init_from=resume"
         )
-    start_checkpoint = loading.load_start(config.init_from)
+    start_checkpoint = loading.load_start(config.init_from, words=("scratch", "resume", "auto"))
     return fill(type(config), given, shape_of(start_checkpoint)), start_checkpoint
 
 

@@ -100,6 +100,7 @@ def test_line_ends_that_are_changed_are_said(prepared, tmp_path):
     (tmp_path / "b.txt").write_bytes(b"one\ntwo\n" * 20)
     assert r"line ends \r\n or \r became \n" in prepared("a.txt")
     assert "line ends" not in prepared("b.txt")
+    assert r"line ends \r\n or \r became \n" in prepared("b.txt", "--val=a.txt", "--name=c")
     assert [Dataset(name).tokenizer.chars for name in "ab"] == ["\nenotw"] * 2
 
 
