@@ -1,5 +1,6 @@
 """What a run prints on the terminal and records in its metrics."""
 
+import math
 import shlex
 import sys
 import time
@@ -157,9 +158,10 @@ class Log:
         seconds, out_dir = time.perf_counter() - self.started, shlex.quote(self.config.out_dir)
         who = received.name if received else "a signal to another process"
         how = f"stopped by {who}" if stopping else "done"
+        best = f", best val loss {state.best_val_loss:.4f}" if math.isfinite(state.best_val_loss) else ""
         self.line(
             f"{how}: step {state.step} after {seconds:.1f} s "
-            f"({self.paused:.1f} s of it evaluation and saving), best val loss {state.best_val_loss:.4f}"
+            f"({self.paused:.1f} s of it evaluation and saving){best}"
         )
         if stopping and state.step:
             self.line(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
