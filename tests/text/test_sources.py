@@ -12,6 +12,7 @@ import pytest
 from conftest import script, write_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import read, write_table
 
 import prepare
 from kqv.errors import UserError
@@ -89,37 +90,9 @@ def pieces_of(size):
         yield
 
 
-def parquet():
-    return pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-
-
 def split_at(separator, ids):
     borders = [-1, *(place for place, id in enumerate(ids) if id == separator), len(ids)]
     return [ids[start + 1 : end] for start, end in zip(borders, borders[1:], strict=False)]
-
-
-def write_table(path, values, column="text", **writing):
-    """A .jsonl, .jsonl.gz or .parquet file with a document in each row and a number beside it."""
-    if path.name.endswith(".parquet"):
-        pa, pq = parquet()
-        table = pa.table({column: values, "number": list(range(len(values)))})
-        pq.write_table(table, path, **writing)
-        return path
-    rows = "".join(json.dumps({"number": i, column: value}) + "\n" for i, value in enumerate(values))
-    content = rows.encode("utf-8")
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def read(*patterns, **options):
-    """The documents of a source, put together from their pieces."""
-    documents = []
-    for piece in Source([str(pattern) for pattern in patterns], **options):
-        if piece.begins:
-            documents.append(piece.content)
-        else:
-            documents[-1] += piece.content
-    return documents
 
 
 def split_by_hash(document, val_fraction=0.1):
