@@ -3,14 +3,13 @@ Checkpoints of one file: their names in a run's folder, how they are written, an
 running any code that is in them.
 """
 
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
 from kqv.files import replacing
+from kqv.formats import torch_files
 
 NEWEST = "ckpt.pt"
 
@@ -24,6 +23,8 @@ REST = "rest.pt"  # in the folder of a sharded model's checkpoint, see kqv/forma
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 MASKS = (".attn.bias", ".attn.masked_bias")  # not weights: old files carry the causal mask
+
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"  # one tensor
 
 ONLY_TO_TRAIN = ("optimizer", "scaler")  # best.pt has all but these
 
@@ -47,26 +48,16 @@ def read(path, mapped=False):
     """
     What torch.save wrote to the file `path` (a Path), on the CPU. `mapped`: only what is used takes memory.
 
-    Only tensors and plain values are read (`weights_only`), and every record's checksum is checked. Raises
-    UserError for a file that is missing, damaged or anything else.
+    Only plain values and tensors are read, each tensor as `tensors.dense` says, and every record's checksum
+    is checked. Raises UserError for a file that is missing, damaged or anything else.
     """
     try:
-        path.open("rb").close()  # a file that can't be opened is not a damaged file
+        with open(path, "rb") as file:
+            return torch_files.load(file, mapped=path if mapped else None)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint") from None
-    try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                if torn := archive.testzip():
-                    raise UserError(f"{path} is damaged: the checksum of its record {torn} is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
-    except UserError:
-        raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {first_line(error)}"
@@ -102,7 +93,19 @@ def plain_weights(weights, source):
                 "before it was quantised"
             )
         plain[ours] = tensor
+    require_own_memory(plain, source)
     return plain
+
+
+def require_own_memory(weights, source):
+    """Raise UserError where two weights are one in memory, but for the embedding and the head."""
+    owners = {}
+    for name, tensor in weights.items():
+        owner = owners.setdefault(tensor.data_ptr(), name)
+        if tensor.numel() and owner != name and {owner, name} != {EMBEDDING, HEAD}:
+            raise UserError(
+                f"{source} has one tensor as {owner} and as {name}: save a clone() as one of them"
+            )
 
 
 def tie_head(weights, source):
@@ -110,15 +113,14 @@ def tie_head(weights, source):
     Let the embedding and the head of plain weights be one tensor, as in the model, where a file has only one
     of them or both with the same numbers. Raises UserError where they differ.
     """
-    embedding, head = "transformer.wte.weight", "lm_head.weight"
-    one = weights.get(embedding, weights.get(head))
-    other = weights.get(head, one)
+    one = weights.get(EMBEDDING, weights.get(HEAD))
+    other = weights.get(HEAD, one)
     if one is None:
         return
     alike = one.shape == other.shape and one.dtype == other.dtype
     if not alike or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
         raise UserError(
-            f"{source} has a {head} that differs from its {embedding}, as with tie_word_embeddings=false, "
+            f"{source} has a {HEAD} that differs from its {EMBEDDING}, as with tie_word_embeddings=false, "
             "but kqv's GPT has one matrix for both: use a model whose embeddings are tied"
         )
-    weights[embedding] = weights[head] = one
+    weights[EMBEDDING] = weights[HEAD] = one

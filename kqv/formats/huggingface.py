@@ -6,17 +6,17 @@ transformers. What differs between their weights and ours is in families.py.
 import json
 import re
 import shutil
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.formats import families, tokenizer_json, tokenizer_reading
+from kqv.formats import families, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
 from kqv.formats.precision import require_held
+from kqv.formats.tensors import dense
 from kqv.text.tokenizer import END
 
 HELP = "a Hugging Face folder"
@@ -125,11 +125,17 @@ def read_weights(folder, source):
         )
     if not found.endswith(".json"):
         return read_part(folder / found, source)
+    places = json.loads((folder / found).read_text("utf-8"))["weight_map"]  # {name: file}
     weights = {}
-    for name in sorted(set(json.loads((folder / found).read_text("utf-8"))["weight_map"].values())):
-        if Path(name).name != name or not (folder / name).exists():
-            raise UserError(f"{source} lacks {name}, a part of its weights that {found} names: copy it there")
-        weights |= read_part(folder / name, source)
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{source} lacks {file}, a part of its weights that {found} names: copy it there")
+        for name, tensor in read_part(folder / file, source).items():
+            if places.get(name) != file:
+                raise UserError(f"{source} has {name} in {file}, but not in its {found}: save it again")
+            weights[name] = tensor
+    if missing := sorted(places.keys() - weights.keys()):
+        raise UserError(f"{source} lacks {missing[0]}, a weight that {found} names: save it again")
     return weights
 
 
@@ -138,11 +144,13 @@ def read_part(path, source):
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(path)
+        return {name: dense(tensor) for name, tensor in load_file(path).items()}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            weights = torch_files.load(file)
+        if any(not isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+            raise ValueError("not every value is a tensor")
+        return weights
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{source} is damaged, or its {path.name} holds more than weights: {first_line(error)}"

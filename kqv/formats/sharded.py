@@ -8,17 +8,19 @@ Any number of processes can read it, one as well.
 """
 
 import io
+import math
 import warnings
-import zipfile
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from kqv.errors import UserError, first_line
 from kqv.files import PlainUnpickler, sha256_of_file
+from kqv.formats import torch_files
 
 METADATA = ".metadata"
 PARTS = ("model", "optimizer")  # what is in the .distcp files
@@ -50,32 +52,85 @@ class MetadataUnpickler(PlainUnpickler):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Reads tensors only, and checks the CRC-32 of each."""
+    """Reads tensors only, each part of one as `tensors.dense` says, and checks the CRC-32 of each part."""
 
     @cached_property
     def metadata(self):
         with open(Path(self.path) / METADATA, "rb") as file:
             metadata = MetadataUnpickler(file).load()
-        ends = {}
-        for part in metadata.storage_data.values():
-            ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
-        for name, end in ends.items():
-            if Path(name).name != name:
-                raise ValueError(f"it names the file {name}, which is in another folder")
-            if (Path(self.path) / name).stat().st_size < end:
-                raise ValueError(f"{name} is cut off")
+        require_places(metadata, Path(self.path))
+        for name, tensor in metadata.state_dict_metadata.items():
+            require_whole(name, tensor)
         return metadata
 
     def read_metadata(self, *args, **kwargs):
         return self.metadata
 
-    def _slice_file(self, file, part):
-        content = io.BytesIO(super()._slice_file(file, part).read(-1))
-        with zipfile.ZipFile(content) as archive:
-            if archive.testzip():
-                raise ValueError(f"a checksum in {part.relative_path} is wrong")
-        content.seek(0)
-        return content
+    def read_data(self, plan, planner):
+        for item in plan.items:
+            index = item.storage_index
+            part = self.read_part(index)
+            target = planner.resolve_tensor(item).detach()
+            if part.dtype != target.dtype:
+                raise ValueError(f"{index.fqn} is of {part.dtype}, not {target.dtype}")
+            ends = map(sum, zip(item.storage_offsets, item.lengths, strict=True))
+            target.copy_(part[tuple(map(slice, item.storage_offsets, ends))])
+            planner.commit_tensor(item, target)
+        done = torch.futures.Future()
+        done.set_result(None)
+        return done
+
+    def read_part(self, index):
+        """The part of a tensor that a MetadataIndex names. Raises ValueError where it is another one."""
+        place = self.metadata.storage_data[index]
+        with open(Path(self.path) / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            part = torch_files.load(io.BytesIO(file.read(place.length)))
+        tensor = self.metadata.state_dict_metadata[index.fqn]
+        shapes = [
+            chunk.sizes for chunk in tensor.chunks if chunk.offsets == index.offset and 0 not in chunk.sizes
+        ]
+        if [part.shape] != shapes or part.dtype != tensor.properties.dtype:
+            raise ValueError(f"the part {tuple(index.offset)} of {index.fqn} has another shape or type")
+        return part
+
+
+def require_places(metadata, folder):
+    """
+    Raise an exception where a part's place is not in a file of the folder, or the files are too short for
+    what they are said to hold.
+    """
+    sizes = {}
+    for place in metadata.storage_data.values():
+        name = place.relative_path
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"it names the file {name}, which is not in it")
+        sizes[name] = (folder / name).stat().st_size
+        if not (whole_numbers(place.offset, place.length) and place.offset + place.length <= sizes[name]):
+            raise ValueError(f"{name} is cut off")
+    tensors = metadata.state_dict_metadata.values()
+    if sum(math.prod(t.size) * t.properties.dtype.itemsize for t in tensors) > sum(sizes.values()):
+        raise ValueError("its tensors are larger than its files")
+
+
+def require_whole(name, tensor):
+    """
+    Raise an exception where the parts of a tensor are not all of it, each number once: as it is sharded, they
+    are cut along the first dimension.
+    """
+    shape, end = tensor.size, 0
+    whole = isinstance(name, str) and isinstance(tensor, TensorStorageMetadata) and whole_numbers(*shape)
+    parts = [part for part in tensor.chunks if 0 not in part.sizes]
+    for part in sorted(parts, key=lambda part: part.offsets):
+        whole &= (*part.offsets,) == ((end, *(0 for _ in shape[1:])) if shape else ())
+        whole &= part.sizes[1:] == shape[1:] and whole_numbers(*part.sizes)
+        end += part.sizes[0] if shape else 1
+    if not whole or end != (shape[0] if shape else 1):
+        raise ValueError(f"the parts of {name} do not make a whole tensor")
+
+
+def whole_numbers(*values):
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def require_metadata(path, digest):
@@ -105,11 +160,16 @@ def has_part(path, part):
 
 def load_part(path, part, tensors):
     """
-    Fill nested dicts of tensors, sharded or full, with those of "model" or "optimizer": each process reads
-    what it needs. Raises UserError.
+    Fill {group: {name: tensor}}, sharded or full, with those of "model" or "optimizer": each process reads
+    what it needs. Raises UserError, also where the folder has other tensors than these.
     """
     with damage_as_user_error(path):
-        load_into({part: tensors}, TensorReader(path))
+        reader = TensorReader(path)
+        saved = {name for name in reader.metadata.state_dict_metadata if name.startswith(f"{part}.")}
+        known = {f"{part}.{group}.{name}" for group, named in tensors.items() for name in named}
+        if other := sorted(saved ^ known):
+            raise ValueError(f"{other[0]} is {'in it, but unknown' if other[0] in saved else 'not in it'}")
+        load_into({part: tensors}, reader)
 
 
 def load_into(tensors, reader):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kqv.errors import UserError
+from kqv.formats.tensors import dense
 from kqv.settings import setting
 from kqv.training.sharding import shard_like
 
@@ -119,21 +120,26 @@ def load_optimizer(optimizer, saved):
     if "folder" in saved:
         return load_sharded(optimizer, saved["folder"])
     values = saved["optimizer"]["state"]
+    if not isinstance(values, dict):
+        raise ValueError("its optimizer has no state of parameters")
     if not values:  # saved before the first update
         return
     make_state(optimizer)
-    for number, parameter in enumerate(parameters_of(optimizer)):
-        state = optimizer.state[parameter]
+    states = numbered_states(optimizer)
+    if other := sorted(map(str, values.keys() ^ states.keys())):
+        raise ValueError(f"its optimizer is of other parameters: parameter {other[0]} is not in both")
+    for number, state in states.items():
         if state.keys() != values[number].keys():
             raise ValueError(
                 f"the optimizer keeps {', '.join(state)} of a parameter, but the checkpoint has "
-                f"{', '.join(values[number])} of parameter {number}"
+                f"{', '.join(map(str, values[number]))} of parameter {number}"
             )
         for name, value in values[number].items():
             if isinstance(state[name], torch.Tensor):
-                fill(state[name], torch.as_tensor(value), f"{name} of parameter {number}")
+                fill(state[name], value, f"{name} of parameter {number}")
             else:
                 state[name] = value
+    require_steps(states)
 
 
 def load_sharded(optimizer, folder):
@@ -142,14 +148,27 @@ def load_sharded(optimizer, folder):
 
     if sharded.has_part(folder, "optimizer"):
         make_state(optimizer)
-        numbered = enumerate(parameters_of(optimizer))
-        states = {str(number): optimizer.state[parameter] for number, parameter in numbered}
-        sharded.load_part(folder, "optimizer", states)
+        states = numbered_states(optimizer)
+        sharded.load_part(folder, "optimizer", {str(number): state for number, state in states.items()})
+        require_steps(states)
 
 
 def parameters_of(optimizer):
     """The optimizer's parameters, in the order in which a checkpoint numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def numbered_states(optimizer):
+    """{number of a parameter, as in a checkpoint: {name: tensor}}"""
+    return {number: optimizer.state[each] for number, each in enumerate(parameters_of(optimizer))}
+
+
+def require_steps(states):
+    """Raise ValueError where a parameter's count of updates is not one: AdamW divides by 1 - beta^count."""
+    for number, state in states.items():
+        count = float(state.get("step", 0))
+        if not (count >= 0 and count.is_integer()):
+            raise ValueError(f"step of parameter {number} is {count}, not a whole number of updates")
 
 
 def make_state(optimizer):
@@ -170,7 +189,15 @@ def make_state(optimizer):
 
 @torch.no_grad()
 def fill(target, value, name):
-    """Copy a whole tensor into `target`, which may be this process's part of one that is sharded."""
+    """
+    Copy a whole tensor into `target`, which may be this process's part of one that is sharded. Instead of a
+    count, a tensor of no dimensions, it may be a plain number or of another type of numbers.
+    """
+    if target.dim() == 0 and type(value) in (int, float):
+        value = torch.tensor(float(value))
+    value = dense(value)
     if value.shape != target.shape:  # fused kernels trust these shapes
         raise ValueError(f"{name} has the shape {tuple(value.shape)}, not {tuple(target.shape)}")
-    target.copy_(shard_like(target, value))
+    if value.dtype != target.dtype and target.dim():
+        raise ValueError(f"{name} is of {value.dtype}, not {target.dtype}")
+    target.copy_(shard_like(target, value.to(target.dtype)))

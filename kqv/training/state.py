@@ -78,13 +78,24 @@ class TrainingState:
         """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
         load_optimizer(self.optimizer, saved)
         if self.scaler.is_enabled() and saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        self.bad_steps += saved.get("bad_steps", 0)
+            load_scaler(self.scaler, saved["scaler"])
+        self.bad_steps.fill_(int(saved.get("bad_steps", 0)))
         self.step = int(saved["iter_num"])
         self.windows = int(saved["windows"]) if "windows" in saved else self.step * windows_per_step_of(saved)
         self.evaluated = int(saved.get("evaluated", -1))
         self.best_val_loss = float(saved["best_val_loss"])
         self.belongs_to = dict(saved.get("belongs_to", {}))
+
+
+def load_scaler(scaler, saved):
+    """
+    Set what a GradScaler changes: its scale, and the count of steps since; its settings stay the run's own.
+    Raises ValueError or TypeError where these are no numbers that can be.
+    """
+    scale, count = float(saved["scale"]), int(saved["_growth_tracker"])
+    if not (0 < scale < math.inf and count >= 0):
+        raise ValueError(f"its GradScaler has scale={scale} and _growth_tracker={count}")
+    scaler.load_state_dict({**scaler.state_dict(), "scale": scale, "_growth_tracker": count})
 
 
 def windows_per_step_of(saved):
@@ -120,7 +131,7 @@ def start_state(config, gpt, start_checkpoint, dtype):
     if config.init_from == "resume":
         try:
             state.load_state_dict(start_checkpoint)
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error!r}") from None
     return state
 
