@@ -33,5 +33,8 @@ def dense(tensor):
             f"it holds a tensor ({shape}, {tensor.dtype}) whose numbers share {held} bytes of memory, as "
             "after expand: save its clone()"
         )
-    plain = tensor.detach().flatten().view(tensor.shape)  # a view if it is contiguous, else a copy
-    return plain if plain.untyped_storage().nbytes() == plain.nbytes else plain.clone()
+    plain = tensor.detach().contiguous()  # a copy if it is not
+    if held != plain.nbytes:
+        plain = plain.clone()
+    # Along a dimension of size 1 the stride of a contiguous tensor may be any: here it is the usual one.
+    return torch.empty(0, dtype=plain.dtype).set_(plain.untyped_storage(), 0, plain.shape)

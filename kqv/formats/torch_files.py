@@ -15,6 +15,7 @@ import io
 import struct
 import sys
 import zipfile
+from collections import OrderedDict
 
 import torch
 
@@ -55,7 +56,7 @@ class Named(dict):
         pass
 
     def __reduce__(self):
-        return dict, (dict(self),)
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 class TensorUnpickler(PlainUnpickler):
@@ -175,12 +176,12 @@ def filled(stream, size):
     return memory
 
 
-class Lengths(TensorUnpickler):
-    """Makes no tensor: notes how many bytes a pickle says of each memory, {key: bytes}."""
+class Counts(TensorUnpickler):
+    """Makes no tensor: notes what a pickle says of each memory, {key: (type, count of numbers)}."""
 
     def persistent_load(self, saved):
         _, dtype, key, _, count, *_ = saved
-        self.memories[key] = count * dtype.itemsize
+        self.memories[key] = dtype, count
 
     def tensor(self, *arguments):
         pass
@@ -196,14 +197,14 @@ def load_legacy(file):
     if system["little_endian"] != (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not in the byte order of this machine, {sys.byteorder}")
     begin = file.tell()
-    lengths = Lengths(file, None)
-    lengths.load()
+    counts = Counts(file, None)
+    counts.load()
     memories = {}
     for key in PlainUnpickler(file).load():
-        file.seek(8, 1)  # the count of its numbers
-        length = lengths.memories[key]
-        if length > size - file.tell():
-            raise ValueError("it is cut off")
-        memories[key] = filled(file, length)
+        (count,) = struct.unpack("<q", file.read(8))
+        dtype, expected = counts.memories[key]
+        if count != expected or not 0 <= count * dtype.itemsize <= size - file.tell():
+            raise ValueError(f"its tensor {key} has {count} numbers, not {expected}, or is cut off")
+        memories[key] = filled(file, count * dtype.itemsize)
     file.seek(begin)
     return TensorUnpickler(file, memories.__getitem__).load()
