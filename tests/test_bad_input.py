@@ -352,8 +352,28 @@ WRONG = {
     "heads that do not fit": lambda c: c["model_args"].update(n_head=5),
     "no heads": lambda c: c["model_args"].update(n_head=0),
     "heads in words": lambda c: c["model_args"].update(n_head="two"),
+    "a weight in 4 bytes": lambda c: c["model"].update(
+        alike(c["model"], lambda w: w[:1, :1].clone().expand_as(w))
+    ),
+    "a sparse weight": lambda c: c["model"].update(alike(c["model"], torch.Tensor.to_sparse)),
+    "a weight without numbers": lambda c: c["model"].update(alike(c["model"], lambda w: w.to("meta"))),
+    "complex weights": lambda c: c["model"].update(alike(c["model"], lambda w: w + 1j)),
+    "weights of a byte": lambda c: c["model"].update(alike(c["model"], lambda w: w.to(torch.float8_e5m2))),
+    "weights of 4 TiB": lambda c: c["model"].update(
+        alike(c["model"], lambda w: w[0, 0].clone().expand(2**40, 1))
+    ),
+    "one tensor as two weights": lambda c: c["model"].update(
+        {f"transformer.h.{n}.ln_1.weight": torch.ones(32) for n in (0, 1)}
+        | dict.fromkeys(["transformer.h.0.ln_2.weight", "transformer.h.1.ln_2.weight"], torch.ones(32))
+    ),
     "half a layer": lambda c: c["model_args"].update(n_layer=1.5),
 }
+
+
+def alike(weights, change):
+    """A weight of a checkpoint, changed."""
+    name = "transformer.wpe.weight"
+    return {name: change(weights[name])}
 
 
 @pytest.mark.parametrize("break_it", WRONG.values(), ids=WRONG.keys())
@@ -371,11 +391,38 @@ NOT_RESUMABLE = {
     "moments of another shape": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
     "moments that are numbers": lambda c: c["optimizer"]["state"][0].update(exp_avg=5),
     "a moment missing": lambda c: c["optimizer"]["state"][0].pop("exp_avg_sq"),
+    "a parameter without moments": lambda c: c["optimizer"]["state"].pop(3),
+    "moments of a parameter too many": lambda c: c["optimizer"]["state"].update({99: first_state(c)}),
+    "a moment too many": lambda c: first_state(c).update(max_exp_avg_sq=first_state(c)["exp_avg"]),
+    "moments in a list": lambda c: c["optimizer"].update(state=[1]),
+    "a moment in 4 bytes": lambda c: first_state(c).update(exp_avg=torch.zeros(1).expand(first_shape(c))),
+    "a sparse moment": lambda c: first_state(c).update(exp_avg=torch.zeros(first_shape(c)).to_sparse()),
+    "a moment without numbers": lambda c: first_state(c).update(exp_avg=torch.empty(0).to("meta")),
+    "moments of whole numbers": lambda c: first_state(c).update(exp_avg=torch.ones(first_shape(c)).int()),
+    "moments of less precision": lambda c: first_state(c).update(
+        exp_avg_sq=torch.ones(first_shape(c)).half()
+    ),
+    "no step": lambda c: first_state(c).update(step=None),
+    "steps of each number": lambda c: first_state(c).update(step=torch.ones(first_shape(c))),
+    "a step that is no number": lambda c: first_state(c).update(step=torch.tensor(float("nan"))),
+    "a step without end": lambda c: first_state(c).update(step=float("inf")),
+    "half a step": lambda c: first_state(c).update(step=torch.tensor(0.5)),
+    "a step before the first": lambda c: first_state(c).update(step=torch.tensor(-1.0)),
+    "a step of two numbers": lambda c: first_state(c).update(step=torch.ones(2)),
+    "skipped steps in a list": lambda c: c.update(bad_steps=torch.ones(2)),
     "settings in a list": lambda c: c.update(config=[1]),
     "no settings": lambda c: c.update(config=None),
     "a step in words": lambda c: c.update(iter_num="three"),
     "no best loss": lambda c: c.update(best_val_loss=None),
 }
+
+
+def first_state(contents):
+    return contents["optimizer"]["state"][0]
+
+
+def first_shape(contents):
+    return first_state(contents)["exp_avg_sq"].shape
 
 
 @pytest.mark.parametrize("break_it", NOT_RESUMABLE.values(), ids=NOT_RESUMABLE.keys())
@@ -385,6 +432,31 @@ def test_a_checkpoint_that_can_not_be_resumed(refuse, break_it):
     torch.save(contents, "out/ckpt.pt")
     # --max_iters as it was: should a fault go unseen, then no step is taken on memory that is not there
     refuse(train.main, "--init_from=resume", status=1, says=["out/ckpt.pt"])
+
+
+def test_tensors_of_any_strides_go_on_as_dense_ones_do(cli, here):
+    """Transposed, with gaps, at an offset: the numbers are the same, and so are those of the next steps."""
+
+    def strange(tensor):
+        if tensor.dim() == 2:
+            return tensor.t().clone().t()
+        return torch.stack([torch.zeros_like(tensor), tensor], -1)[..., 1]
+
+    contents = torch.load("out/ckpt.pt", weights_only=True)
+    model = {name: strange(tensor) for name, tensor in contents["model"].items()}
+    model["lm_head.weight"] = model["transformer.wte.weight"]
+    states = contents["optimizer"]["state"]
+    for state in states.values():
+        state.update({name: strange(tensor) for name, tensor in state.items()})
+    Path("strange").mkdir()
+    torch.save({**contents, "model": model}, "strange/ckpt.pt")
+    for folder in ("out", "strange"):
+        status, _, err = cli(train.main, "--init_from=resume", f"--out_dir={folder}", "--max_iters=6")
+        assert (status, err) == (0, "")
+    one, other = (torch.load(f"{folder}/ckpt.pt", weights_only=True) for folder in ("out", "strange"))
+    assert all(torch.equal(other["model"][name], tensor) for name, tensor in one["model"].items())
+    for number, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(other["optimizer"]["state"][number][name], state[name]) for name in state)
 
 
 @pytest.mark.parametrize("definition", [None, [1], {"kind": "word"}, {"kind": "char", "chars": ""}], ids=str)
