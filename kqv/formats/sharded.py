@@ -97,17 +97,22 @@ class TensorReader(dcp.FileSystemReader):
 
 def require_places(metadata, folder):
     """
-    Raise an exception where a part's place is not in a file of the folder, or the files are too short for
-    what they are said to hold.
+    Raise an exception where a part's place is not in a file of the folder, or also another's, or the files
+    are too short for what they are said to hold.
     """
-    sizes = {}
-    for place in metadata.storage_data.values():
+    sizes, ends = {}, {}
+    for place in sorted(
+        metadata.storage_data.values(), key=lambda place: (place.relative_path, place.offset)
+    ):
         name = place.relative_path
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"it names the file {name}, which is not in it")
         sizes[name] = (folder / name).stat().st_size
         if not (whole_numbers(place.offset, place.length) and place.offset + place.length <= sizes[name]):
             raise ValueError(f"{name} is cut off")
+        if place.offset < ends.get(name, 0):
+            raise ValueError(f"two parts of tensors have one place in {name}")
+        ends[name] = place.offset + place.length
     tensors = metadata.state_dict_metadata.values()
     if sum(math.prod(t.size) * t.properties.dtype.itemsize for t in tensors) > sum(sizes.values()):
         raise ValueError("its tensors are larger than its files")
