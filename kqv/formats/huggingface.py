@@ -131,8 +131,8 @@ def read_weights(folder, source):
         if Path(file).name != file or not (folder / file).is_file():
             raise UserError(f"{source} lacks {file}, a part of its weights that {found} names: copy it there")
         for name, tensor in read_part(folder / file, source).items():
-            if places.get(name) != file:
-                raise UserError(f"{source} has {name} in {file}, but not in its {found}: save it again")
+            if name in weights or places.get(name, file) != file:
+                raise UserError(f"{source} has {name} in {file} and in another part: keep one of them")
             weights[name] = tensor
     if missing := sorted(places.keys() - weights.keys()):
         raise UserError(f"{source} lacks {missing[0]}, a weight that {found} names: save it again")

@@ -404,6 +404,31 @@ def test_a_part_that_is_not_there_is_refused(cli, tmp_path, named):
     assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'hf'}"), "hf", named)
 
 
+def test_each_weight_comes_from_the_part_that_the_index_names(cli, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    a_folder(tmp_path, 61)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    weights = load_file(tmp_path / "model-1.safetensors")
+    name = "transformer.ln_f.weight"
+    save_file({name: weights[name] + 1}, tmp_path / "model-2.safetensors")
+    places = dict.fromkeys(weights, "model-1.safetensors")
+    for wrong in ({**places, name: "model-2.safetensors"}, {**places, "more": "model-1.safetensors"}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        assert_one_line(cli(sample.main, f"--init_from={tmp_path}"), name if "more" not in wrong else "more")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64", "int32", "uint16", "bool"])
+def test_weights_of_no_plain_real_numbers_are_refused(cli, tmp_path, dtype):
+    from safetensors.torch import load_file, save_file
+
+    a_folder(tmp_path, 61)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "transformer.ln_f.weight"
+    save_file({**weights, name: weights[name].to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
+    assert_one_line(cli(sample.main, f"--init_from={tmp_path}"), dtype)
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("pwned",)
