@@ -24,8 +24,8 @@ def dense(tensor):
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in DTYPES
     if not plain or tensor.is_nested or tensor.is_quantized or tensor.is_neg() or tensor.is_conj():
         raise ValueError(
-            f"it holds a tensor ({shape}, {tensor.dtype}, {tensor.layout}, {tensor.device}) that is not plain: "
-            "save a dense one of float32"
+            f"it holds a tensor ({shape}, {tensor.dtype}, {tensor.layout}, {tensor.device}) that is not "
+            "plain: save a dense one of float32"
         )
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held:

@@ -107,6 +107,15 @@ def test_any_view_is_the_equal_dense_tensor_or_refused(data):
             assert_plain(tensor)
 
 
+def test_tensors_that_share_memory_are_together_no_larger_than_it():
+    memory = numbers(12)
+    found = again([memory[:6], memory[4:8], memory[10:]])
+    assert torch.equal(torch.cat(found), torch.cat([memory[:6], memory[4:8], memory[10:]]))
+    for views in ([memory, memory[1:]], [memory, memory.view(3, 4)], [memory[:8], memory[4:]]):
+        with pytest.raises(ValueError, match="shares memory"):
+            again(views)
+
+
 class Subclass(torch.Tensor):
     pass
 
