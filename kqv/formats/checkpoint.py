@@ -3,14 +3,13 @@ Checkpoints of one file: their names in a run's folder, how they are written, an
 running any code that is in them.
 """
 
-import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.files import replacing
+from kqv.files import replacing, require_file
+from kqv.formats import torch_files
 
 NEWEST = "ckpt.pt"
 
@@ -50,21 +49,15 @@ def read(path, mapped=False):
     Only tensors and plain values are read (`weights_only`), and every record's checksum is checked. Raises
     UserError for a file that is missing, damaged or anything else.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint")
+    require_file(path)
     try:
         path.open("rb").close()  # a file that can't be opened is not a damaged file
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint") from None
     try:
-        is_zip = zipfile.is_zipfile(path)
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                if torn := archive.testzip():
-                    raise UserError(f"{path} is damaged: the checksum of its record {torn} is wrong")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+        return torch_files.load(path, mapped)
     except UserError:
         raise
     except Exception as error:  # a damaged or foreign file can raise any error

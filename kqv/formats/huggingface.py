@@ -3,17 +3,16 @@ A model as a Hugging Face folder, on disk or on the hub: read as the contents of
 transformers. What differs between their weights and ours is in families.py.
 """
 
-import json
 import re
 import shutil
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.formats import families, tokenizer_json, tokenizer_reading
+from kqv.files import read_json, require_file
+from kqv.formats import families, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
 from kqv.formats.precision import require_held
@@ -58,7 +57,7 @@ def load(source):
         ) from None
     folder = local_folder(source)
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
         model_args = families.model_args_of(config, source)
         weights = families.our_weights(plain_weights(read_weights(folder, source), source))
         if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
@@ -126,7 +125,7 @@ def read_weights(folder, source):
     if not found.endswith(".json"):
         return read_part(folder / found, source)
     weights = {}
-    for name in sorted(set(json.loads((folder / found).read_text("utf-8"))["weight_map"].values())):
+    for name in sorted(set(read_json(folder / found)["weight_map"].values())):
         if Path(name).name != name or not (folder / name).exists():
             raise UserError(f"{source} lacks {name}, a part of its weights that {found} names: copy it there")
         weights |= read_part(folder / name, source)
@@ -135,14 +134,15 @@ def read_weights(folder, source):
 
 def read_part(path, source):
     """{transformers' name: tensor} from one file; nothing but tensors is read. Raises UserError."""
+    require_file(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch_files.load(path)
+    except UserError:
+        raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{source} is damaged, or its {path.name} holds more than weights: {first_line(error)}"
@@ -195,6 +195,6 @@ def is_ours(path):
         names = {file.name for file in path.iterdir()}
         if not names:
             return True
-        return names <= set(FILES) and EXPORTED in json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return names <= set(FILES) and EXPORTED in read_json(path / "config.json")
+    except (OSError, UserError, ValueError, TypeError, RecursionError):
         return False

@@ -18,9 +18,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from kqv.errors import UserError, first_line
-from kqv.files import PlainUnpickler, sha256_of_file
+from kqv.files import read_file, require_file, sha256_of_file
+from kqv.pickles import MOST_BYTES, PlainUnpickler, loaded
 
 METADATA = ".metadata"
+MOST_OPERATIONS = 20_000_000  # of .metadata: each part of each tensor has some 60
+
 PARTS = ("model", "optimizer")  # what is in the .distcp files
 
 # Classes that .metadata may name; they hold numbers, names and shapes. BytesStorageMetadata is not among
@@ -54,14 +57,15 @@ class TensorReader(dcp.FileSystemReader):
 
     @cached_property
     def metadata(self):
-        with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = MetadataUnpickler(file).load()
+        content = read_file(Path(self.path) / METADATA, MOST_BYTES)
+        metadata = loaded(content, MetadataUnpickler, MOST_OPERATIONS)
         ends = {}
         for part in metadata.storage_data.values():
             ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
         for name, end in ends.items():
             if Path(name).name != name:
                 raise ValueError(f"it names the file {name}, which is in another folder")
+            require_file(Path(self.path) / name)
             if (Path(self.path) / name).stat().st_size < end:
                 raise ValueError(f"{name} is cut off")
         return metadata
