@@ -9,6 +9,7 @@ import zipfile
 
 import torch
 
+from kqv.device import machine_memory
 from kqv.errors import UserError, is_out_of_memory
 from kqv.files import require_file
 from kqv.pickles import MOST_BYTES, require_modest
@@ -27,6 +28,10 @@ def load(path, mapped=False):
     any other error for a file that is damaged or foreign.
     """
     require_file(path)
+    if (size := path.stat().st_size) > machine_memory():
+        raise UserError(
+            f"{path} has {size / 2**30:.0f} GiB, more than this machine's memory: use a larger one"
+        )
     try:
         with path.open("rb") as file:
             head = file.read(MOST_BYTES)
