@@ -146,7 +146,7 @@ def outcome(do):
 
 def is_out_of_memory(error):
     """Whether an exception, of Python, numpy or torch, says that the memory of a device is used up."""
-    signs = ("DefaultCPUAllocator", "std::bad_alloc", os.strerror(errno.ENOMEM))
+    signs = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread", os.strerror(errno.ENOMEM))
     return isinstance(error, MemoryError) or (
         type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in signs))

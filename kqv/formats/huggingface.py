@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.files import read_json, require_file
 from kqv.formats import families, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
@@ -68,6 +68,8 @@ def load(source):
         tie_head(weights, source)
         families.require_shape(weights, model_args, config, source)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {first_line(error)}"
         ) from None

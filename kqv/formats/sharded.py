@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.files import read_file, require_file, sha256_of_file
 from kqv.pickles import MOST_BYTES, PlainUnpickler, loaded
 
@@ -136,5 +136,7 @@ def damage_as_user_error(path):
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if is_out_of_memory(first_cause(error)):
+            raise MemoryError from None
         cause = first_line(first_cause(error))
         raise UserError(f"{path} is damaged or of another model: {cause}") from None

@@ -9,15 +9,13 @@ import hashlib
 import io
 import math
 import os
-import select
 import shutil
-import stat
 import sys
 import tempfile
-import time
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+from kqv import pipes
 from kqv.errors import UserError
 from kqv.files import require_file
 from kqv.text import hub, opening, utf8
@@ -267,43 +265,15 @@ def spooled(path):
     """A copy, on the disk, of standard input or another file that can be read only once. Raises UserError."""
     copy = tempfile.TemporaryFile()
     try:
-        file, first = (sys.stdin.buffer, b"") if path == STDIN else opened_pipe(path)
+        file, first = (sys.stdin.buffer, b"") if path == STDIN else pipes.opened(path)
         with nullcontext() if path == STDIN else file:
-            require_end(file, STANDARD_INPUT if path == STDIN else path)
+            pipes.require_end(file, STANDARD_INPUT if path == STDIN else path)
             copy.write(first)
             shutil.copyfileobj(file, copy, utf8.PIECE)
     except OSError as error:
         raise unreadable(STANDARD_INPUT if path == STDIN else path, error) from None
     copy.flush()
     return copy
-
-
-def opened_pipe(path, seconds=5):
-    """(file, its first bytes, which were read). Raises UserError for a pipe that nobody writes to so long."""
-    if not stat.S_ISFIFO(os.stat(path).st_mode) or os.path.realpath(path).startswith("/proc/"):
-        return open(path, "rb"), b""  # <(COMMAND) and /dev/stdin have a writer, or had one
-    file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
-    first, end = b"", time.monotonic() + seconds
-    while not first and not select.select([file], [], [], 0.1)[0]:
-        try:
-            first = os.read(file.fileno(), 1)
-        except BlockingIOError:  # a program has it open
-            break
-        if not first and time.monotonic() > end:
-            raise UserError(f"{path} is a pipe that no program writes to: start that program first")
-    os.set_blocking(file.fileno(), True)
-    return file, first
-
-
-def require_end(file, name):
-    """Raise UserError for a device that is neither a terminal nor empty: /dev/zero has no end."""
-    try:
-        status = os.fstat(file.fileno())
-    except OSError:  # no file is behind it
-        return
-    is_device = stat.S_ISBLK(status.st_mode) or (stat.S_ISCHR(status.st_mode) and not file.isatty())
-    if is_device and status.st_rdev != os.stat(os.devnull).st_rdev:
-        raise UserError(f"{name} is a device, which may have no end: give a file, or a pipe")
 
 
 def listing():
