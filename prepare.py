@@ -16,6 +16,9 @@ from kqv.settings import fill, read_given, setting
 from kqv.text import dataset, documents, encoding, learning, names, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
 from kqv.text.tokenizers import TOKENIZERS
+from kqv.text.utf8 import ROW
+
+MB = 2**20
 
 RULES = 2  # the version of how text is read; a set of another version is made again
 
@@ -51,6 +54,9 @@ If it was stopped, the same command goes on from what was finished.
     text_column: str = setting(documents.TEXT, "the column of the text, in tables and JSON")
     val: str = setting("", "a file, folder or hf:NAME for validation; empty: a share of the text", path=True)
     val_fraction: float = setting(0.1, "share of the text for validation", at_least=0.0, below=1.0)
+    max_row_mb: int = setting(
+        ROW // MB, "the longest line, or row of a table or JSON, in MB; it is held in memory", at_least=1
+    )
     workers: int = setting(0, "processes that encode; 0: one a core. The result is the same", at_least=0)
 
 
@@ -61,7 +67,8 @@ def main(argv):
     name = config.name or names.default_name(config.sources, config.tokenizer)
     names.require_name(name)
     folder = Path("data") / name
-    source = sources.Source(config.sources, config.text_column, config.val_fraction, config.val)
+    row = config.max_row_mb * MB
+    source = sources.Source(config.sources, config.text_column, config.val_fraction, config.val, row)
     about = {
         "rules": RULES,
         "source": list(config.sources),

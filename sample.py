@@ -73,7 +73,8 @@ def sample(config, given):
     device = find_device(config.device)
     gpt, tokenizer, trained_on = load(config)
     require_conversations(tokenizer, config, given)
-    gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
+    with out_of_memory_as(f"the model does not fit into the memory of {device}: try --device=cpu"):
+        gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
     block_size = gpt.config.block_size
     if config.evaluate:
         data = evaluation.open_set(config, trained_on, tokenizer)

@@ -6,7 +6,8 @@ import os
 import shlex
 import types
 
-from kqv.errors import UsageError
+from kqv import pipes
+from kqv.errors import UsageError, UserError
 
 PLAIN = (bool, int, float, str)
 
@@ -64,8 +65,10 @@ def require_config_file(path, types_of):
 
 def read_source(path):
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read()
+        content = pipes.content_of(path).decode("utf-8-sig")
+        return content.replace("\r\n", "\n").replace("\r", "\n")
+    except UserError as error:
+        raise UsageError(f"config file {error}") from None
     except OSError as error:
         raise UsageError(f"config file {path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -2,9 +2,11 @@
 
 import os
 import re
+import resource
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -97,6 +99,17 @@ def out_of_memory_as(message):
         if not is_out_of_memory(error):
             raise
         raise UserError(message) from None
+
+
+def machine_memory():
+    """How many bytes of memory this machine has, or this process may use of it where that is less."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    try:
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))  # of a container
+    except (OSError, ValueError):  # there is none
+        pass
+    return min([memory, *(limit for limit in limits if limit > 0)])  # -1: no limit
 
 
 def find_compile(choice, device):

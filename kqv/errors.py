@@ -5,6 +5,7 @@ This module is imported first, and Ctrl-C during that import prints a traceback.
 that are rarely needed are imported inside functions.
 """
 
+import errno
 import os
 import sys
 
@@ -145,8 +146,10 @@ def outcome(do):
 
 def is_out_of_memory(error):
     """Whether an exception, of Python, numpy or torch, says that the memory of a device is used up."""
+    signs = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread", os.strerror(errno.ENOMEM))
     return isinstance(error, MemoryError) or (
-        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in signs))
     )
 
 

@@ -1,14 +1,15 @@
-"""Files written whole or not at all, hashed, and unpickled without running any code."""
+"""Files written whole or not at all, hashed, and read where they are files and not too large."""
 
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
+import stat
 from contextlib import contextmanager
 
 from kqv.errors import UserError
+
+MOST_JSON = 2**25  # bytes of a file of JSON; a value of JSON can take 25 times as much memory
 
 
 @contextmanager
@@ -77,27 +78,33 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
-class PlainUnpickler(pickle.Unpickler):
+def require_file(path):
     """
-    Admits strings, numbers and plain containers; any class or function that a pickle names is refused, but
-    those in `harmless`, {module: names}.
+    Raise UserError where a path names something else than a file: reading a pipe that nobody writes to, or a
+    device without an end, would never end. What is not there is left to the one who opens it.
     """
-
-    harmless = {}
-
-    def find_class(self, module, name):
-        if name in self.harmless.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def load_plain_pickle(path):
     try:
-        return PlainUnpickler(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # a broken pickle raises nearly anything
-        raise UserError(
-            f"{path} is refused, since only plain containers are read from a pickle: {error}"
-        ) from None
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        raise UserError(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file: put a file there")
+
+
+def read_file(path, most=MOST_JSON):
+    """The bytes of a file. Raises UserError where there are more than `most`, or it is no file; OSError."""
+    require_file(path)
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise UserError(f"{path} has more than {most / 2**20:.0f} MiB, too many for what it should be")
+    return content
+
+
+def read_json(path):
+    """The value in a file of JSON. Raises UserError as `read_file`, ValueError, RecursionError, OSError."""
+    return json.loads(read_file(path).decode("utf-8"))
 
 
 def write_json(path, value):

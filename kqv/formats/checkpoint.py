@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kqv.errors import UserError, first_line
-from kqv.files import replacing
+from kqv.files import replacing, require_file
 from kqv.formats import torch_files
 
 NEWEST = "ckpt.pt"
@@ -51,13 +51,16 @@ def read(path, mapped=False):
     Only plain values and tensors are read, each tensor as `tensors.dense` says, and every record's checksum
     is checked. Raises UserError for a file that is missing, damaged or anything else.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint")
+    require_file(path)
     try:
         with open(path, "rb") as file:
             return torch_files.load(file, mapped=path if mapped else None)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name it as --out_dir, or a file with --checkpoint") from None
+    except UserError:
+        raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{path} is damaged or not a checkpoint of kqv or nanoGPT: {first_line(error)}"

@@ -3,7 +3,6 @@ A model as a Hugging Face folder, on disk or on the hub: read as the contents of
 transformers. What differs between their weights and ours is in families.py.
 """
 
-import json
 import re
 import shutil
 from dataclasses import asdict
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError, first_line, is_out_of_memory
+from kqv.files import read_json, require_file
 from kqv.formats import families, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
@@ -58,7 +58,7 @@ def load(source):
         ) from None
     folder = local_folder(source)
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
         model_args = families.model_args_of(config, source)
         weights = families.our_weights(plain_weights(read_weights(folder, source), source))
         if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
@@ -69,6 +69,8 @@ def load(source):
         tie_head(weights, source)
         families.require_shape(weights, model_args, config, source)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(
             f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {first_line(error)}"
         ) from None
@@ -125,7 +127,7 @@ def read_weights(folder, source):
         )
     if not found.endswith(".json"):
         return read_part(folder / found, source)
-    places = json.loads((folder / found).read_text("utf-8"))["weight_map"]  # {name: file}
+    places = read_json(folder / found)["weight_map"]  # {name: file}
     weights = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (folder / file).is_file():
@@ -141,6 +143,7 @@ def read_weights(folder, source):
 
 def read_part(path, source):
     """{transformers' name: tensor} from one file; nothing but tensors is read. Raises UserError."""
+    require_file(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -151,6 +154,8 @@ def read_part(path, source):
         if any(not isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise ValueError("not every value is a tensor")
         return weights
+    except UserError:
+        raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
             f"{source} is damaged, or its {path.name} holds more than weights: {first_line(error)}"
@@ -203,6 +208,6 @@ def is_ours(path):
         names = {file.name for file in path.iterdir()}
         if not names:
             return True
-        return names <= set(FILES) and EXPORTED in json.loads((path / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return names <= set(FILES) and EXPORTED in read_json(path / "config.json")
+    except (OSError, UserError, ValueError, TypeError, RecursionError):
         return False

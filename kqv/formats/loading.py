@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from kqv.device import out_of_memory_as
 from kqv.errors import UserError, warn
-from kqv.formats import huggingface
+from kqv.formats import huggingface, size
 from kqv.formats.checkpoint import (
     BEST,
     NEWEST,
@@ -135,7 +136,11 @@ def model_of(contents, path, dropout=None):
         config = GPTConfig.from_args(contents["model_args"])
         if dropout is not None:
             config = replace(config, dropout=dropout)
-        return GPT.from_weights(config, contents["model"], copy=False)
+        size.require_names(config, contents["model"])
+        if excess := size.excess(config):
+            raise UserError(f"{path} is too large: {excess}: take a smaller model, or a larger machine")
+        with out_of_memory_as(f"{path} does not fit into the memory that is free: end other programs"):
+            return GPT.from_weights(config, contents["model"], copy=False)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 

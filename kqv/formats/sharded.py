@@ -18,11 +18,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from kqv.errors import UserError, first_line
-from kqv.files import PlainUnpickler, sha256_of_file
+from kqv.errors import UserError, first_line, is_out_of_memory
+from kqv.files import read_file, sha256_of_file
 from kqv.formats import torch_files
+from kqv.pickles import MOST_BYTES, PlainUnpickler, loaded
 
 METADATA = ".metadata"
+MOST_OPERATIONS = 20_000_000  # of .metadata: each part of each tensor has some 60
+
 PARTS = ("model", "optimizer")  # what is in the .distcp files
 
 # Classes that .metadata may name; they hold numbers, names and shapes. BytesStorageMetadata is not among
@@ -56,8 +59,8 @@ class TensorReader(dcp.FileSystemReader):
 
     @cached_property
     def metadata(self):
-        with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = MetadataUnpickler(file).load()
+        content = read_file(Path(self.path) / METADATA, MOST_BYTES)
+        metadata = loaded(content, MetadataUnpickler, MOST_OPERATIONS)
         require_places(metadata, Path(self.path))
         for name, tensor in metadata.state_dict_metadata.items():
             require_whole(name, tensor)
@@ -197,5 +200,7 @@ def damage_as_user_error(path):
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
+        if is_out_of_memory(first_cause(error)):
+            raise MemoryError from None
         cause = first_line(first_cause(error))
         raise UserError(f"{path} is damaged or of another model: {cause}") from None

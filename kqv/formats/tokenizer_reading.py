@@ -3,11 +3,11 @@ The tokenizer of a Hugging Face folder -> one of ours that gives any text the sa
 the folder. No package is needed. The other way round is in tokenizer_json.py.
 """
 
-import json
 from hashlib import sha256
 from types import SimpleNamespace
 
 from kqv.errors import UserError, first_line
+from kqv.files import read_file, read_json
 from kqv.formats.tokenizer_json import BYTES, spelled, words_of
 from kqv.text import tokenizers
 from kqv.text.tokenizer import END
@@ -90,10 +90,10 @@ def read(folder, config):
         raise Foreign(", ".join(wrong))
     whole, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if whole.exists():
-        content = json.loads(whole.read_text("utf-8"))
+        content = read_json(whole)
     elif vocabulary.exists() and merges.exists():
-        lines = merges.read_text("utf-8").split("\n")
-        model = {"vocab": json.loads(vocabulary.read_text("utf-8"))}
+        lines = read_file(merges).decode("utf-8").split("\n")
+        model = {"vocab": read_json(vocabulary)}
         model["merges"] = [line for line in lines if line and not line.startswith("#version")]
         added = json_of(folder, "added_tokens.json")
         tokens = [token(name, number, name in named) for name, number in added.items()]
@@ -126,7 +126,7 @@ def read(folder, config):
 def json_of(folder, name):
     """A file's content, a dict; an empty one if the file is not there."""
     path = folder / name
-    content = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    content = read_json(path) if path.exists() else {}
     if not isinstance(content, dict):
         raise ValueError(f"in {name}")
     return content

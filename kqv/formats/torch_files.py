@@ -19,8 +19,10 @@ from collections import OrderedDict
 
 import torch
 
-from kqv.files import PlainUnpickler
+from kqv.device import machine_memory
+from kqv.errors import UserError, is_out_of_memory
 from kqv.formats.tensors import dense
+from kqv.pickles import MOST_BYTES, PlainUnpickler, require_modest
 
 STORAGES = {
     "DoubleStorage": torch.float64,
@@ -123,17 +125,32 @@ def data_of(tensor, *settings):
 def load(file, mapped=None):
     """
     What torch.save wrote to an open file, on the CPU. Where its path is given as `mapped`, what is not used
-    takes no memory. Raises any exception for what is damaged, or anything else.
+    takes no memory. Raises UserError for what does not fit into memory, and any exception for what is
+    damaged, or anything else.
     """
-    if not zipfile.is_zipfile(file):
-        file.seek(0)
-        return load_legacy(file)
-    with zipfile.ZipFile(file) as archive:
-        return load_archive(archive, mapped)
+    name = getattr(file, "name", "it")
+    if (size := file.seek(0, 2)) > machine_memory():
+        raise UserError(
+            f"{name} has {size / 2**30:.0f} GiB, more than this machine's memory: use a larger one"
+        )
+    try:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            return load_legacy(file)
+        with zipfile.ZipFile(file) as archive:
+            return load_archive(archive, mapped)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{name} needs more memory than there is: end other programs, or use another"
+        ) from None
 
 
 def load_archive(archive, mapped):
     records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if len(records) < len(archive.infolist()):
+        raise ValueError("two of its records have one name")
     size = archive.fp.seek(0, 2)
     if any(info.compress_type for info in records.values()):
         raise ValueError("its records are compressed, which torch.save does not do")
@@ -153,7 +170,17 @@ def load_archive(archive, mapped):
         with archive.open(record) as stream:
             return filled(stream, record.file_size)
 
-    return TensorUnpickler(io.BytesIO(archive.read(records["data.pkl"])), memory_of).load()
+    if records["data.pkl"].file_size > MOST_BYTES:
+        raise ValueError(f"its record data.pkl has {records['data.pkl'].file_size} bytes")
+    return load_pickle(TensorUnpickler, io.BytesIO(archive.read(records["data.pkl"])), memory_of)
+
+
+def load_pickle(unpickler, file, *arguments):
+    """The next object of an open file, after a look at what making it takes."""
+    begin = file.tell()
+    require_modest(file)
+    file.seek(begin)
+    return unpickler(file, *arguments).load()
 
 
 def start_of(archive, record):
@@ -191,16 +218,18 @@ def load_legacy(file):
     """The same from a file from before torch 1.6."""
     size = file.seek(0, 2)
     file.seek(0)
-    magic, version, system = (PlainUnpickler(file).load() for _ in range(3))
+    magic, version, system = (load_pickle(PlainUnpickler, file) for _ in range(3))
     if (magic, version) != LEGACY:
         raise ValueError("it does not begin as a file of torch.save")
     if system["little_endian"] != (sys.byteorder == "little"):
         raise ValueError(f"its numbers are not in the byte order of this machine, {sys.byteorder}")
     begin = file.tell()
+    require_modest(file)
+    file.seek(begin)
     counts = Counts(file, None)
     counts.load()
     memories = {}
-    for key in PlainUnpickler(file).load():
+    for key in load_pickle(PlainUnpickler, file):
         (count,) = struct.unpack("<q", file.read(8))
         dtype, expected = counts.memories[key]
         if count != expected or not 0 <= count * dtype.itemsize <= size - file.tell():

@@ -2,9 +2,9 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+from kqv import pipes
 from kqv.errors import UserError, warn
 from kqv.settings import setting
 from kqv.values import expand_home
@@ -40,6 +40,7 @@ def read_prompts(config):
 def read_start(start):
     """The text that --start names: FILE:path, - for standard input, or the text itself."""
     if start == "-":
+        pipes.require_end(sys.stdin.buffer, "standard input")
         text = decode_utf8(sys.stdin.buffer.read(), "standard input")
     elif start.startswith("FILE:"):
         text = read_file(expand_home(start.removeprefix("FILE:")), f"--start={start}")
@@ -53,7 +54,7 @@ def read_start(start):
 def read_file(path, setting):
     """The text of a file. `setting` is what the user gave, for the message of the UserError."""
     try:
-        content = Path(path).read_bytes()
+        content = pipes.content_of(path)
     except OSError as error:
         raise UserError(f"{setting} can't be read: {error.strerror}") from None
     return decode_utf8(content, path)

@@ -17,9 +17,9 @@ from kqv.text.documents import columns_of, document_of, document_of_json, prompt
 from kqv.text.opening import COMPRESSED
 
 
-def jsonl_documents(file, name, text_column):
+def jsonl_documents(file, name, text_column, most=utf8.ROW):
     """Each line that isn't empty is a JSON object: a row."""
-    for number, line in utf8.lines(file, name):
+    for number, line in utf8.lines(file, name, most):
         where = f"{name}, line {number}"
         if not line.strip():
             continue
@@ -34,19 +34,21 @@ def jsonl_documents(file, name, text_column):
         yield document_of_json(row, text_column, where)
 
 
-def json_documents(file, name, text_column):
+def json_documents(file, name, text_column, most=utf8.ROW):
     """Each object of a list, or of those that stand one after another, is a row."""
-    for number, row in enumerate(json_values(file, name), start=1):
+    for number, row in enumerate(json_values(file, name, most), start=1):
         where = f"{name}, row {number}"
         if not isinstance(row, (dict, list, str)):
             raise UserError(f'{where} is {json.dumps(row)[:80]}, not an object like {{"text": "..."}}')
         yield document_of_json(row, text_column, where)
 
 
+DECODED = 2**28  # bytes of a group of rows, of which 256 are decoded at once; of a larger one fewer
+
 BETWEEN = re.compile(r"[\s,]*")  # what may stand between two values
 
 
-def json_values(file, name):
+def json_values(file, name, most=utf8.ROW):
     """The values of a JSON list, or of JSON texts one after another. Only a stretch of them is in memory."""
     stretches = (text for _, text in utf8.stretches(file, name))
     decode = json.JSONDecoder().raw_decode
@@ -56,12 +58,13 @@ def json_values(file, name):
     while True:
         at = BETWEEN.match(text, at).end()
         if closing and text.startswith(closing, at):
-            is_whole = not (text[at + 1 :] + "".join(stretches)).strip()
+            is_whole = not any(map(str.strip, itertools.chain([text[at + 1 :]], stretches)))
             break
         try:
             value, at = decode(text, at)
         except (ValueError, RecursionError):  # it is no JSON, or its end is still to be read
-            more = "".join(itertools.islice(stretches, 1 + len(text) // utf8.PIECE))
+            utf8.require_short(len(text) - at, most, f"{name}, row {count + 1}")
+            more = "".join(itertools.islice(stretches, 1 + (len(text) - at) // utf8.PIECE))
             if not more:
                 is_whole = at == len(text) and not closing
                 break
@@ -76,18 +79,28 @@ def json_values(file, name):
         )
 
 
-def csv_documents(file, name, text_column):
+def csv_documents(file, name, text_column, most=utf8.ROW):
     """Each row of a table with a header. A field with a comma, quotes or line ends stands in quotes."""
-    csv.field_size_limit(2**31 - 1)  # characters; a document may be long
-    lines = ((number, f"{line}\n") for number, line in utf8.lines(file, name))
+    csv.field_size_limit(2**31 - 1)  # characters; `texts` sets the limit
+    lines = ((number, f"{line}\n") for number, line in utf8.lines(file, name, most))
     before, first = next(((number - 1, line) for number, line in lines if line.strip()), (0, ""))
     delimiter = max(",;\t", key=first.count)  # where a comma is the decimal sign, programs write ;
-    texts = itertools.chain([first], (line for _, line in lines))
-    reader = csv.reader(texts, delimiter=delimiter, strict=True)
+    begin, size = before + 1, 0  # of the row that is read
+
+    def texts():
+        nonlocal size
+        for _, line in itertools.chain([(begin, first)], lines):
+            size += len(line)
+            utf8.require_short(size, most, f"{name}, the row that begins in line {begin}")
+            yield line
+
+    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
     try:
         header = header_of(next(reader, []), text_column)
+        begin, size = before + reader.line_num + 1, 0
         for fields in reader:
             where = f"{name}, line {before + reader.line_num}"
+            begin, size = before + reader.line_num + 1, 0
             if fields:
                 yield document_of(row_of(header, fields, where), text_column, where)
     except csv.Error as error:
@@ -97,13 +110,13 @@ def csv_documents(file, name, text_column):
         ) from None
 
 
-def tsv_documents(file, name, text_column):
+def tsv_documents(file, name, text_column, most=utf8.ROW):
     """
     Each line that isn't empty is a prompt, a tab and its completion; or, where the first line names columns
     with documents, a row of these. Nothing is escaped.
     """
     header = None
-    for number, line in utf8.lines(file, name):
+    for number, line in utf8.lines(file, name, most):
         where, fields = f"{name}, line {number}", line.split("\t")
         if not line:
             continue
@@ -144,16 +157,31 @@ def row_of(header, fields, where):
     return dict(zip(header, fields, strict=True))
 
 
-def parquet_documents(file, name, text_column):
+def parquet_documents(file, name, text_column, most=utf8.ROW):
     """Each row of the table. Needs pyarrow."""
     pyarrow = import_pyarrow(name)
     with damage_named(pyarrow, name, "parquet"):
         table = pyarrow.parquet.ParquetFile(file)
         columns = [*columns_of(table.schema_arrow.names, text_column, name).values()]
-        yield from rows_of(table.iter_batches(batch_size=256, columns=columns), columns, text_column, name)
+        yield from rows_of(batches_of(table, columns), columns, text_column, name, most)
 
 
-def arrow_documents(file, name, text_column):
+def batches_of(table, columns):
+    """The record batches of a parquet file, of fewer rows where a group of them is large when decoded."""
+    for number in range(table.num_row_groups):
+        group = table.metadata.row_group(number)
+        chunks = map(group.column, range(group.num_columns))
+        sizes = [chunk.total_uncompressed_size for chunk in chunks if top(chunk.path_in_schema) in columns]
+        rows = max(1, min(256, 256 * DECODED // max(1, *sizes)))
+        yield from table.iter_batches(batch_size=rows, columns=columns, row_groups=[number])
+
+
+def top(path):
+    """The column that a part of a column belongs to."""
+    return path.partition(".")[0]
+
+
+def arrow_documents(file, name, text_column, most=utf8.ROW):
     """Each row of a table as `datasets` keeps it. Needs pyarrow."""
     pyarrow = import_pyarrow(name)
     with damage_named(pyarrow, name, "Arrow"):
@@ -162,7 +190,7 @@ def arrow_documents(file, name, text_column):
         table = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
         columns = [*columns_of(table.schema.names, text_column, name).values()]
         batches = map(table.get_batch, range(table.num_record_batches)) if is_file else table
-        yield from rows_of(batches, columns, text_column, name)
+        yield from rows_of(batches, columns, text_column, name, most)
 
 
 def import_pyarrow(name):
@@ -179,13 +207,15 @@ def damage_named(pyarrow, name, kind):
     """Errors of pyarrow, within, as a line."""
     try:
         yield
+    except MemoryError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{name} is not a whole {kind} file ({first_line(error)}): fetch it or write it again"
         ) from None
 
 
-def rows_of(batches, columns, text_column, name):
+def rows_of(batches, columns, text_column, name, most):
     """The documents of the rows of pyarrow's record batches."""
     number = 0
     for batch in batches:
@@ -198,12 +228,17 @@ def rows_of(batches, columns, text_column, name):
                 raise UserError(
                     f"{where} is not UTF-8 text: write the table again from UTF-8 strings"
                 ) from None
+            utf8.require_short(
+                sum(len(value) for value in row.values() if isinstance(value, str)), most, where
+            )
             yield document_of(row, text_column, where)
 
 
 class Format(NamedTuple):
     help: str  # one line
-    documents: Callable | None = None  # (file, its name, text_column) -> its documents; None: it is one text
+    documents: Callable | None = (
+        None  # (file, its name, text_column, most bytes of a row) -> its documents; None: one text
+    )
     is_text: bool = True  # whether it may be compressed, and in any encoding of Unicode
 
 

@@ -37,6 +37,8 @@ def rows(pattern):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         yield from datasets.load_dataset(name, config or None, split="train", streaming=True)
+    except MemoryError:
+        raise
     except Exception as error:  # offline, refused, no such set, damaged: each library has errors of its own
         raise UserError(
             f"cannot read {name} from the Hugging Face hub ({first_line(error, 150)}): is it in reach, and "

@@ -3,7 +3,7 @@
 import codecs
 import importlib
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UserError, first_line, is_out_of_memory
 
 # {end of a file's name: (first bytes, the module of the standard library that reads it)}
 COMPRESSED = {
@@ -78,7 +78,7 @@ class Decompressed:
         try:
             return self.file.read(size)
         except Exception as error:  # each has errors of its own; those with a number are of the disk
-            if getattr(error, "errno", None):
+            if getattr(error, "errno", None) or is_out_of_memory(error):
                 raise
             kind = {"bz2": "bzip2", "lzma": "xz"}.get(self.kind, self.kind)
             raise UserError(

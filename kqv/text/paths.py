@@ -1,10 +1,10 @@
 """Which files a user's source names."""
 
 import glob
-import json
 import os
 
 from kqv.errors import UserError
+from kqv.files import read_json
 from kqv.text import hub
 from kqv.text.built_in import BUILT_IN
 from kqv.text.file_formats import ENDINGS, FORMATS
@@ -67,9 +67,8 @@ def saved_files(folder):
     if not os.path.isfile(state):
         return []
     try:
-        with open(state, encoding="utf-8") as file:
-            names = [os.path.basename(entry["filename"]) for entry in json.load(file)["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = [os.path.basename(entry["filename"]) for entry in read_json(state)["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{state} is not what datasets' save_to_disk writes ({error}): save it again"
         ) from None

@@ -15,11 +15,15 @@ import tempfile
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+from kqv import pipes
 from kqv.errors import UserError
+from kqv.files import require_file
 from kqv.text import hub, opening, utf8
 from kqv.text.built_in import BUILT_IN
 from kqv.text.file_formats import FORMATS, format_of
 from kqv.text.paths import STANDARD_INPUT, STDIN, files_of, unreadable
+
+BLANK = 2**26  # the most bytes without a word that a text may begin with
 
 FEW = 100  # of fewer text files, each is cut into train and val; of more, each is in one split
 
@@ -43,18 +47,20 @@ class Source:
     Where there are a few texts, the validation split is the end of each. Where there are many, or rows of
     tables, it is those documents whose hash says so: a document's split depends on nothing but its text, and
     a conversation's on the first message of the user. Or the validation split is a source of its own, `val`.
-    Raises UserError where something can't be used.
+    A row of more than `row` bytes is refused. Raises UserError where something can't be used.
     """
 
-    def __init__(self, patterns, text_column="text", val_fraction=0.1, val=None):
-        self.val = Source([val], text_column, 0.0) if val else None
-        self.patterns, self.text_column = patterns, text_column
+    def __init__(self, patterns, text_column="text", val_fraction=0.1, val=None, row=utf8.ROW):
+        self.val = Source([val], text_column, 0.0, row=row) if val else None
+        self.patterns, self.text_column, self.row = patterns, text_column, row
         self.val_fraction = 0.0 if val else val_fraction
         self.built_in = BUILT_IN.get(patterns[0]) if len(patterns) == 1 else None
         if self.built_in and isinstance(self.built_in.documents, str):
             self.built_in, patterns = None, [self.built_in.documents]
         self.paths = [] if self.built_in else [path for pattern in patterns for path in files_of(pattern)]
         from_hub = [path for path in self.paths if path.startswith(hub.PREFIX)]
+        for path in {*self.paths} - {*from_hub, *patterns}:  # a pipe is read where the user names it
+            require_file(path)
         self.spools = {  # {path: a copy of what can be read only once: of standard input, or another pipe}
             path: spooled(path) for path in {*self.paths} - {*from_hub} if not os.path.isfile(path)
         }
@@ -148,7 +154,7 @@ class Source:
         if not read_documents:
             yield from self.text_pieces(file, name, size)
             return
-        for document in read_documents(file, name, self.text_column):
+        for document in read_documents(file, name, self.text_column, self.row):
             yield from self.pieces(document)
 
     def pieces(self, document, cut=False):
@@ -181,6 +187,10 @@ class Source:
             piece = Piece(split if cut is None else "val" if is_end else "train", begins, text)
             if blank is not None:
                 blank.append(piece)
+                if len(blank) * utf8.PIECE > BLANK:
+                    raise UserError(
+                        f"{name} begins with more than {BLANK >> 20} MB of blanks: leave them out"
+                    )
                 if text.strip():
                     yield from blank
                     blank = None
@@ -255,7 +265,10 @@ def spooled(path):
     """A copy, on the disk, of standard input or another file that can be read only once. Raises UserError."""
     copy = tempfile.TemporaryFile()
     try:
-        with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
+        file, first = (sys.stdin.buffer, b"") if path == STDIN else pipes.opened(path)
+        with nullcontext() if path == STDIN else file:
+            pipes.require_end(file, STANDARD_INPUT if path == STDIN else path)
+            copy.write(first)
             shutil.copyfileobj(file, copy, utf8.PIECE)
     except OSError as error:
         raise unreadable(STANDARD_INPUT if path == STDIN else path, error) from None

@@ -4,14 +4,14 @@ are); of a large set `train_0000.bin`, `train_0001.bin` and so on, which are rea
 with `meta.pkl` or nothing beside the .bin files, are read as they are.
 """
 
-import json
 import os
 from typing import NamedTuple
 
 import numpy as np
 
 from kqv.errors import UserError
-from kqv.files import load_plain_pickle
+from kqv.files import read_json
+from kqv.pickles import load_plain_pickle
 from kqv.text import tokenizers
 from kqv.text.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ def read_meta(folder):
     ours, nanogpt = folder / META, folder / NANOGPT_META
     if ours.exists():
         try:
-            meta = json.loads(ours.read_text("utf-8"))
+            meta = read_json(ours)
             if meta["format"] != FORMAT:
                 raise UserError(f"{ours} has format {meta['format']}, not {FORMAT}: run prepare.py again")
             if meta["dtype"] not in ("uint16", "uint32"):  # "O" would read the file as addresses

@@ -7,6 +7,8 @@ from kqv.text.opening import likely_conversion
 
 PIECE = 2**20  # bytes of text that are read at once
 
+ROW = 16 * 2**20  # the most bytes of a row, of a table or of JSON; one of JSON can take 25 times as many
+
 
 def stretches(file, name, cut=None):
     """
@@ -47,19 +49,34 @@ def next_character(data, at):
     return at
 
 
-def lines(file, name):
-    """(number, text without its end) of each line, which ends in \\n, \\r\\n or \\r. Raises UserError."""
-    number, beginning = 1, []
-    while block := file.read(PIECE):
-        while block.endswith(b"\r") and (more := file.read(1)):  # \n may follow
-            block += more
+def lines(file, name, most=ROW):
+    """
+    (number, text without its end) of each line, which ends in \\n, \\r\\n or \\r. Raises UserError, also for
+    a line of more than `most` bytes, of which no more is read.
+    """
+    number, beginning, size, rest = 1, [], 0, b""
+    while block := rest + file.read(PIECE):
+        rest = file.read(1) if block.endswith(b"\r") else b""
+        if rest == b"\n":
+            block, rest = block + rest, b""
         first, *others = re.split(rb"\r\n|\r|\n", block)
         beginning.append(first)
+        size += len(first)
+        require_short(size, most, f"{name}, line {number}")
         for part in others:
             yield number, decode(b"".join(beginning), name, (number, 0))
-            number, beginning = number + 1, [part]
+            number, beginning, size = number + 1, [part], len(part)
     if last := b"".join(beginning):
         yield number, decode(last, name, (number, 0))
+
+
+def require_short(size, most, where):
+    """Raise UserError where a row, which is held in memory whole, has more bytes than `most`."""
+    if size > most:
+        raise UserError(
+            f"{where} has more than {most / 2**20:g} MB: divide what is so long, or give --max_row_mb="
+            f"{2 * most / 2**20:g}, which needs up to {50 * most / 2**30:.1f} GB of memory"
+        )
 
 
 def with_newlines(text):

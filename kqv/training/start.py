@@ -1,6 +1,5 @@
 """From settings to the model that a run trains."""
 
-import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -10,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
-from kqv.formats import checkpoint, loading
+from kqv.formats import checkpoint, loading, size
 from kqv.settings import fill, group, setting
 from model import GPT, GPTConfig
 
@@ -154,7 +153,8 @@ def new_model(config, vocab_size):
     shape = {name: getattr(config, name) for name in (*ARCHITECTURE, "dropout")}
     try:
         shape = GPTConfig(vocab_size=padded(vocab_size), **shape)
-        require_memory(shape)
+        if excess := size.excess(shape):
+            raise ValueError(f"{excess}: make one of them smaller")
         torch.manual_seed(config.seed)
         return GPT(shape)
     except (ValueError, TypeError) as error:
@@ -205,22 +205,6 @@ def require_tokenizer(config, contents, gpt, tokenizer):
             f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
             f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
-        )
-
-
-def require_memory(shape):
-    """Raise ValueError for a GPTConfig whose weights alone need more memory than the machine has."""
-    try:
-        with torch.device("meta"):  # shapes alone; one layer is measured, since many take long
-            one, two = (GPT(replace(shape, n_layer=n)).num_parameters(False) for n in (1, 2))
-        count = one + (shape.n_layer - 1) * (two - one)
-    except (RuntimeError, TypeError):  # a tensor larger than torch can describe
-        count = math.inf
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if 4 * count > memory:
-        raise ValueError(
-            f"n_layer={shape.n_layer} and n_embd={shape.n_embd} make {count:.1e} parameters, more than the "
-            f"{memory / 2**30:.0f} GiB of this machine hold: make one of them smaller"
         )
 
 
