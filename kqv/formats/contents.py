@@ -58,8 +58,9 @@ def is_readable(tensor):
 def require_agreement(contents, source, rows, ids):
     """
     Raise UserError where weights of so many rows, one for each id, do not belong to a tokenizer of so many
-    ids. More rows than ids may be padding: up to a multiple of 64, as GPT-2's 50304 rows for 50257 ids; of a Hugging Face folder, whose reader has compared both; or of any number where the checkpoint says
-    how many ids its loss knew.
+    ids. More rows than ids may be padding: up to a multiple of 64, as GPT-2's 50304 rows for 50257 ids; of
+    any number in a Hugging Face folder, whose reader has compared both, or where the checkpoint says how many
+    ids its loss knew.
     """
     known = contents.get("ids_in_loss")
     right = known == ids if known else rows <= -(-ids // 64) * 64 or "from_huggingface" in contents

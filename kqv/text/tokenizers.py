@@ -13,15 +13,15 @@ from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
 
 __all__ = ["PATTERNS", "bytes_of_letters"]  # what kqv.formats needs, too
 
-DEFINITION = {  # what `to_json` of any tokenizer gives
+PLAIN = {  # what `to_json` of a tokenizer without a base gives
     "kind": str,
     "chars?": str,
     "pattern?": str,
     "pieces?": [str],
     "words?": {str: range(2**31)},
-    "base?": dict,
     "why?": str,
 }
+DEFINITION = {**PLAIN, "base?": {**PLAIN, "base?": PLAIN}}  # of any: of chat, over added words, over another
 
 TOKENIZERS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
 
@@ -64,13 +64,11 @@ def from_json(definition):
 
 
 def require_definition(definition):
-    """Raise UserError where a tokenizer's definition, or that of its base, is not of the form of one."""
+    """Raise UserError where a tokenizer's definition is not of the form of one."""
     try:
         require_form(definition, DEFINITION)
     except ValueError as error:
         raise unknown(f"({error})") from None
-    if "base" in definition:
-        require_definition(definition["base"])
 
 
 def unknown(what):
