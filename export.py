@@ -68,8 +68,8 @@ def main(argv):
     if target.exists() and not format.is_ours(target):
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
     path, contents = loading.load_chosen(config)
-    tokenizer = loading.tokenizer_of(contents)
-    gpt = loading.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
+    gpt, tokenizer = loading.pair_of(contents, path)
+    gpt = loading.without_padding(gpt, tokenizer.vocab_size)
     require_numbers(gpt)
     if tokenizer.separator is None:
         gpt = loading.with_end(gpt)

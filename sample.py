@@ -102,9 +102,8 @@ def sample(config, given):
 def load(config):
     """(model, tokenizer, name of the set it was trained on or "") that the settings name."""
     path, contents = loading.load_chosen(config)
-    gpt = loading.model_of(contents, path)
-    trained_on = str(contents.get("config", {}).get("dataset", ""))
-    return gpt.eval(), loading.tokenizer_of(contents), trained_on
+    gpt, tokenizer = loading.pair_of(contents, path)
+    return gpt.eval(), tokenizer, contents.get("config", {}).get("dataset", "")
 
 
 def require_compatible(config, given):

@@ -23,6 +23,7 @@ from kqv.formats.checkpoint import (
     read,
     tie_head,
 )
+from kqv.formats.contents import require_agreement, require_contents
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
 from model import GPT, GPTConfig
@@ -60,7 +61,7 @@ def load(path, mapped=False):
     try:
         return load_file(path, mapped)
     except UserError as error:
-        previous = path.with_name(PREVIOUS)
+        previous = path.parent / PREVIOUS
         if path.name != NEWEST or not previous.exists():
             raise
         contents = load_file(previous, mapped)
@@ -70,26 +71,25 @@ def load(path, mapped=False):
 
 def load_file(path, mapped):
     """As `load`, but of `path` alone: ckpt.prev.pt does not take its place."""
-    if (path / REST).is_file():
-        contents = load_folder(path)
-    else:
-        contents = read(path, mapped)
+    is_sharded = (path / REST).is_file()
+    contents = load_folder(path) if is_sharded else read(path, mapped)
     if not is_checkpoint(contents):
         raise UserError(
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
+    require_contents(contents, path)
     contents["model"] = plain_weights(contents["model"], path)
     tie_head(contents["model"], path)
-    return contents
+    return {**contents, "folder": path} if is_sharded else contents
 
 
 def load_folder(path):
-    """The contents of a sharded model's checkpoint. Raises UserError."""
+    """The contents of a sharded model's checkpoint, with its weights. Raises UserError."""
     from kqv.formats import sharded  # slow import: only for a sharded checkpoint
 
     rest = read(path / REST)
     sharded.require_metadata(path, rest.pop("metadata_sha256", None))
-    return {**rest, "model": sharded.load_full(path, "model"), "folder": path}
+    return {**rest, "model": sharded.load_full(path, "model")}
 
 
 def find(out_dir, which):
@@ -147,16 +147,21 @@ def model_of(contents, path, dropout=None):
 
 def without_padding(gpt, vocab_size):
     """
-    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary. Raises
-    UserError if it has fewer ids.
+    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary.
     """
-    if gpt.config.vocab_size < vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} ids, but the weights are for {gpt.config.vocab_size}"
-        )
     rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
     weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
     return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights, copy=False)
+
+
+def pair_of(contents, path):
+    """
+    (GPT, tokenizer) of a checkpoint's contents, as `model_of` and `tokenizer_of`. Raises UserError where they
+    do not belong together.
+    """
+    gpt, tokenizer = model_of(contents, path), tokenizer_of(contents)
+    require_agreement(contents, path, gpt.config.vocab_size, tokenizer.vocab_size)
+    return gpt, tokenizer
 
 
 @torch.no_grad()
@@ -185,13 +190,11 @@ def tokenizer_of(contents):
     The tokenizer of a checkpoint's contents. nanoGPT's checkpoints have none: then it is the one of the data
     folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
-    definition = contents.get("tokenizer")
-    if isinstance(definition, dict) and definition.get("kind") == "foreign":  # see tokenizer_reading
-        raise UserError(definition["why"])
     if "tokenizer" in contents:
-        return tokenizers.from_json(definition)
-    folder = names.folder_of(str(contents.get("config", {}).get("dataset", "unnamed")))
-    if token_files.is_set(folder):
+        return tokenizers.from_json(contents["tokenizer"])
+    dataset = contents.get("config", {}).get("dataset", "unnamed")
+    folder = Path("data", Path(dataset).name)  # no path in a checkpoint is followed
+    if names.is_in_data(folder) and token_files.is_set(folder):
         return token_files.read_meta(folder).tokenizer
     if "from_huggingface" in contents:
         source = contents["from_huggingface"]

@@ -19,6 +19,7 @@ from kqv.generation.printing import print_object
 from kqv.generation.sampling import not_finite
 from kqv.settings import setting
 from kqv.text.dataset import Dataset
+from kqv.text.names import require_in_data
 from model import NextToken
 
 TOKENS_AT_ONCE = 4096  # of the loss: their logits, (B, T, V), take more memory than anything else
@@ -59,10 +60,11 @@ def open_set(config, trained_on, tokenizer):
     The Dataset to evaluate on; of its split only the first --max_examples conversations. Raises UserError
     where its tokenizer is not the model's, UsageError where the settings name none.
     """
-    name = config.dataset or trained_on
-    if not name:
+    if not (config.dataset or trained_on):
         raise UsageError("the checkpoint does not say which set it was trained on: name one, --dataset=NAME")
-    data = Dataset(name)
+    if not config.dataset:
+        require_in_data(trained_on)
+    data = Dataset(config.dataset or trained_on)
     if data.tokenizer.to_json() != tokenizer.to_json():
         raise UserError(
             f"{data.folder} was made with another tokenizer than the model knows: prepare texts or "

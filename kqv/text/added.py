@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from kqv.text.tokenizer import Tokenizer
+from kqv.text.tokenizer import SURROGATE, Tokenizer
 
 
 class AddedTokenizer(Tokenizer):
@@ -31,10 +31,10 @@ class AddedTokenizer(Tokenizer):
     def over(cls, base, definition):
         """The tokenizer that `to_json` described, over its base; None where `definition` describes none."""
         words = definition.get("words")
-        if not isinstance(words, dict) or not words:
+        if not words:
             return None
         for word, number in words.items():
-            if not isinstance(word, str) or not word or not isinstance(number, int) or number < 0:
+            if not word or SURROGATE.search(word):
                 return None
             if number < base.vocab_size and base.decode_bytes([number]) != word.encode():
                 return None

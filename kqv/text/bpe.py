@@ -116,9 +116,9 @@ class BPETokenizer(TiktokenTokenizer):
     @classmethod
     def from_json(cls, definition):
         pattern, pieces = definition.get("pattern"), definition.get("pieces")
-        if pattern not in PATTERNS.values() or not isinstance(pieces, list):
+        if pattern not in PATTERNS.values() or not pieces:
             return None
-        with suppress(TypeError, AttributeError, UnicodeEncodeError):
+        with suppress(UnicodeEncodeError):
             pieces = [piece.encode("latin-1") for piece in pieces]
             different = set(pieces)
             single = sum(len(piece) == 1 for piece in different)

@@ -10,9 +10,18 @@ from contextlib import suppress
 
 from kqv.errors import UserError
 from kqv.files import require_no_dangling_link, sha256_of_file, write_json
+from kqv.forms import WHOLE, require_form
 from kqv.text.token_files import FORMAT, META, SPLITS, file_names, smallest_dtype
 
 PROGRESS = "progress.json"
+
+PART = {  # of a set, in progress.json
+    "tokens": {split: WHOLE for split in SPLITS},
+    "sha256": {split: str for split in SPLITS},
+    "bytes?": {split: WHOLE for split in SPLITS},
+    "documents?": WHOLE,
+    "text_sha256?": str,
+}
 
 
 class Writer:
@@ -51,8 +60,9 @@ class Writer:
 
     def finished_parts(self):
         """The parts that a Writer of the same set finished, up to the first that is damaged."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, RecursionError):
             progress = json.loads((self.new / PROGRESS).read_text("utf-8"))
+            require_form(progress, {"parts": [PART]})
             if {**progress, "parts": []} == {**self.about, "parts": []}:
                 parts = progress["parts"]
                 whole = [self.is_whole(number, part) for number, part in enumerate(parts)]

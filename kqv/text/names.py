@@ -6,7 +6,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from kqv.errors import UsageError
+from kqv.errors import UsageError, UserError
 from kqv.text import hub, tokenizers
 from kqv.text.built_in import BUILT_IN
 from kqv.text.file_formats import without_compression
@@ -47,6 +47,23 @@ def folder_of(dataset):
     """The folder of the set that a user names: data/NAME; or the folder itself where that is a path."""
     is_path = dataset.startswith(("data/", "./", "../", "/", "~"))
     return Path(os.path.expanduser(dataset)) if is_path else Path("data", dataset)
+
+
+def is_in_data(folder):
+    """Whether a folder is inside of data, and no link to elsewhere."""
+    return folder.resolve().is_relative_to(Path("data").resolve())
+
+
+def require_in_data(dataset):
+    """
+    Raise UserError where a checkpoint names a set outside of data: it may be a stranger's, so no path in it
+    is followed.
+    """
+    if not is_in_data(folder_of(dataset)):
+        raise UserError(
+            f"the checkpoint names the set {dataset}, which is outside of data, and no path in a checkpoint "
+            f"is followed: if you know it, name it yourself, --dataset={shlex.quote(dataset)}"
+        )
 
 
 def short(tokenizer):

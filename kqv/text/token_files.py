@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kqv.errors import UserError
+from kqv.errors import UserError, first_line
 from kqv.files import read_json
+from kqv.forms import WHOLE, require_form, shown
 from kqv.pickles import load_plain_pickle
 from kqv.text import tokenizers
 from kqv.text.tokenizer import Tokenizer
@@ -21,6 +22,18 @@ SPLITS = ("train", "val")
 META, NANOGPT_META = "meta.json", "meta.pkl"
 
 FORMAT = 2  # of meta.json
+
+WHICH = {"format": object}  # what every format of meta.json has
+
+PARTS = [{"tokens": {split: WHOLE for split in SPLITS}}]
+
+FORM = {
+    "dtype": ("uint16", "uint32"),  # "O" would read the file as addresses
+    "vocab_size": range(1, 2**32 + 1),
+    "tokenizer": dict,
+    "bytes?": {str: WHOLE},
+    "parts": PARTS,
+}
 
 AT_ONCE = 2**22  # ids read at once where a whole split is read
 
@@ -95,20 +108,21 @@ def read_meta(folder):
     if ours.exists():
         try:
             meta = read_json(ours)
+            require_form(meta, WHICH)
             if meta["format"] != FORMAT:
-                raise UserError(f"{ours} has format {meta['format']}, not {FORMAT}: run prepare.py again")
-            if meta["dtype"] not in ("uint16", "uint32"):  # "O" would read the file as addresses
-                raise ValueError(f"dtype {meta['dtype']!r}")
-            sizes = {split: int(size) for split, size in meta.get("bytes", {}).items()}
-            parts = [{split: int(part["tokens"][split]) for split in SPLITS} for part in meta["parts"]]
-            if not parts:
-                raise ValueError("no parts")
+                raise UserError(
+                    f"{ours} has format {shown(meta['format'])}, not {FORMAT}: run prepare.py again"
+                )
+            require_form(meta, FORM)
+            if not meta["parts"]:
+                raise ValueError("it has no parts")
             tokenizer = tokenizers.from_json(meta["tokenizer"])
             if meta["vocab_size"] != tokenizer.vocab_size:
                 raise ValueError(f"{meta['vocab_size']} ids, but a tokenizer with {tokenizer.vocab_size}")
-            return Meta(tokenizer, np.dtype(meta["dtype"]), parts, sizes, is_ours=True)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{ours} is damaged ({error}): run prepare.py again") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{ours} is damaged ({first_line(error)}): run prepare.py again") from None
+        parts = [part["tokens"] for part in meta["parts"]]
+        return Meta(tokenizer, np.dtype(meta["dtype"]), parts, meta.get("bytes", {}), is_ours=True)
     if nanogpt.exists():
         tokenizer = tokenizers.from_nanogpt(load_plain_pickle(nanogpt))
     else:

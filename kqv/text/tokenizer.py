@@ -44,7 +44,10 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, definition):
-        """The tokenizer that `to_json` described; None where `definition`, a dict, describes none."""
+        """
+        The tokenizer that `to_json` described; None where `definition` describes none. Its values are of the
+        types that `tokenizers.DEFINITION` declares.
+        """
         return cls()
 
     def to_json(self):
@@ -95,7 +98,9 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_json(cls, definition):
         chars = definition.get("chars")
-        return cls(chars) if isinstance(chars, str) and chars and not SURROGATE.search(chars) else None
+        if not chars or SURROGATE.search(chars) or len(set(chars)) < len(chars):
+            return None
+        return cls(chars)
 
     def to_json(self):
         return {"kind": self.kind, "chars": self.chars}

@@ -4,15 +4,24 @@ All tokenizers: the one that a user names, that a set or a checkpoint describes,
 A new one is a class like those below (see `Tokenizer`) and its entry in TOKENIZERS.
 """
 
-import reprlib
-
 from kqv.errors import UsageError, UserError
+from kqv.forms import require_form, shown
 from kqv.text.added import AddedTokenizer
 from kqv.text.bpe import PATTERNS, BPETokenizer, GPT2Tokenizer, bytes_of_letters
 from kqv.text.chat import ChatTokenizer
 from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
 
 __all__ = ["PATTERNS", "bytes_of_letters"]  # what kqv.formats needs, too
+
+PLAIN = {  # what `to_json` of a tokenizer without a base gives
+    "kind": str,
+    "chars?": str,
+    "pattern?": str,
+    "pieces?": [str],
+    "words?": {str: range(2**31)},
+    "why?": str,
+}
+DEFINITION = {**PLAIN, "base?": {**PLAIN, "base?": PLAIN}}  # of any: of chat, over added words, over another
 
 TOKENIZERS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
 
@@ -38,6 +47,7 @@ def listing():
 
 def from_json(definition):
     """The tokenizer that `to_json` described. Raises UserError where `definition` describes none."""
+    require_definition(definition)
     tokenizer = None
     match definition:
         case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in (*TOKENIZERS, "added"):
@@ -46,10 +56,23 @@ def from_json(definition):
             tokenizer = AddedTokenizer.over(from_json(base), definition)
         case {"kind": str(kind)} if kind in TOKENIZERS:
             tokenizer = TOKENIZERS[kind].from_json(definition)
+        case {"kind": "foreign", "why": why}:  # see kqv/formats/tokenizer_reading.py
+            raise UserError(why)
     if tokenizer is None:
-        shown = reprlib.repr(definition)[:80]
-        raise UserError(f"unknown tokenizer definition {shown}: prepare the data again with prepare.py")
+        raise unknown(shown(definition))
     return tokenizer
+
+
+def require_definition(definition):
+    """Raise UserError where a tokenizer's definition is not of the form of one."""
+    try:
+        require_form(definition, DEFINITION)
+    except ValueError as error:
+        raise unknown(f"({error})") from None
+
+
+def unknown(what):
+    return UserError(f"unknown tokenizer definition {what}: prepare the data again with prepare.py")
 
 
 def from_nanogpt(meta):

@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, size
+from kqv.formats.contents import padded, require_agreement
 from kqv.settings import fill, group, setting
+from kqv.text.names import require_in_data
 from model import GPT, GPTConfig
 
 
@@ -70,13 +72,15 @@ def resolve_start(config, given, world):
     """
     newest = Path(config.out_dir) / checkpoint.NEWEST
     if config.init_from == "auto":
-        found = newest.exists() or newest.with_name(checkpoint.PREVIOUS).exists()
+        found = newest.exists() or (newest.parent / checkpoint.PREVIOUS).exists()
         config = replace(config, init_from="resume" if found else "scratch")
     if config.init_from == "scratch":
         return config, None
     if config.init_from == "resume":
         start_checkpoint = loading.load(newest, mapped=world.size > 1)
         saved = saved_settings(start_checkpoint)
+        if "dataset" in saved and "dataset" not in given:
+            require_in_data(saved["dataset"])
         defaults = {name: value for name, value in saved.items() if name not in PLACE}
         config = fill(type(config), given, {**defaults, **shape_of(start_checkpoint)})
         return replace(config, init_from="resume"), start_checkpoint
@@ -195,22 +199,19 @@ def require_tokenizer(config, contents, gpt, tokenizer):
     definition = tokenizer.to_json()
     known = contents.get("tokenizer", definition)
     base = definition.get("base")
+    weights = config.out_dir if config.init_from == "resume" else config.init_from
     if base and known == base:
         torch.manual_seed(config.seed)
         gpt.grow_vocab_size(max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
-    elif gpt.config.vocab_size < tokenizer.vocab_size or known != definition:
-        weights = config.out_dir if config.init_from == "resume" else config.init_from
-        theirs = known.get("kind") if isinstance(known, dict) else "no tokenizer of ours"
+    elif known != definition:
+        theirs = known["kind"]
         raise UserError(
             f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
             f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
         )
-
-
-def padded(vocab_size):
-    """A large vocabulary rounded up to a multiple of 64, which tensor cores like; a small one as it is."""
-    return vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+    else:
+        require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
 
 
 # How it computes

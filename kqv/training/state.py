@@ -7,11 +7,14 @@ import torch
 
 from kqv.errors import UserError
 from kqv.formats import checkpoint
+from kqv.forms import WHOLE, require_form
 from kqv.training.optimizer import load_optimizer, make_optimizer
 from model import GPT
 
 # For older checkpoints, which do not say what these numbers belong to: the settings that decide it.
 DECIDED_BY = {"windows": {"dataset", "data_order"}, "best_val_loss": {"dataset", "eval_iters", "batch_size"}}
+
+FORM = {"iter_num": WHOLE, "best_val_loss": object}  # what kqv.formats.contents leaves open
 
 
 @dataclass
@@ -76,6 +79,7 @@ class TrainingState:
 
     def load_state_dict(self, saved):
         """All but the weights, which the model was built with. Raises ValueError where it does not fit."""
+        require_form(saved, FORM if "folder" in saved else {**FORM, "optimizer": {"state": dict}})
         load_optimizer(self.optimizer, saved)
         if self.scaler.is_enabled() and saved.get("scaler"):
             load_scaler(self.scaler, saved["scaler"])

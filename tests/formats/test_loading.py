@@ -40,8 +40,63 @@ def test_rows_that_pad_the_vocabulary_are_cut_off():
     idx = random_ids(2, 8, below=10)
     assert cut.config.vocab_size == 10 and cut.lm_head.weight is cut.transformer.wte.weight
     torch.testing.assert_close(logits_of(cut, idx), logits_of(gpt, idx)[..., :10])
-    with pytest.raises(UserError, match="20 ids, but the weights are for 19"):
-        loading.without_padding(gpt, 20)
+
+
+CHARS = "abcdefghijklmnopqrs"  # as many as a small model has rows
+
+
+@pytest.mark.parametrize(
+    "chars, says",
+    [
+        (CHARS + "t", {}),  # more ids than rows
+        (CHARS[:-1], {"ids_in_loss": 19}),  # fewer than the loss knew
+        (CHARS + "t", {"from_huggingface": "x"}),
+    ],
+)
+def test_a_tokenizer_that_does_not_belong_to_the_weights_is_refused(chars, says):
+    contents = {**contents_of(random_gpt()), "tokenizer": {"kind": "char", "chars": chars}, **says}
+    with pytest.raises(UserError, match=f"{len(chars)} ids, but the weights of x.pt have 19 rows"):
+        loading.pair_of(contents, "x.pt")
+
+
+@pytest.mark.parametrize("says", [{}, {"ids_in_loss": 18}])
+def test_rows_that_pad_the_vocabulary_belong_to_the_tokenizer(says):
+    contents = {**contents_of(random_gpt()), "tokenizer": {"kind": "char", "chars": CHARS[:-1]}, **says}
+    assert loading.pair_of(contents, "x.pt")[1].vocab_size == 18
+
+
+BAD = [float("inf"), float("nan"), -5, 10**400, True, "three", [1], {}, torch.zeros(2), torch.tensor(1 + 2j)]
+
+
+@pytest.mark.parametrize("name", ["iter_num", "windows", "evaluated", "bad_steps", "best_val_loss"])
+def test_numbers_of_a_checkpoint_that_can_not_be_are_refused(tmp_path, name):
+    for value in BAD[1:] if name == "best_val_loss" else BAD:  # inf: of a run that was never evaluated
+        torch.save({**contents_of(random_gpt()), name: value}, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=f"x.pt is damaged.*{name}"):
+            loading.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", ""])
+def test_a_checkpoint_in_a_folders_name_is_refused(name):
+    with pytest.raises(UserError):
+        loading.load(name)
+
+
+def test_a_checkpoint_can_not_name_a_folder_to_read(tmp_path):
+    torch.save({**contents_of(random_gpt()), "folder": "/", "from_huggingface": "x"}, tmp_path / "x.pt")
+    assert not {"folder", "from_huggingface"} & loading.load(tmp_path / "x.pt").keys()
+
+
+@pytest.mark.parametrize("dataset", ["../elsewhere", "link"])
+def test_no_path_in_a_checkpoint_is_followed_out_of_data(tmp_path, monkeypatch, dataset):
+    for name in ("work/data", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere/meta.json").write_text("{")  # if it is read, the error names it
+    (tmp_path / "work/data/link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "work")
+    for named in (dataset, str(tmp_path / "elsewhere")):
+        with pytest.raises(UserError, match="the checkpoint has no tokenizer"):
+            loading.tokenizer_of({**contents_of(random_gpt()), "config": {"dataset": named}})
 
 
 def test_the_newest_checkpoint_serves_as_the_best(tmp_path):
