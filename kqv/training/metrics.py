@@ -10,10 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, first_line, warn
-
-METRICS = "metrics.jsonl"
-
-OLDER_METRICS = "metrics.prev.jsonl"  # of an earlier run, until a new one replaces its checkpoints
+from kqv.training.folder import METRICS, OLDER_METRICS
 
 
 class Metrics:
