@@ -73,6 +73,7 @@ def main(argv):
     config = fill(TrainSettings, given)
     if not config.eval_only:  # a long run goes on where nobody reads its output
         errors.output_may_be_lost()
+    stopped = False
     # Handlers outlive the process group, which may still report a lost rank.
     with StopSignals() as stop, join_world(config) as world, own_folder(config, world) as folder:
         config, start_checkpoint = resolve_start(config, given, world)
@@ -82,13 +83,13 @@ def main(argv):
                 if config.eval_only:
                     run.evaluate()
                 else:
-                    train(run, stop)
-    if stop.received == signal.SIGINT:
+                    stopped = train(run, stop)
+    if stopped and stop.received == signal.SIGINT:
         sys.exit(130)
 
 
 def train(run, stop):
-    """Train until max_iters, or until a signal asks to stop."""
+    """Train until max_iters, or until a signal asks to stop. Returns whether one did."""
     while True:
         stopping = run.agree_to_stop(stop)
         if run.evaluation_due() and not stopping:
@@ -103,6 +104,7 @@ def train(run, stop):
         )
         run.end_step(numbers, learning_rate)
     run.close(stopping, stop)
+    return stopping
 
 
 def train_step(model, state, batches, learning_rate, config, world, autocast):
