@@ -75,7 +75,11 @@ def main(argv):
         errors.output_may_be_lost()
     stopped = False
     # Handlers outlive the process group, which may still report a lost rank.
-    with StopSignals() as stop, join_world(config) as world, own_folder(config, world) as folder:
+    with (
+        StopSignals(not config.eval_only) as stop,
+        join_world(config) as world,
+        own_folder(config, world) as folder,
+    ):
         config, start_checkpoint = resolve_start(config, given, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             run = set_up(config, given, start_checkpoint, world, folder)

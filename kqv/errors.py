@@ -226,7 +226,7 @@ def first_line(error, length=100):
 
 
 def say_at_once(message):
-    """Print a line on standard error from the handler of a signal, which may have interrupted another print."""
+    """Print a line on standard error from a signal's handler, which may have interrupted another print."""
     try:
         os.write(2, f"{message}\n".encode())
     except OSError:  # nobody reads it

@@ -17,13 +17,15 @@ class StopSignals:
     its exit status stays what it is. After an error they end the process as usual.
     """
 
-    def __init__(self):
+    def __init__(self, active=True):
+        """Not `active`: for a run with nothing to save, which signals end at once as usual."""
+        self.active = active
         self.received = None  # the first signal.Signals that came
         self.count = 0  # how many came
         self.before = {}  # number of a signal -> the handler that it had
 
     def __enter__(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP) * self.active:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self.before[number] = signal.signal(number, self.receive)

@@ -1,4 +1,4 @@
-"""A save is interrupted at each of its moments, one after the other: a resumed run ends as one never stopped."""
+"""A save is struck at each of its moments, one after the other: a resumed run ends as one never stopped."""
 
 import builtins
 import errno
@@ -25,7 +25,7 @@ RUN += ["--learning_rate=0.05", "--max_iters=4"]
 
 
 class Moments:
-    """Counts what this process writes, renames, removes and syncs in a folder, and strikes at one of these."""
+    """Counts what this process writes, renames, removes and syncs, and strikes at one of these."""
 
     def __init__(self, folder, strike_at, how):
         self.folder, self.strike_at, self.how, self.count = folder, strike_at, how, 0

@@ -311,6 +311,81 @@ def test_a_run_whose_disk_was_full_for_a_while_ends_well(cli, tiny_set):
     assert loading.load("out/ckpt.pt")["iter_num"] == 9 and loading.load("out/best.pt")["iter_num"] == 6
 
 
+def test_an_error_of_any_kind_in_the_thread_that_saves_is_a_line_and_status_1(cli, tiny_set, monkeypatch):
+    def broken(*_):
+        raise KeyError("what nobody foresaw")
+
+    monkeypatch.setattr(torch, "save", broken)
+    status, out, err = cli(train.main, *RUN, "--max_iters=3")
+    *warnings, error = err.splitlines()
+    assert (
+        status == 1 and warnings and all(line.startswith("warning: out/ckpt.pt can't") for line in warnings)
+    )
+    assert error.startswith("error: the run ends at step 3, but out/ckpt.pt can't be saved ('what nobody")
+
+
+@pytest.mark.parametrize("becomes", ["nothing", "an empty folder", "a file", "another run's"])
+def test_a_folder_that_is_removed_during_the_run_is_made_anew(cli, tiny_set, becomes, tmp_path):
+    assert cli(train.main, *RUN, "--seed=2", "--max_iters=3", "--out_dir=other")[0] == 0
+    assert cli(train.main, *RUN, "--out_dir=straight")[0] == 0
+    out = Path("out")
+
+    def strike(module, _, loss):
+        if (
+            isinstance(module, NextToken)
+            and module.training
+            and out.exists()
+            and not list(tmp_path.glob("gone"))
+        ):
+            if '"step": 3,' in (out / "metrics.jsonl").read_text():
+                out.rename("gone")
+                if becomes == "an empty folder":
+                    out.mkdir()
+                elif becomes == "a file":
+                    out.write_text("")
+                elif becomes == "another run's":
+                    shutil.copytree("other", out)
+
+    hook = register_module_forward_hook(strike)
+    try:
+        status, _, err = cli(train.main, *RUN)
+    finally:
+        hook.remove()
+    *warnings, last = err.splitlines()
+    if becomes == "a file":
+        assert status == 1 and last.startswith(
+            "error: the run ends at step 6, but out/ckpt.pt can't be saved"
+        )
+        return
+    assert status == 0 and not warnings and "out was removed or replaced during the run" in last
+    assert same(weights("out"), weights("straight")) and metrics("out") == metrics("straight")
+    if becomes == "another run's":
+        assert same(weights("out", "ckpt.old.pt"), weights("other"))
+        assert Path("out/metrics.old.jsonl").read_text() == Path("other/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("argv", [[], ["--init_from=resume"]])
+def test_a_folder_in_the_place_of_the_metrics_is_named(cli, refusal, tiny_set, argv):
+    assert cli(train.main, *RUN, "--max_iters=1")[0] == 0
+    Path("out/metrics.jsonl").unlink()
+    Path("out/metrics.jsonl").mkdir()
+    assert "out/metrics.jsonl is no file" in refusal(train.main, *RUN, *argv)
+
+
+def test_a_signal_after_the_last_step_changes_no_status(tiny_set, tmp_path):
+    script = "import atexit, os, signal, sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['train.py']\n"
+    script += "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (2, 15, 1, 10)])\n"
+    script += "from kqv.errors import run_command; run_command(os.environ['TRAIN'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), *RUN, "--max_iters=1"],
+        cwd=tmp_path,
+        env=process_environment(TRAIN=str(ROOT / "train.py")),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "done: step 1" in done.stdout
+
+
 # Output that nobody reads
 
 
