@@ -331,12 +331,7 @@ def test_a_folder_that_is_removed_during_the_run_is_made_anew(cli, tiny_set, bec
     out = Path("out")
 
     def strike(module, _, loss):
-        if (
-            isinstance(module, NextToken)
-            and module.training
-            and out.exists()
-            and not list(tmp_path.glob("gone"))
-        ):
+        if isinstance(module, NextToken) and module.training and not Path("gone").exists():
             if '"step": 3,' in (out / "metrics.jsonl").read_text():
                 out.rename("gone")
                 if becomes == "an empty folder":
