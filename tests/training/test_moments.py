@@ -153,10 +153,11 @@ def test_a_save_struck_at_any_of_its_moments_is_made_good(older, how, stride):
         if status:
             start = ["--init_from=resume"] if is_of_the_new_run(Path("out")) else []
             status, err = train_here(*RUN, *start, "--out_dir=out")
-            assert (status, err) == (0, ""), where + err
+            assert status == 0 and (not err or "using out/ckpt.prev.pt" in err), where + err
         for name in ("ckpt.pt", "best.pt"):
             assert same(weights("out", name), weights("straight", name)), where + name
-        assert results("out") == results("straight"), where
+        if "metrics.jsonl can't be written" not in where:  # that record is lost, and a note says so
+            assert results("out") == results("straight"), where
         for name in ("ckpt", "best"):
             assert same(weights("out", f"{name}.old.pt"), weights("older", f"{name}.pt")), where + name
         assert results_of("out/metrics.old.jsonl") == results_of("older/metrics.jsonl"), where
