@@ -17,6 +17,7 @@ from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_a
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
+from kqv.training.best import adopt_best
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
@@ -72,22 +73,27 @@ def main(argv):
     config = fill(TrainSettings, given)
     if not config.eval_only:  # a long run goes on where nobody reads its output
         errors.output_may_be_lost()
+    stopped = False
     # Handlers outlive the process group, which may still report a lost rank.
-    with StopSignals() as stop, join_world(config) as world, own_folder(config, world):
+    with (
+        StopSignals(not config.eval_only) as stop,
+        join_world(config) as world,
+        own_folder(config, world) as folder,
+    ):
         config, start_checkpoint = resolve_start(config, given, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
-            run = set_up(config, given, start_checkpoint, world)
+            run = set_up(config, given, start_checkpoint, world, folder)
             with run.log.bar:  # closed before an error is printed
                 if config.eval_only:
                     run.evaluate()
                 else:
-                    train(run, stop)
-    if stop.received == signal.SIGINT:
+                    stopped = train(run, stop)
+    if stopped and stop.received == signal.SIGINT:
         sys.exit(130)
 
 
 def train(run, stop):
-    """Train until max_iters, or until a signal asks to stop."""
+    """Train until max_iters, or until a signal asks to stop. Returns whether one did."""
     while True:
         stopping = run.agree_to_stop(stop)
         if run.evaluation_due() and not stopping:
@@ -102,6 +108,7 @@ def train(run, stop):
         )
         run.end_step(numbers, learning_rate)
     run.close(stopping, stop)
+    return stopping
 
 
 def train_step(model, state, batches, learning_rate, config, world, autocast):
@@ -140,10 +147,11 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
 
 
-def set_up(config, given, start_checkpoint, world):
+def set_up(config, given, start_checkpoint, world, folder=None):
     """
     The TrainingRun that `config` describes. `given` has the settings that the user gave. `start_checkpoint`
     has the contents of the checkpoint to start from, None: from scratch. It is emptied: the run has copies.
+    `folder` is the OwnFolder to save in.
     """
     require_divisible(config, world)
     device = world.device.type if world.size > 1 else str(world.device)
@@ -163,6 +171,8 @@ def set_up(config, given, start_checkpoint, world):
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype)
+    if config.init_from == "resume" and (line := adopt_best(state, config, world)):
+        errors.warn(line)
     evaluated = state.evaluated
     forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
     if compiled and sharded:
@@ -178,6 +188,6 @@ def set_up(config, given, start_checkpoint, world):
     if start_checkpoint:
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-    saver = make_saver(config, world, sharded, state)
+    saver = make_saver(config, world, sharded, state, folder)
     wandb_id = wandb_run.id if wandb_run else None
     return TrainingRun(config, world, data, model, world.wrap(model), state, autocast, log, saver, wandb_id)

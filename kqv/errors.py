@@ -66,17 +66,24 @@ class Output:
 
 # How a command runs
 
+is_command = False  # whether this process ends when the command does
+
 
 def run_command(path):
     """
     Run the command in the file at `path`, its imports and its `main(argv)`, and exit. A command
     calls this before its imports, so that an import that fails, or Ctrl-C during one, ends in one line too.
     """
-    run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
-    if not hasattr(sys, "ps1"):  # not in a notebook, which goes on
-        import signal
+    global is_command
+    is_command = not hasattr(sys, "ps1")  # a notebook goes on
+    try:
+        run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
+    finally:
+        if is_command:
+            import signal
 
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C has no traceback while the interpreter ends
+            if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while the interpreter ends
     sys.exit(0)
 
 
@@ -219,6 +226,14 @@ def reason_of(error):
 def first_line(error, length=100):
     """The first line of an exception's message, cut to `length`; the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+
+
+def say_at_once(message):
+    """Print a line on standard error from a signal's handler, which may have interrupted another print."""
+    try:
+        os.write(2, f"{message}\n".encode())
+    except OSError:  # nobody reads it
+        pass
 
 
 def warn(message):

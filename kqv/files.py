@@ -41,14 +41,31 @@ def put_in_place(beside, path, previous=None):
     kept as `previous` if that is given. No rename replaces a folder: it is moved to `previous`, or aside,
     first, so a process that is killed in between leaves nothing at `path`.
     """
-    earlier = previous or path.with_name(f".{path.name}.old")
-    if path.exists() and (previous or path.is_dir() or beside.is_dir()):
+    earlier = previous or aside_of(path)
+    moved = path.exists() and (previous or path.is_dir() or beside.is_dir())
+    if moved:
         remove(earlier)
         os.replace(path, earlier)
-    os.replace(beside, path)
+    try:
+        os.replace(beside, path)
+    except OSError:
+        if moved:
+            os.replace(earlier, path)
+        raise
     sync(path.parent)
     if not previous:
         remove(earlier)
+
+
+def aside_of(path):
+    """Where put_in_place moves a folder that it replaces, until the new one is in its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def put_back(path):
+    """Undo a put_in_place that was killed after it had moved aside what was at `path`."""
+    if not path.exists() and aside_of(path).exists():
+        os.replace(aside_of(path), path)
 
 
 def require_no_dangling_link(path):

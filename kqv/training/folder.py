@@ -1,4 +1,4 @@
-"""A run's folder has one owner at a time."""
+"""A run's folder has one owner at a time, and the checkpoints of one run at a time."""
 
 import errno
 import fcntl
@@ -8,8 +8,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, warn
+from kqv.files import put_in_place, remove, sync
+from kqv.formats.checkpoint import BEST, NEWEST, PREVIOUS
+
+METRICS = "metrics.jsonl"
+OLDER_METRICS = "metrics.prev.jsonl"  # of an earlier run, until a new one replaces its checkpoints
 
 LOCK = ".lock"  # in the folder, while a run owns it
+WHOLE = f".{NEWEST}.whole"  # the first checkpoint of a new run, whole and on the disk
+FIRST = f".{NEWEST}.first"  # the same, from when it is to replace what another run left, until it has
+
+# What a run leaves in its folder is kept under these names when another run saves there. ckpt.pt is the last
+# to be renamed.
+OLD = {BEST: "best.old.pt", OLDER_METRICS: "metrics.old.jsonl", NEWEST: "ckpt.old.pt"}
+
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
@@ -17,30 +29,79 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 def own_folder(config, world):
     """
     A context in which all processes of this run together own the folder config.out_dir, which is made if it
-    is not there. A run that only evaluates writes nothing, and owns nothing.
+    is not there. It gives the OwnFolder in the main process, else None. A run that only evaluates writes
+    nothing, and owns nothing.
 
     Raises UserError, in every process, where another run owns the folder, or the folder can't be written to.
     """
     if config.eval_only:
-        yield
+        yield None
         return
-    folder, lock, problem = Path(config.out_dir), None, None
+    folder, owned, problem = Path(config.out_dir), None, None
     new = [part for part in (folder, *folder.parents) if not part.exists()]
     try:
         if world.is_main:
             try:
-                lock = take(folder)
+                owned = OwnFolder(folder)
             except UserError as error:
                 problem = str(error)
         if problem := world.share(problem):
             raise UserError(problem)
-        yield
+        yield owned
     finally:
-        if lock:
-            (folder / LOCK).unlink(missing_ok=True)
-            os.close(lock)
+        if owned:
+            owned.leave()
         if world.is_main:
             remove_empty(new)
+
+
+class OwnFolder:
+    """A folder that this process owns. Raises UserError where another run owns it, or nobody can."""
+
+    def __init__(self, path):
+        self.path, self.lock = path, take(path)
+        self.number = os.open(path, os.O_RDONLY)  # of the folder, whatever becomes of its name
+        try:
+            finish_replacing(path)
+        except OSError as error:
+            self.leave()
+            raise UserError(
+                f"{path} can't be written to ({error.strerror}): give another --out_dir"
+            ) from None
+
+    def take_again(self):
+        """
+        Own the folder again where somebody has removed it, replaced it or freed it. Returns whether it is
+        another one now: what lies in it is not this run's.
+        """
+        if is_at(self.lock, self.path / LOCK):
+            return False
+        lock = take(self.path)
+        os.close(self.lock)
+        self.lock = lock
+        if is_at(self.number, self.path):
+            return False
+        os.close(self.number)
+        self.number = os.open(self.path, os.O_RDONLY)
+        if (self.path / METRICS).exists():
+            os.replace(self.path / METRICS, self.path / OLDER_METRICS)
+        warn(f"{self.path} was removed or replaced during the run: the run goes on in the new one")
+        return True
+
+    def leave(self):
+        """Own it no longer."""
+        if is_at(self.lock, self.path / LOCK):
+            with suppress(OSError):
+                (self.path / LOCK).unlink()
+        os.close(self.lock)
+        os.close(self.number)
+
+
+def is_at(number, path):
+    """Whether the open file or folder of this number is the one at `path`."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(number), path.stat())
+    return False
 
 
 def take(folder):
@@ -85,3 +146,34 @@ def remove_empty(folders):
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
+
+
+def begin_replacing(folder):
+    """
+    Decide that the first checkpoint of a new run, which is whole in the folder, replaces what an earlier run
+    left there. What an even earlier run left under a name of OLD is removed if nothing else gets that name.
+    """
+    for name, old in OLD.items():
+        was = (name, PREVIOUS) if name == NEWEST else (name,)
+        if not any((folder / each).exists() for each in was):
+            remove(folder / old)
+    os.replace(folder / WHOLE, folder / FIRST)
+
+
+def finish_replacing(folder):
+    """
+    Where a first checkpoint is to replace what an earlier run left: rename that as in OLD, then the first
+    checkpoint to ckpt.pt. The process may be killed, or a rename may fail, at any moment of this: the next
+    call goes on.
+    """
+    if not (folder / FIRST).exists():
+        return
+    sync(folder)
+    if (folder / NEWEST).exists():
+        remove(folder / PREVIOUS)
+    elif (folder / PREVIOUS).exists():
+        os.replace(folder / PREVIOUS, folder / NEWEST)
+    for name, old in OLD.items():
+        if (folder / name).exists():
+            put_in_place(folder / name, folder / old)
+    put_in_place(folder / FIRST, folder / NEWEST)

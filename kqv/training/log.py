@@ -147,6 +147,8 @@ class Log:
 
     def saved(self, step, seconds):
         """Log a save, for which training waited so many seconds."""
+        if self.metrics:
+            self.metrics.keep_file()
         self.record("save", step, {"save_stall_ms": 1000 * seconds})
 
     def close(self, state, stopping, received):

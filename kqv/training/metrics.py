@@ -10,10 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, first_line, warn
-
-METRICS = "metrics.jsonl"
-
-OLDER_METRICS = "metrics.prev.jsonl"  # of an earlier run, until a new one replaces its checkpoints
+from kqv.training.folder import METRICS, OLDER_METRICS
 
 
 class Metrics:
@@ -72,6 +69,20 @@ class Metrics:
                 warn(f"{self.file.name} can't be written ({error.strerror}): training goes on without it")
             self.lost += 1
 
+    def keep_file(self):
+        """Write the file anew where somebody has removed it: what it had is still in the open one."""
+        if not self.file or (path := Path(self.file.name)).exists():
+            return
+        try:
+            self.file.seek(0)
+            content = self.file.read()
+            file = open(path, "a+b", buffering=0)
+        except OSError:  # the folder is not there either, until the next save makes it
+            return
+        self.file.close()
+        self.file = file
+        file.write(content)
+
     @contextmanager
     def losing(self, name):
         """A context in which an error of "wandb" or "tensorboard" ends the use of it, not the run."""
@@ -82,6 +93,7 @@ class Metrics:
             setattr(self, name, None)
 
     def close(self):
+        self.keep_file()
         if self.file:
             self.file.close()
         if self.wandb:
@@ -114,6 +126,9 @@ def open_file(out_dir, step, evaluated, resumed):
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     path, older = out_dir / METRICS, out_dir / OLDER_METRICS
+    for there in (path, older):
+        if there.exists() and not there.is_file():
+            raise UserError(f"{there} is no file: a run writes its numbers there; rename or remove it")
     if resumed and older.exists():  # a new run began here, and ended before it saved
         os.replace(older, path)
     elif path.exists() and not resumed and not older.exists():
@@ -132,7 +147,7 @@ def open_file(out_dir, step, evaluated, resumed):
     beside = path.with_name(".metrics.jsonl.new")
     beside.write_text("".join(kept), "utf-8")
     os.replace(beside, path)
-    return open(path, "ab", buffering=0)
+    return open(path, "a+b", buffering=0)
 
 
 def kind_of(record):

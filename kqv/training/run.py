@@ -11,8 +11,9 @@ from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
 from kqv.training.batches import micro_batches, windows_per_step
 from kqv.training.evaluation import evaluate, write_sample
+from kqv.training.folder import OLD
 from kqv.training.optimizer import limit_bad_steps
-from kqv.training.saver import OLD, Saver
+from kqv.training.saver import SAID, Saver
 from kqv.training.state import snapshot
 
 
@@ -43,7 +44,6 @@ class TrainingRun:
         self.saved_at = state.step if config.init_from == "resume" else None
         self.saved_when = time.monotonic()
         self.best_at = None  # the step of the best evaluation, if it was in this process
-        self.best_before = state.best_val_loss  # the best loss before that
         self.is_spoilt = False  # whether the losses of the last evaluation were not finite
         self.save_is_overdue = self.save_is_late = False
 
@@ -53,15 +53,11 @@ class TrainingRun:
 
     def agree_to_stop(self, stop):
         """
-        Whether any process has received a signal to stop. The processes agree here too on timed saves, and on
-        whether best.pt could be written: if not, the best loss is the one before.
+        Whether any process has received a signal to stop. The processes agree here too on timed saves.
         """
         minutes = (time.monotonic() - self.saved_when) / 60
         overdue = 0 < self.config.checkpoint_minutes <= minutes
-        lost = self.world.is_main and self.saver is not None and self.saver.has_lost_best()
-        stopping, self.save_is_overdue, lost = self.world.any(stop.received is not None, overdue, lost)
-        if lost:
-            self.state.best_val_loss = self.best_before
+        stopping, self.save_is_overdue = self.world.any(stop.received is not None, overdue)
         return stopping
 
     def evaluation_due(self):
@@ -87,9 +83,8 @@ class TrainingRun:
                 f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
                 f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
             )
-        before = self.state.best_val_loss
         if self.state.note_evaluation(losses["val"]):
-            self.best_at, self.best_before = step, before
+            self.best_at = step
 
     def save_due(self, stopping):
         config, step, best = self.config, self.state.step, self.state.step == self.best_at
@@ -146,23 +141,33 @@ class TrainingRun:
 
     def close(self, stopping, stop):
         """
-        Wait for the last save, and print how the run ended. Raises UserError if its last state is not saved.
+        Wait for the last save, and print how the run ended. Raises UserError, in every process, if its last
+        state is not saved.
         """
+        problem = None
         if self.saver:
-            self.saver.require_saved(self.state.step)
+            try:
+                self.saver.require_saved(self.state.step)
+            except UserError as error:
+                problem = str(error)
+        if problem := self.world.share(problem):
+            raise UserError(problem)
         self.log.close(self.state, stopping, stop.received)
 
 
-def make_saver(config, world, sharded, state):
-    """The Saver of this process; None where it has nothing to save."""
+def make_saver(config, world, sharded, state, folder):
+    """The Saver of this process for the OwnFolder; None where it has nothing to save."""
     if config.eval_only or not (sharded or world.is_main):
         return None
     resumed, older = config.init_from == "resume", tuple(OLD)
     if resumed:
         older = () if state.best_val_loss < math.inf else (BEST,)
-    arguments = (config.out_dir, older, state.step if resumed else None)
+    arguments = (config.out_dir, older, state.step if resumed else None, folder)
     if sharded:
         from kqv.training.sharded_saver import ShardedSaver  # slow import: only when sharding
 
-        return ShardedSaver(world, *arguments)
-    return Saver(*arguments)
+        saver = ShardedSaver(world, *arguments)
+    else:
+        saver = Saver(*arguments)
+    saver.held = {name: getattr(state, name) for name in SAID}
+    return saver

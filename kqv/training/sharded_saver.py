@@ -35,12 +35,13 @@ class ShardedSaver(Saver):
         self.stager.state_dict_cache = staged
         return {**self.copy(rest), **staged}
 
+    def release_copies(self):
+        super().release_copies()
+        self.stager.cache_staged_state_dict, self.stager.state_dict_cache = False, None
+
     def save_file(self, path, contents):
         beside = path.with_name(f".{path.name}.new")
-        if self.world.is_main:
-            with suppress(OSError):  # if it fails here, it must still reach the barrier
-                remove(beside)
-        dist.barrier(self.world.saving)  # nobody writes before the old folder is gone
+        self.in_main_process(remove, beside)  # nobody writes before the old folder is gone
         parts = {name: value for name, value in contents.items() if name in PARTS}
         rest = {name: value for name, value in contents.items() if name not in PARTS}
         try:
@@ -50,7 +51,8 @@ class ShardedSaver(Saver):
             raise RuntimeError(first_line(first_cause(error))) from None
         finally:
             if self.world.is_main:
-                remove(beside)
+                with suppress(OSError):  # in one process alone: the others would wait for it
+                    remove(beside)
 
     def finish(self, beside, path, rest):
         """Write what is not in parts, and put the folder in its place."""
@@ -59,18 +61,14 @@ class ShardedSaver(Saver):
         put_in_place(beside, path, previous_of(path))
 
     def in_main_process(self, do, *arguments):
-        """Do something in the main process alone. Where it fails, raises RuntimeError in every process."""
-        problem = [None]
+        outcome = [None, None]  # what it returned, why it failed
         if self.world.is_main:
             try:
-                do(*arguments)
-            except (OSError, RuntimeError) as error:
-                problem = [reason_of(error)]
-        dist.broadcast_object_list(problem, group=self.world.saving)
-        if problem[0]:
-            raise RuntimeError(problem[0])
-
-    def rename_older(self):
-        if self.world.is_main:
-            super().rename_older()
-        self.older = ()
+                outcome[0] = do(*arguments)
+            except BaseException as error:  # of any kind: the others wait to hear of it
+                outcome[1] = reason_of(error)
+        dist.broadcast_object_list(outcome, group=self.world.saving)
+        result, problem = outcome
+        if problem:
+            raise RuntimeError(problem)
+        return result

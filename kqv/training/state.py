@@ -29,6 +29,7 @@ class TrainingState:
     windows: int = 0  # how many windows of the text these steps have read
     evaluated: int = -1  # the step of the last evaluation
     best_val_loss: float = math.inf
+    best_step: int | None = -1  # at which that was measured; -1: no loss yet, None: an older file, not known
     # What `windows` and `best_val_loss` belong to, see the function `belongs_to`.
     belongs_to: dict = field(default_factory=dict)
 
@@ -41,7 +42,7 @@ class TrainingState:
         """Keep the result of an evaluation at this step. Returns whether it is the best; NaN never is."""
         self.evaluated = self.step
         if is_best := val_loss < self.best_val_loss:
-            self.best_val_loss = val_loss
+            self.best_val_loss, self.best_step = val_loss, self.step
         return is_best
 
     def begin_anew(self, belongs_to, changed=()):
@@ -61,7 +62,7 @@ class TrainingState:
         if "windows" in other:
             self.windows = 0
         if "best_val_loss" in other:
-            self.best_val_loss, self.evaluated = math.inf, -1
+            self.best_val_loss, self.best_step, self.evaluated = math.inf, -1, -1
         return forgotten
 
     def state_dict(self):
@@ -74,6 +75,7 @@ class TrainingState:
             "windows": self.windows,
             "evaluated": self.evaluated,
             "best_val_loss": self.best_val_loss,
+            "best_step": self.best_step,
             "belongs_to": self.belongs_to,
         }
 
@@ -88,6 +90,8 @@ class TrainingState:
         self.windows = int(saved["windows"]) if "windows" in saved else self.step * windows_per_step_of(saved)
         self.evaluated = int(saved.get("evaluated", -1))
         self.best_val_loss = float(saved["best_val_loss"])
+        step = saved.get("best_step")
+        self.best_step = None if step is None else int(step)
         self.belongs_to = dict(saved.get("belongs_to", {}))
 
 

@@ -29,12 +29,11 @@ import sample
 import train
 from kqv.errors import UserError
 from kqv.formats import loading
-from kqv.settings import fill, parse, read_given
+from kqv.settings import parse
 from kqv.text.dataset import Dataset
 from kqv.training.batches import micro_batches
 from kqv.training.folder import own_folder
 from kqv.training.saver import Saver
-from kqv.training.signals import StopSignals
 from kqv.training.start import build_model
 from kqv.training.state import start_state
 from kqv.training.world import World
@@ -184,7 +183,7 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last_one(cli, tiny_se
     assert metrics("killed") == metrics("straight")
 
 
-def test_a_second_ctrl_c_quits_at_once(cli, tiny_set, tmp_path):
+def test_a_second_ctrl_c_is_answered_and_a_third_quits_at_once(cli, tiny_set, tmp_path):
     # The first evaluation reads the whole text in single windows: long enough to be interrupted twice.
     slow = ["--out_dir=out", "--batch_size=1", "--eval_iters=1000000", "--n_layer=12"]
     process = start(tmp_path, *slow)
@@ -192,13 +191,15 @@ def test_a_second_ctrl_c_quits_at_once(cli, tiny_set, tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=WAIT)
     assert process.returncode == 130
-    assert err.strip() == "error: interrupted"
+    warning, error = err.splitlines()
+    assert warning.startswith("warning: SIGINT: the run stops already") and error == "error: interrupted"
 
 
 @pytest.mark.slow
@@ -305,34 +306,80 @@ def test_a_run_whose_disk_was_full_for_a_while_ends_well(cli, tiny_set):
         saver.save(contents, best=True)
         with pytest.raises(UserError, match="ends at step 6, but out/ckpt.pt .* step 3;"):
             saver.require_saved(6)
-    assert saver.has_lost_best() and not saver.has_lost_best()
     saver.save({**contents, "iter_num": 9}, best=False)
     saver.require_saved(9)
-    assert not saver.has_lost_best() and loading.load("out/ckpt.pt")["iter_num"] == 9
+    assert loading.load("out/ckpt.pt")["iter_num"] == 9 and loading.load("out/best.pt")["iter_num"] == 6
 
 
-class NoBestSaver(Saver):
-    """A Saver for whose best.pt the disk has no room."""
+def test_an_error_of_any_kind_in_the_thread_that_saves_is_a_line_and_status_1(cli, tiny_set, monkeypatch):
+    def broken(*_):
+        raise KeyError("what nobody foresaw")
 
-    def save_file(self, path, contents):
-        if path.name == "best.pt":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        super().save_file(path, contents)
+    monkeypatch.setattr(torch, "save", broken)
+    status, out, err = cli(train.main, *RUN, "--max_iters=3")
+    *warnings, error = err.splitlines()
+    assert (
+        status == 1 and warnings and all(line.startswith("warning: out/ckpt.pt can't") for line in warnings)
+    )
+    assert error.startswith("error: the run ends at step 3, but out/ckpt.pt can't be saved ('what nobody")
 
 
-def test_a_best_loss_that_could_not_be_saved_is_the_best_no_longer(cli, tiny_set, capsys):
-    given = read_given(train.TrainSettings, [*RUN, "--max_iters=0"])
-    run = train.set_up(fill(train.TrainSettings, given), given, None, World(torch.device("cpu")))
-    for saver, best in ((NoBestSaver("out"), math.inf), (Saver("out"), pytest.approx(3, abs=0.2))):
-        run.saver = saver
-        run.evaluate()
-        assert run.save_due(False) and run.state.best_val_loss < 4
-        run.save(False)
-        run.saver.require_saved(0)
-        assert not run.agree_to_stop(StopSignals())
-        assert run.state.best_val_loss == best
-    assert capsys.readouterr().err.count("warning: out/best.pt can't be saved (No space left on device)") == 1
-    assert loading.load("out/best.pt")["best_val_loss"] == run.state.best_val_loss
+@pytest.mark.parametrize("becomes", ["nothing", "an empty folder", "a file", "another run's"])
+def test_a_folder_that_is_removed_during_the_run_is_made_anew(cli, tiny_set, becomes):
+    assert cli(train.main, *RUN, "--seed=2", "--max_iters=3", "--out_dir=other")[0] == 0
+    assert cli(train.main, *RUN, "--out_dir=straight")[0] == 0
+    out = Path("out")
+
+    def strike(module, _, loss):
+        if isinstance(module, NextToken) and module.training and not Path("gone").exists():
+            if '"step": 3,' in (out / "metrics.jsonl").read_text():
+                out.rename("gone")
+                if becomes == "an empty folder":
+                    out.mkdir()
+                elif becomes == "a file":
+                    out.write_text("")
+                elif becomes == "another run's":
+                    shutil.copytree("other", out)
+
+    hook = register_module_forward_hook(strike)
+    try:
+        status, _, err = cli(train.main, *RUN)
+    finally:
+        hook.remove()
+    *warnings, last = err.splitlines()
+    if becomes == "a file":
+        assert status == 1 and last.startswith(
+            "error: the run ends at step 6, but out/ckpt.pt can't be saved"
+        )
+        return
+    assert status == 0 and "out was removed or replaced during the run" in err
+    assert all("can't be saved" in line or "was removed" in line for line in (*warnings, last))
+    assert same(weights("out"), weights("straight")) and metrics("out") == metrics("straight")
+    if becomes == "another run's":
+        assert same(weights("out", "ckpt.old.pt"), weights("other"))
+        assert Path("out/metrics.old.jsonl").read_text() == Path("other/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("argv", [[], ["--init_from=resume"]])
+def test_a_folder_in_the_place_of_the_metrics_is_named(cli, refusal, tiny_set, argv):
+    assert cli(train.main, *RUN, "--max_iters=1")[0] == 0
+    Path("out/metrics.jsonl").unlink()
+    Path("out/metrics.jsonl").mkdir()
+    assert "out/metrics.jsonl is no file" in refusal(train.main, *RUN, *argv)
+
+
+def test_a_signal_after_the_last_step_changes_no_status(tiny_set, tmp_path):
+    script = "import atexit, os, signal, sys; sys.path.insert(0, sys.argv[1]); sys.argv[:2] = ['train.py']\n"
+    script += "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (2, 15, 1, 10)])\n"
+    script += "from kqv.errors import run_command; run_command(os.environ['TRAIN'])"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT), *RUN, "--max_iters=1"],
+        cwd=tmp_path,
+        env=process_environment(TRAIN=str(ROOT / "train.py")),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "done: step 1" in done.stdout
 
 
 # Output that nobody reads
