@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, first_line
+from kqv.errors import UsageError, UserError, first_line, say
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
@@ -80,7 +80,7 @@ def main(argv):
     except OSError as error:
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
-    print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
+    say(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
 
 
 def format_of(config):

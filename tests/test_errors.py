@@ -80,7 +80,7 @@ def raising(error):
 @pytest.mark.parametrize(
     "error, status, line",
     [
-        (errors.UserError("a\nb"), 1, "a b"),
+        (errors.UserError("a\nb"), 1, r"a\nb"),
         (errors.UsageError("a"), 2, "a"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(errno.EACCES, "Permission denied", "out/a"), 1, "out/a: Permission denied"),
