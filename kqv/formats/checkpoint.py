@@ -65,7 +65,7 @@ def read(path, mapped=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
-    except UserError:
+    except (UserError, UnicodeEncodeError):  # torch can't map a file whose name is no UTF-8
         raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(
