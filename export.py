@@ -5,11 +5,12 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, first_line
+from kqv.errors import UsageError, UserError, first_line, say
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading
 from kqv.formats.loading import WeightsSettings
@@ -57,6 +58,7 @@ def main(argv):
     refuse_unused(loading.UNUSED, config, given)
     if not config.to:
         raise UsageError("--to is missing: name the folder (hf) or file (gguf) to write, as --to=exported")
+    require_utf8(config.to)
     format = format_of(config)
     if config.dtype not in format.DTYPES:
         *most, last = format.DTYPES
@@ -80,7 +82,15 @@ def main(argv):
     except OSError as error:
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
-    print(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
+    say(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
+
+
+def require_utf8(name):
+    """Raise UsageError where a name is no UTF-8: other programs could not open what is called so."""
+    try:
+        os.fsencode(name).decode("utf-8")
+    except UnicodeError:
+        raise UsageError(f"--to={name} is no name in UTF-8, so other programs can't open it") from None
 
 
 def format_of(config):

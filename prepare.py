@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kqv.errors import UsageError, UserError, warn
+from kqv.errors import UsageError, UserError, say, warn
 from kqv.settings import fill, read_given, setting
 from kqv.text import dataset, documents, encoding, learning, names, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
@@ -80,19 +80,21 @@ def main(argv):
         "unknown": config.unknown,
     }
     if is_prepared(folder, about, source):
-        print(f"{folder} is ready: the same text and tokenizer as before")
+        say(f"{folder} is ready: the same text and tokenizer as before")
         return
     tokenizer = learning.tokenizer_for(source, existing_tokenizer, new_tokenizer)
     encoding.write_set(folder, source, tokenizer, about, config.unknown, config.workers)
     report(folder, tokenizer)
     report_changes(source, tokenizer)
-    print(f"train on it with: python train.py --dataset={shlex.quote(name)}")
+    say(f"train on it with: python train.py --dataset={shlex.quote(name)}")
 
 
 def read_settings(argv):
     """The settings. The defaults are those of the built-in set, if it has its own. Raises UsageError."""
     given = read_given(PrepareSettings, argv)
     config = fill(PrepareSettings, given)
+    if "name" in given:
+        names.require_name(config.name)
     if config.val and "val_fraction" in given:
         raise UsageError(f"{given['val']} and {given['val_fraction']}: a set has one of them")
     if not config.sources:
@@ -144,7 +146,7 @@ def report(folder, tokenizer):
     counts = ", ".join(f"{split} {count:,} tokens" for split, count in meta["tokens"].items())
     a_token = f", {sum(meta['bytes'].values()) / sum(meta['tokens'].values()):.2f} bytes a token"
     documents = "conversations" if tokenizer.kind == "chat" else "documents"
-    print(
+    say(
         f"{folder}: {counts}, of {meta['documents']:,} {documents}; {tokenizer.kind} tokenizer with "
         f"{tokenizer.vocab_size:,} ids{a_token if meta['bytes'] else ''}"
     )

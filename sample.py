@@ -38,6 +38,7 @@ UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing
     (("format",), lambda c: c.logprobs and c.format == "text", "with --logprobs, which prints JSON"),
     (OF_DRAWING, lambda c: c.beams, "with --beams, which draws nothing"),
     (("logprobs",), lambda c: c.beams, "with --beams, where --format=jsonl prints log-probabilities"),
+    (("raw",), lambda c: c.evaluate or not is_plain(c), "with --evaluate, or with JSON"),
     (("length_penalty",), lambda c: not c.beams, "without --beams"),
 )
 

@@ -9,6 +9,8 @@ import errno
 import os
 import sys
 
+from kqv.printable import one_line, printable, without_orders
+
 REQUIRED = ("torch", "numpy", "tiktoken", "tqdm", "wandb")
 
 
@@ -38,15 +40,22 @@ class OutputLost(UserError):
 
 class Output:
     """
-    A text stream that may fail, because its reader has ended or its disk is full. If the output is `needed`,
-    a write that fails raises OutputLost; else the text is dropped. `lost` is the first error.
+    A text stream that shows no control code: what is written is made printable by `show`, a function like
+    `printable`, but where `as_it_is` is set.
+
+    The stream may fail, because its reader has ended or its disk is full. If the output is `needed`, a write
+    that fails raises OutputLost; else the text is dropped. `lost` is the first error.
     """
 
-    def __init__(self, stream, needed):
-        self.stream, self.needed, self.lost = stream, needed, None
+    def __init__(self, stream, needed, show=printable):
+        self.stream, self.needed, self.show, self.lost = stream, needed, show, None
+        self.as_it_is = False
+        self.before = ""  # the last that was written
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        shown = text if self.as_it_is else self.show(text, before=self.before)
+        self.before = shown[-1:] or self.before
+        self.attempt(self.stream.write, shown)
         return len(text)
 
     def flush(self):
@@ -112,13 +121,14 @@ def run(main):
     """
     open_streams()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Output(sys.stdout, needed=True), Output(sys.stderr, needed=False)
+    sys.stdout = Output(sys.stdout, needed=True)
+    sys.stderr = Output(sys.stderr, needed=False, show=without_orders)
     try:
         output = sys.stdout
         status, message = outcome(lambda: main(sys.argv[1:]))
         flushed, unwritten = outcome(output.flush)
         if message or unwritten:
-            print(f"error: {' '.join((message or unwritten).splitlines())}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(message or unwritten)}", file=sys.stderr, flush=True)
         for stream in (sys.stdout, sys.stderr):
             if stream.lost:
                 discard(stream)
@@ -143,6 +153,8 @@ def outcome(do):
         return 1, not_importable(error)
     except RecursionError:
         return 1, "what is to be read is nested too deeply"
+    except UnicodeEncodeError as error:
+        return 1, not_encodable(error)
     except OSError as error:
         return 1, f"{error.filename}: {reason_of(error)}" if error.filename else reason_of(error)
     except (MemoryError, RuntimeError) as error:
@@ -158,6 +170,12 @@ def is_out_of_memory(error):
         type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, (RuntimeError, OSError)) and any(sign in str(error) for sign in signs))
     )
+
+
+def not_encodable(error):
+    """What could not be written, as of a name that is no UTF-8."""
+    shown = error.object if len(error.object) <= 100 else f"{error.object[:100]}..."
+    return f"{shown!r} can't be written in {error.encoding}: if it is a file or folder, give it another name"
 
 
 def not_importable(error):
@@ -225,7 +243,7 @@ def reason_of(error):
 
 def first_line(error, length=100):
     """The first line of an exception's message, cut to `length`; the name of its class if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip()[:length]
 
 
 def say_at_once(message):
@@ -239,4 +257,24 @@ def say_at_once(message):
 def warn(message):
     """Print a warning: something is wrong, but the program goes on. Only the main process prints."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def say(message):
+    """Print a line on standard output. What is hidden in the names in it is written out, newlines too."""
+    print(one_line(message), flush=True)
+
+
+def print_text(text, raw=False, end="\n"):
+    """
+    Print a model's or a user's text: in a pipe or a file as it is; on a terminal printable, but where `raw`.
+    """
+    output = sys.stdout
+    is_ours = isinstance(output, Output)
+    if is_ours:
+        output.as_it_is = raw or not output.isatty()
+    try:
+        print(text, end=end, flush=True)
+    finally:
+        if is_ours:
+            output.as_it_is = False

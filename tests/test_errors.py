@@ -80,7 +80,7 @@ def raising(error):
 @pytest.mark.parametrize(
     "error, status, line",
     [
-        (errors.UserError("a\nb"), 1, "a b"),
+        (errors.UserError("a\nb"), 1, r"a\nb"),
         (errors.UsageError("a"), 2, "a"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(errno.EACCES, "Permission denied", "out/a"), 1, "out/a: Permission denied"),
@@ -252,3 +252,11 @@ def test_text_of_a_locale_of_ascii_alone(trained):
         PYTHONCOERCECLOCALE="0",
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("keys\\xe9")
+
+
+def test_a_name_that_can_not_be_written_is_one_line(ended):
+    def main(argv):
+        "a\udcff".encode("utf-8")
+
+    status, err = ended(main)
+    assert status == 1 and err.count("\n") == 1 and r"'a\udcff' can't be written in utf-8" in err

@@ -8,7 +8,18 @@ from conftest import ROOT
 
 COMMANDS = ("train", "sample", "prepare", "export", "bench")
 # A room imports from itself and from those before it.
-ROOMS = ("errors", "forms", "pipes", "config_files", "values", "settings", "device", "files", "pickles")
+ROOMS = (
+    "printable",
+    "errors",
+    "forms",
+    "pipes",
+    "config_files",
+    "values",
+    "settings",
+    "device",
+    "files",
+    "pickles",
+)
 ROOMS += ("text", "formats", "generation", "training", "measuring")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -675,17 +675,23 @@ REFUSED = {  # by the command line that makes them mean nothing; most have their
     "--evaluate=val": {
         **DRAWING,
         **TEXTS_ALONE,
+        "raw": True,
         "chat": True,
         "system": "",
         "unknown": "error",
         "length_penalty": 0,
     },
-    "--evaluate=val --beams=2": {**DRAWING, **TEXTS_ALONE, "chat": True, "system": "a", "unknown": "skip"},
+    "--evaluate=val --beams=2": {
+        **DRAWING,
+        **TEXTS_ALONE,
+        **{"raw": True, "chat": True, "system": "a", "unknown": "skip"},
+    },
     "--chat": {**TEXTS_ALONE, **OF_EVALUATION, "format": "text", "length_penalty": 0},
     "--chat --beams=2": {**DRAWING, **TEXTS_ALONE, **OF_EVALUATION, "format": "jsonl"},
     "--beams=2": {**DRAWING, **OF_EVALUATION, "logprobs": True},
     "--prompts=a.txt": {**OF_EVALUATION, "start": "", "length_penalty": 0},
-    "--logprobs": {**OF_EVALUATION, "format": "text", "length_penalty": 0},
+    "--format=jsonl": {"raw": True, "length_penalty": 0, **OF_EVALUATION},
+    "--logprobs": {"raw": True, **OF_EVALUATION, "format": "text", "length_penalty": 0},
     "--init_from=gpt2": {**OF_EVALUATION, "out_dir": "out", "checkpoint": "best", "length_penalty": 0},
     "--checkpoint=a.pt": {**OF_EVALUATION, "out_dir": "out", "length_penalty": 0},
 }
@@ -695,6 +701,7 @@ SOME_VALUE = {
     **{"batch_size": 64, "format": "jsonl", "logprobs": True, "beams": 2, "length_penalty": 1.5},
     **{
         "evaluate": "train",
+        "raw": True,
         "device": "cpu",
         "dtype": "float32",
         "compile": False,

@@ -1,12 +1,16 @@
 """The model card of an exported folder: its README.md."""
 
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kqv.formats.tokenizer_json import base_of
+from kqv.printable import one_line
+
+LONGEST = 255  # characters of a name; that of a folder is no longer
 
 
 def card(name, gpt, tokenizer, contents):
@@ -20,7 +24,7 @@ def card(name, gpt, tokenizer, contents):
     numbers = {
         key: value
         for key, value in config.items()
-        if str(key).isidentifier() and isinstance(value, (bool, int, float)) and key not in shape
+        if str(key).isidentifier() and is_number(value) and key not in shape
     }
     lines = [
         "---",
@@ -28,15 +32,15 @@ def card(name, gpt, tokenizer, contents):
         "pipeline_tag: text-generation",
         "---",
         "",
-        f"# {name}",
+        f"# {as_markdown(name)}",
         "",
         f"A GPT of GPT-2's architecture with {size}, trained with kqv.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+        f"model = AutoModelForCausalLM.from_pretrained({name!r})",
         "```",
         "",
         f"Tokenizer: {tokenizer.kind}, {tokenizer.vocab_size} ids. " + what_it_reads(tokenizer),
@@ -46,18 +50,29 @@ def card(name, gpt, tokenizer, contents):
     ]
     dataset = config.get("dataset")
     if isinstance(dataset, str) and Path(dataset).name:
-        lines += [f"Data: {Path(dataset).name}.", ""]
+        lines += [f"Data: {as_markdown(Path(dataset).name)}.", ""]
     for label, value in (
         ("Steps", contents.get("iter_num")),
         ("Validation loss", contents.get("best_val_loss")),
     ):
         value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if is_number(value) and math.isfinite(value):
             unit = "" if label == "Steps" else " nats per token, the lowest of the run so far"
             lines += [f"{label}: {value if isinstance(value, int) else format(value, '.4f')}{unit}.", ""]
     lines += ["| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in {**shape, **numbers}.items()]
+    lines += [f"| {as_markdown(key)} | {value} |" for key, value in {**shape, **numbers}.items()]
     return "\n".join(lines) + "\n"
+
+
+def is_number(value):
+    """Whether a value of a checkpoint is a number that a setting has: a whole one has 64 bits at most."""
+    return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+
+
+def as_markdown(text):
+    """A line of Markdown that shows `text`, whatever is in it: every mark of Markdown and HTML is escaped."""
+    marks = r"[!-/:-@\[-^`{-~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # in a word, _ is no mark
+    return re.sub(marks, r"\\\g<0>", one_line(str(text))[:LONGEST])
 
 
 def what_it_reads(tokenizer):

@@ -59,7 +59,7 @@ def read(path, mapped=False):
             return torch_files.load(file, mapped=path if mapped else None)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: train one, or name another with --out_dir") from None
-    except UserError:
+    except (UserError, UnicodeEncodeError):  # torch can't map a file whose name is no UTF-8
         raise
     except Exception as error:  # a damaged or foreign file can raise any error
         raise UserError(

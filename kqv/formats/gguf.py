@@ -22,6 +22,7 @@ from kqv.formats.tokenizer_json import (
     specials_of,
     spelled,
 )
+from kqv.printable import one_line
 from kqv.text.tokenizer import END
 from kqv.text.tokenizers import PATTERNS
 
@@ -46,7 +47,7 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         raise UserError("writing a GGUF file needs: pip install gguf") from None
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_uint32(EXPORTED, 1)
-    writer.add_name(Path(name).stem)
+    writer.add_name(one_line(Path(name).stem))
     writer.add_context_length(gpt.config.block_size)
     writer.add_embedding_length(gpt.config.n_embd)
     writer.add_feed_forward_length(4 * gpt.config.n_embd)

@@ -66,12 +66,13 @@ class Conversation:
         config, number = self.config, self.turn - 1
         start = opening(text, self.writer.tokenizer)
         if config.beams and config.num_samples > 1:
-            print_samples([start], self.writer.records([prompt]))
+            print_samples([start], self.writer.records([prompt]), config.raw)
             return
         for copy in range(config.num_samples):
             said = []
             try:
-                print_pieces(start, remembered(self.writer.pieces(prompt, (number, copy)), said))
+                pieces = self.writer.pieces(prompt, (number, copy))
+                print_pieces(start, remembered(pieces, said), config.raw)
             finally:  # an answer that Ctrl-C stopped is remembered as far as it was printed
                 if config.chat:
                     self.history += [("user", text), ("assistant", "".join(said))]

@@ -17,6 +17,7 @@ from kqv.errors import UsageError, UserError
 from kqv.generation.engine import evaluating
 from kqv.generation.printing import print_object
 from kqv.generation.sampling import not_finite
+from kqv.printable import one_line
 from kqv.settings import setting
 from kqv.text.dataset import Dataset
 from kqv.text.names import require_in_data
@@ -180,7 +181,8 @@ def report(config, gpt, data, examples, records):
 
 def in_words(numbers):
     """The numbers as lines to read."""
-    return "".join(words.format(**numbers) for name, words in REPORT.items() if numbers.get(name))
+    shown = {**numbers, "dataset": one_line(numbers["dataset"])}
+    return "".join(words.format(**shown) for name, words in REPORT.items() if numbers.get(name))
 
 
 def with_progress(items, total):

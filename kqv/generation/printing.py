@@ -3,6 +3,7 @@
 import json
 import math
 
+from kqv.errors import print_text
 from kqv.generation.writer import batched
 
 SEPARATOR = "---------------"  # nanoGPT's, between samples
@@ -23,9 +24,9 @@ def print_continuations(writer, texts, prompts):
     else:
         openings = [opening(text, writer.tokenizer) for text in texts]
         if len(texts) == config.num_samples == 1:
-            print_pieces(openings[0], writer.pieces(prompts[0], key=(0, 0)))
+            print_pieces(openings[0], writer.pieces(prompts[0], key=(0, 0)), config.raw)
         else:
-            print_samples(openings, writer.records(prompts))
+            print_samples(openings, writer.records(prompts), config.raw)
 
 
 def opening(text, tokenizer):
@@ -33,24 +34,24 @@ def opening(text, tokenizer):
     return "" if tokenizer.kind == "chat" else text
 
 
-def print_pieces(opening, pieces):
-    """Print a text piece by piece, each as soon as the iterator `pieces` gives it."""
-    print(opening, end="", flush=True)
+def print_pieces(opening, pieces, raw):
+    """Print a text piece by piece, each as soon as the iterator `pieces` gives it; `raw` as in print_text."""
+    print_text(opening, raw, end="")
     for piece in pieces:
-        print(piece, end="", flush=True)
+        print_text(piece, raw, end="")
     print(flush=True)
 
 
-def print_samples(openings, records):
-    """Print plain texts, a separator after each; records are those of Writer.records."""
+def print_samples(openings, records, raw):
+    """Print plain texts, a separator after each; records as of Writer.records, `raw` as in print_text."""
     for number, _, record in records:
         if record:
-            print(f"{openings[number]}{record['text']}\n{SEPARATOR}", flush=True)
+            print_text(f"{openings[number]}{record['text']}\n{SEPARATOR}", raw)
 
 
 def print_object(found):
-    """Print a JSON object in a line."""
-    print(json.dumps(found, allow_nan=False), flush=True)
+    """Print a JSON object in a line, all of it printable ASCII."""
+    print(json.dumps(found, allow_nan=False).replace("\x7f", "\\u007f"), flush=True)
 
 
 def print_json(texts, records):

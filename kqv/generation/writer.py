@@ -21,6 +21,7 @@ class TextSettings:
     seed: int = setting(1337, "the same seed draws the same text", at_least=0, below=2**63)
     batch_size: int = setting(64, "texts that are written at once", at_least=1)
     format: Literal["text", "jsonl"] = setting("text", "jsonl: a JSON object a line for each continuation")
+    raw: bool = setting(False, "control codes in a text go to the terminal, too; else it shows \\x1b for ESC")
 
 
 class Piece(NamedTuple):

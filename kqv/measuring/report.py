@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch.profiler import ProfilerActivity, profile
 
+from kqv.errors import say
 from kqv.settings import setting
 
 
@@ -21,7 +22,7 @@ def print_figures(config, what, figures):
     if config.format == "jsonl":
         print(json.dumps({"what": what, **figures}), flush=True)
         return
-    print(f"{what}:", ", ".join(map(format_figure, figures, figures.values())), flush=True)
+    say(f"{what}: {', '.join(map(format_figure, figures, figures.values()))}")
 
 
 def format_figure(name, value):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, out_of_memory_as, peak_flops
-from kqv.errors import UserError
+from kqv.errors import UserError, say
 from kqv.measuring.costs import model_of
 from kqv.measuring.machine import Machine, RoundsSettings, peak_memory, print_machine, reset_peak_memory
 from kqv.measuring.plain import plain_step
@@ -186,4 +186,4 @@ def write_profile(step, machine, path):
         machine.synchronize()
     found.export_chrome_trace(path)
     print_kernels(found, machine.device)
-    print(f"trace: {path}")
+    say(f"trace: {path}")

@@ -7,10 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from kqv.errors import UsageError, UserError
+from kqv.printable import one_line
 from kqv.text import hub, tokenizers
 from kqv.text.built_in import BUILT_IN
 from kqv.text.file_formats import without_compression
 from kqv.text.paths import STDIN
+
+LONGEST = 200  # bytes of a set's name: a file system has 255, and files beside it have longer names
 
 USUAL = "char"  # the tokenizer where the user names none
 
@@ -38,9 +41,22 @@ def default_name(sources, tokenizer):
 
 
 def require_name(name):
-    """Raise UsageError where a set can't be called so: it would be outside of data/, or data/ itself."""
-    if not name or name in (".", "..") or "/" in name or name.startswith("~"):
+    """
+    Raise UsageError where a set can't be called so: it would be outside of data/, or data/ itself, or its
+    name could not be shown or be a folder's.
+    """
+    if not name.strip() or name in (".", "..") or "/" in name or "\0" in name or name.startswith("~"):
         raise UsageError(f"--name={name} is no name of a set, which is a folder in data: --name=mytext")
+    try:
+        shown, length = os.fsencode(name).decode("utf-8"), len(os.fsencode(name))
+    except UnicodeError:
+        raise UsageError(f"--name={name} is no name in UTF-8: --name=mytext") from None
+    if shown != one_line(shown):
+        raise UsageError(
+            f"--name={name} has a character that can't be shown, or a blank at an end: --name=mytext"
+        )
+    if length > LONGEST:
+        raise UsageError(f"--name={name[:40]}... has {length} bytes, more than {LONGEST}: --name=mytext")
 
 
 def folder_of(dataset):
@@ -50,8 +66,8 @@ def folder_of(dataset):
 
 
 def is_in_data(folder):
-    """Whether a folder is inside of data, and no link to elsewhere."""
-    return folder.resolve().is_relative_to(Path("data").resolve())
+    """Whether a folder is inside of data. A link there is the user's own."""
+    return Path(os.path.abspath(folder)).is_relative_to(os.path.abspath("data"))
 
 
 def require_in_data(dataset):

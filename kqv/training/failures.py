@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from kqv.errors import UserError, first_line
+from kqv.printable import one_line
 
 GRACE = 2  # seconds within which a living process shows a heartbeat
 
@@ -68,6 +69,7 @@ class FailureDetector:
 
     def post_error(self, message):
         """Post the error that ends this process. Returns whether another process has posted the same."""
+        message = one_line(message)  # a store takes no text that is no UTF-8
         try:
             self.store.set("error", message)
             already_reported = self.store.add(f"reports of {message}", 1) > 1

@@ -76,10 +76,11 @@ class Log:
         self.paused = 0.0  # seconds of evaluation and saving
         self.last_time, self.last_step = self.started, state.step - 1  # at the last record of training
 
-    def line(self, text):
+    def line(self, text, show=errors.say):
+        """Print a message, or a text that is shown in another way."""
         if self.is_main:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with self.bar.external_write_mode(file=sys.stdout):
+                show(text)
             lost = getattr(sys.stdout, "lost", None)
             if lost and self.metrics and not self.is_noted:
                 text = (
@@ -141,7 +142,7 @@ class Log:
             text += f" = {bits_per_byte:.3f} bits per byte"
         self.line(text)
         if sample:
-            self.line(sample)
+            self.line(sample, show=errors.print_text)
             numbers["sample"] = sample
         self.record("evaluation", step, numbers)
 

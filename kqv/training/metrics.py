@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, first_line, warn
+from kqv.printable import printable
 from kqv.training.folder import METRICS, OLDER_METRICS
 
 
@@ -165,8 +166,10 @@ def start_wandb(project, name, settings, run_id=None):
         import wandb
     except ImportError:
         raise UserError("wandb_log=True needs: pip install wandb") from None
+    settings = {key: printable(value) if isinstance(value, str) else value for key, value in settings.items()}
+    texts = {"project": printable(project), "name": printable(name)}
     try:
-        return wandb.init(project=project, name=name, config=settings, id=run_id, resume=run_id and "allow")
+        return wandb.init(**texts, config=settings, id=run_id, resume=run_id and "allow")
     except wandb.errors.CommError as error:
         warn(f"wandb is out of reach, so this run does not log to it ({' '.join(str(error).split())[:150]})")
     except wandb.errors.Error as error:

@@ -1,5 +1,8 @@
 """The model card of an exported folder."""
 
+import ast
+import re
+
 import pytest
 import torch
 from conftest import random_gpt
@@ -41,3 +44,39 @@ def test_the_card_says_what_a_tokenizer_does_with_odd_texts():
     cards = {kind: card_of(make_tokenizer(kind), {}, name=kind) for kind in ("char", "bpe", "chat-bpe")}
     assert "does not know are left out" in cards["char"] and "any text" in cards["bpe"]
     assert "apply_chat_template" in cards["chat-bpe"] and "# bpe" in cards["bpe"].splitlines()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\n---\nlicense: mit\n---\n# Big",
+        "[x](javascript:alert(1))",
+        "<script>alert(1)</script><img src=x onerror=y>",
+        "![a](https://example.org/a.png) https://example.org www.example.org a@example.org",
+        "**bold** _it_ ~~no~~ `code` &lt; $x$ | cell",
+        "\x1b[31m\u202e\udcff\u2028# a",
+        "``` \n```\n# out",
+    ],
+)
+def test_a_name_is_text_in_the_card_and_nothing_else(name):
+    plain = card_of(ByteTokenizer(), {"config": {"dataset": "plain"}}, name="plain").splitlines()
+    text = card_of(ByteTokenizer(), {"config": {"dataset": name.replace("/", "∕")}}, name=name)
+    text.encode("utf-8")
+    lines = text.split("\n")[:-1]
+    assert len(lines) == len(plain) == len(text.splitlines())
+    for line, expected in zip(lines, plain, strict=True):
+        if expected in ("# plain", "Data: plain."):
+            shown = line.removeprefix("# ").removeprefix("Data: ")
+            assert not re.search(r"(?<!\\)(\\\\)*[<>\[\]()!*`~&$|:@#]", shown), line
+            assert shown.isprintable()
+        elif "from_pretrained" in expected:
+            assert ast.literal_eval(line.split("from_pretrained(")[1].removesuffix(")")) == name
+        else:
+            assert line == expected
+
+
+def test_numbers_that_no_setting_has_are_not_in_the_card():
+    config = {"seed": 10**5000, "a": -(2**64), "b": 2**62, "<b>": 1, "__c__": 2}
+    text = card_of(ByteTokenizer(), {"config": config, "iter_num": 10**5000})
+    assert "| b | 4611686018427387904 |" in text and "seed" not in text and "Steps" not in text
+    assert "<b>" not in text and r"| \_\_c\_\_ | 2 |" in text

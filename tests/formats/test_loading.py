@@ -87,12 +87,11 @@ def test_a_checkpoint_can_not_name_a_folder_to_read(tmp_path):
     assert not {"folder", "from_huggingface"} & loading.load(tmp_path / "x.pt").keys()
 
 
-@pytest.mark.parametrize("dataset", ["../elsewhere", "link"])
+@pytest.mark.parametrize("dataset", ["../elsewhere", "data/../elsewhere"])
 def test_no_path_in_a_checkpoint_is_followed_out_of_data(tmp_path, monkeypatch, dataset):
     for name in ("work/data", "elsewhere"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "elsewhere/meta.json").write_text("{")  # if it is read, the error names it
-    (tmp_path / "work/data/link").symlink_to(tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "work")
     for named in (dataset, str(tmp_path / "elsewhere")):
         with pytest.raises(UserError, match="the checkpoint has no tokenizer"):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import write_text
 
+import prepare
 import train
 from kqv.text import built_in
 from kqv.text.dataset import Dataset
@@ -54,3 +55,35 @@ def test_the_command_makes_the_set_that_was_missing(name, refusal, prepared, tmp
     line = refusal(train.main, f"--dataset={name}", "--device=cpu")
     prepared(*line.split("python prepare.py ")[1].split())
     assert ids(name, "train")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        ".",
+        "..",
+        "../../x",
+        "/tmp/x",
+        "~",
+        "a/b",
+        "a\0b",
+        "a\nb",
+        "a\x1b[2J",
+        "a\u202eb",
+        "\udcff",
+        "é" * 101,
+    ],
+)
+def test_a_set_is_a_folder_in_data_with_a_name_that_can_be_shown(name, refusal, tmp_path):
+    write_text(tmp_path / "text.txt", words=300)
+    line = refusal(prepare.main, "text.txt", f"--name={name}", status=2)
+    assert "--name=" in line and {path.name for path in tmp_path.iterdir()} == {"text.txt"}
+
+
+@pytest.mark.parametrize("name", ["-x", "--n_layer=3", "a b", "café", "कुंजी", "é" * 100])
+def test_a_set_with_an_odd_name_is_found_again(name, prepared, tmp_path):
+    write_text(tmp_path / "text.txt", words=300)
+    prepared("text.txt", f"--name={name}")
+    assert all_of(Dataset(name).splits["train"])
