@@ -72,7 +72,7 @@ BAD = [float("inf"), float("nan"), -5, 10**400, True, "three", [1], {}, torch.ze
 def test_numbers_of_a_checkpoint_that_can_not_be_are_refused(tmp_path, name):
     for value in BAD[1:] if name == "best_val_loss" else BAD:  # inf: of a run that was never evaluated
         torch.save({**contents_of(random_gpt()), name: value}, tmp_path / "x.pt")
-        with pytest.raises(UserError, match=f"x.pt is damaged.*{name}"):
+        with pytest.raises(UserError, match=f"x.pt is damaged.*({name}|asks for)"):
             loading.load(tmp_path / "x.pt")
 
 
