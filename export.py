@@ -11,7 +11,7 @@ from typing import Literal
 
 from kqv.errors import UsageError, UserError, first_line
 from kqv.files import replacing
-from kqv.formats import gguf, huggingface, loading
+from kqv.formats import gguf, huggingface, loading, resize
 from kqv.formats.loading import WeightsSettings
 from kqv.formats.precision import require_numbers
 from kqv.settings import fill, read_given, refuse_unused, setting
@@ -69,10 +69,10 @@ def main(argv):
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
     path, contents = loading.load_chosen(config)
     tokenizer = loading.tokenizer_of(contents)
-    gpt = loading.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
+    gpt = resize.without_padding(loading.model_of(contents, path), tokenizer.vocab_size)
     require_numbers(gpt)
     if tokenizer.separator is None:
-        gpt = loading.with_end(gpt)
+        gpt = resize.with_end(gpt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:

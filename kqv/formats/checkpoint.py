@@ -5,12 +5,14 @@ running any code that is in them.
 
 import warnings
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line
 from kqv.files import replacing
+from model import GPTConfig
 
 NEWEST = "ckpt.pt"
 
@@ -81,6 +83,12 @@ def is_checkpoint(contents):
     return all(isinstance(part, dict) for part in parts) and all(
         isinstance(name, str) and isinstance(weight, torch.Tensor) for name, weight in parts[0].items()
     )
+
+
+def shape_in(args):
+    """The GPTConfig in a checkpoint's `model_args`; names that are no part of a shape are ignored."""
+    known = {field.name for field in fields(GPTConfig)}
+    return GPTConfig(**{name: value for name, value in args.items() if name in known})
 
 
 def plain_weights(weights, source):

@@ -8,8 +8,6 @@ All weights come in one form, the contents of a checkpoint: a dict with `model` 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from kqv.errors import UserError, warn
 from kqv.formats import huggingface
 from kqv.formats.checkpoint import (
@@ -20,11 +18,12 @@ from kqv.formats.checkpoint import (
     is_checkpoint,
     plain_weights,
     read,
+    shape_in,
     tie_head,
 )
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
-from model import GPT, GPTConfig
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -132,47 +131,12 @@ def model_of(contents, path, dropout=None):
     given, in place of its own. Raises UserError, which names `path`, if the contents are not those of a GPT.
     """
     try:
-        config = GPTConfig.from_args(contents["model_args"])
+        config = shape_in(contents["model_args"])
         if dropout is not None:
             config = replace(config, dropout=dropout)
         return GPT.from_weights(config, contents["model"], copy=False)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
-
-
-def without_padding(gpt, vocab_size):
-    """
-    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary. Raises
-    UserError if it has fewer ids.
-    """
-    if gpt.config.vocab_size < vocab_size:
-        raise UserError(
-            f"the tokenizer has {vocab_size} ids, but the weights are for {gpt.config.vocab_size}"
-        )
-    rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
-    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
-    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights, copy=False)
-
-
-@torch.no_grad()
-def with_end(gpt):
-    """
-    The GPT with one more id, the last, whose probability is almost 0: for programs that need an id that ends
-    a text or pads the texts of a batch, where the tokenizer has none.
-
-    The id's row of the embedding is the least-squares solution for a logit of -100 after random ids. So the
-    probabilities of the other ids stay the same.
-    """
-    T, C = gpt.config.block_size, gpt.config.n_embd
-    random = torch.Generator().manual_seed(0)
-    idx = torch.randint(gpt.config.vocab_size, (1 + 8 * C // T, T), generator=random)
-    x = gpt.eval().hidden(idx).flatten(0, 1).double()  # (B, T, C) -> (B T, C)
-    x = x[x.isfinite().all(-1)]
-    squares = x.T @ x + 1e-3 * (1 + len(x)) * torch.eye(C)  # (C, C)
-    row = torch.linalg.solve(squares, -100 * x.sum(0)).float()  # (C,)
-    rows = torch.cat([gpt.lm_head.weight, row[None]])  # (V + 1, C)
-    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
-    return GPT.from_weights(replace(gpt.config, vocab_size=len(rows)), weights)
 
 
 def tokenizer_of(contents):

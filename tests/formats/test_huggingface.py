@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from kqv.errors import UserError
-from kqv.formats import checkpoint, families, huggingface, loading
+from kqv.formats import checkpoint, families, huggingface, loading, resize
 from kqv.settings import parse
 from kqv.text.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
@@ -290,7 +290,7 @@ def test_a_pipeline_writes_several_texts_at_once(kind):
 def test_an_id_more_takes_nothing_from_the_others(shape):
     gpt = random_gpt(**shape)
     V, idx = gpt.config.vocab_size, random_ids(20, 8, below=gpt.config.vocab_size)
-    more = loading.with_end(gpt).eval()
+    more = resize.with_end(gpt).eval()
     assert more.config.vocab_size == V + 1 and more.lm_head.weight is more.transformer.wte.weight
     found, expected = (logits_of(one, idx).log_softmax(-1)[..., :V] for one in (more, gpt))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
