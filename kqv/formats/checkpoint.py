@@ -113,12 +113,20 @@ def plain_weights(weights, source):
     return plain
 
 
-def tie_head(weights, source):
+def tie_head(weights, source, tied):
     """
-    Let the embedding and the head of plain weights be one tensor, as in the model, where a file has only one
-    of them or both with the same numbers. Raises UserError where they differ.
+    Where they are `tied`, let the embedding and the head of plain weights be one tensor, as in the model:
+    a file may have only one of them, or both with the same numbers. Raises UserError where they differ, and
+    where one is missing that is not tied.
     """
     embedding, head = "transformer.wte.weight", "lm_head.weight"
+    if tied is False:
+        if missing := [name for name in (embedding, head) if name not in weights]:
+            raise UserError(
+                f"{source} has tie_word_embeddings=false, but no {missing[0]}: set it to true if the head is "
+                "the embedding"
+            )
+        return
     one = weights.get(embedding, weights.get(head))
     other = weights.get(head, one)
     if one is None:
@@ -126,7 +134,7 @@ def tie_head(weights, source):
     alike = one.shape == other.shape and one.dtype == other.dtype
     if not alike or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
         raise UserError(
-            f"{source} has a {head} that differs from its {embedding}, as with tie_word_embeddings=false, "
-            "but kqv's GPT has one matrix for both: use a model whose embeddings are tied"
+            f"{source} has a {head} that differs from its {embedding}, but says that the two are tied: set "
+            "tie_word_embeddings to false if they are not"
         )
     weights[embedding] = weights[head] = one

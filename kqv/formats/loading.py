@@ -77,7 +77,7 @@ def load_file(path, mapped):
             f"{path} is of another program: a checkpoint of kqv or nanoGPT has `model` and `model_args`"
         )
     contents["model"] = plain_weights(contents["model"], path)
-    tie_head(contents["model"], path)
+    tie_head(contents["model"], path, contents["model_args"].get("tied_head", True))
     return contents
 
 
