@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kqv.formats import families, resize
+from kqv.formats import renaming, resize
+from kqv.formats.families import GPT2
 from kqv.training.optimizer import parameter_groups
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, NextToken
 
@@ -71,7 +72,7 @@ def test_logits_equal_hugging_faces_gpt2(size):
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_positions=12, attn_implementation="eager", **shape)
     theirs = randomise(transformers.GPT2LMHeadModel(config), std=0.3).eval()
-    weights = families.our_weights(theirs.state_dict())
+    weights = renaming.our_weights(theirs.state_dict(), GPT2)
     ours = GPT.from_weights(GPTConfig(block_size=12, **shape), weights).eval()
     idx = random_ids(3, 12, below=61)
     with torch.no_grad():

@@ -209,8 +209,7 @@ def model_args_of(config, source):
 def value_of(config, family, ours, source):
     """What a config.json's content says of one field of GPTConfig. Raises UserError."""
     names, default = family.keys[ours]
-    given = {name: config[name] for name in names if config.get(name, default) is not None}
-    given = {name: config[name] for name in given if name in config}
+    given = {name: config[name] for name in names if config.get(name) is not None}
     for name, value in given.items():
         if type(default) is float and type(value) is int:
             value = given[name] = float(value)

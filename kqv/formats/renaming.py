@@ -6,10 +6,13 @@ Q, K and V in three matrices.
 """
 
 import re
+from dataclasses import replace
 
 import torch
 
-from kqv.formats.families import GPT2, family_of
+from kqv.errors import UserError
+from kqv.formats.families import ARCEE, GPT2, LLAMA, family_of
+from model import angles_of
 
 # OpenAI's code stores these matrices as (in, out), torch's nn.Linear as (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -82,6 +85,44 @@ def their_weights(ours, config):
         else:
             theirs[f"model.layers.{block[1]}.{inside[block[2]]}.{kind}"] = tensor.contiguous()
     return theirs
+
+
+def for_gguf(ours, config):
+    """
+    {our name: tensor} -> {transformers' name: tensor} as llama.cpp computes with them. Its `llama` rotates
+    neighbouring channels of a head, so the rows of Q and K are put in that order; its `gpt2` keeps matrices
+    as torch does. Raises UserError for a scaling of rotary positions that llama.cpp has for `llama` alone.
+    """
+    family = family_of(config)
+    if family is GPT2:
+        kept = {name: tensor for name, tensor in with_biases(ours).items() if name != "lm_head.weight"}
+        return kept if config.tied_head else {**kept, "lm_head.weight": ours["lm_head.weight"]}
+    theirs = their_weights(ours, config)
+    if family in (LLAMA, ARCEE):
+        for name, tensor in theirs.items():
+            if name.rpartition(".")[0].endswith(Q_K_V[:2]):
+                theirs[name] = interleaved(tensor, config.head_channels)
+    if config.rope_factor != 1:
+        if family is not LLAMA:
+            raise UserError(
+                f"llama.cpp scales rotary positions (rope_factor={config.rope_factor}) of a llama alone, "
+                f"and this is a {family.name}: export with --format=hf"
+            )
+        one = torch.ones(1)  # the position at which an angle is its frequency
+        shapes = replace(config, rope_factor=1.0), config
+        plain, scaled = (angles_of(one, config.head_channels, shape)[0] for shape in shapes)
+        theirs["rope_freqs.weight"] = plain / scaled
+    return theirs
+
+
+def interleaved(rows, size):
+    """Rows of heads of `size` rows: the halves of a head, one after the other -> row by row in turn."""
+    return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def in_halves(rows, size):
+    """The inverse of `interleaved`."""
+    return rows.unflatten(0, (-1, size // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def q_k_v(rows, config):

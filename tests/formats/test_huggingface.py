@@ -32,7 +32,7 @@ import prepare
 import sample
 import train
 from kqv.errors import UserError
-from kqv.formats import checkpoint, families, huggingface, loading, resize
+from kqv.formats import checkpoint, families, huggingface, loading, renaming, resize
 from kqv.settings import parse
 from kqv.text.tokenizers import ByteTokenizer
 from model import GPT, GPTConfig
@@ -96,7 +96,10 @@ def test_the_names_of_old_files_are_read_too():
     del old["lm_head.weight"]
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    ours, expected = families.our_weights(checkpoint.plain_weights(old, "it")), families.our_weights(theirs)
+    ours, expected = (
+        renaming.our_weights(checkpoint.plain_weights(old, "it"), families.GPT2),
+        renaming.our_weights(theirs, families.GPT2),
+    )
     checkpoint.tie_head(ours, "it")
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], expected[name]) for name in ours)
@@ -338,7 +341,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path, kind):
 
 def test_biases_are_kept_in_any_order():
     weights = {"a.bias": torch.ones(2), "a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)}
-    whole = families.with_biases(weights)
+    whole = renaming.with_biases(weights)
     assert torch.equal(whole["a.bias"], torch.ones(2)) and torch.equal(whole["b.bias"], torch.zeros(4))
 
 
