@@ -4,7 +4,7 @@ ours can be. One table for each family. Their weights are in renaming.py.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 from kqv.errors import UserError
 from model import GPTConfig
@@ -203,13 +203,18 @@ def model_args_of(config, source):
     if family.shape.get("positions") == "rotary":
         args |= rope_of(config, source)
     require_known(config, family, source)
-    return args
+    try:
+        whole = asdict(GPTConfig(**args))
+    except ValueError as error:
+        raise UserError(f"{source} has in its config.json a shape that can't be: {error}") from None
+    return {name: value for name, value in whole.items() if name != "dropout"}
 
 
 def value_of(config, family, ours, source):
     """What a config.json's content says of one field of GPTConfig. Raises UserError."""
     names, default = family.keys[ours]
-    given = {name: config[name] for name in names if config.get(name) is not None}
+    given = {name: config[name] for name in names if name in config}
+    given = {name: value for name, value in given.items() if value is not None or default != 0}
     for name, value in given.items():
         if type(default) is float and type(value) is int:
             value = given[name] = float(value)
@@ -269,6 +274,9 @@ def require_shape(weights, args, config, source):
     sizes = {"vocab_size": len(embedding), "n_embd": embedding.size(-1), "n_layer": len(blocks)}
     if "transformer.wpe.weight" in weights:
         sizes["block_size"] = len(weights["transformer.wpe.weight"])
+    if inner := {len(weights[name]) for name in weights if name.endswith("mlp.c_fc.weight")}:
+        sizes["n_inner"] = max(inner)
+    args = {**args, "n_inner": GPTConfig(**args).inner_channels}
     family = family_in(config, source)
     for ours, size in sizes.items():
         names, _ = family.keys[ours]
