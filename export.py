@@ -12,7 +12,7 @@ from typing import Literal
 
 from kqv.errors import UsageError, UserError, first_line, say
 from kqv.files import replacing
-from kqv.formats import gguf, huggingface, loading
+from kqv.formats import gguf, huggingface, loading, resize
 from kqv.formats.loading import WeightsSettings
 from kqv.formats.precision import require_numbers
 from kqv.settings import fill, read_given, refuse_unused, setting
@@ -71,10 +71,10 @@ def main(argv):
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
     path, contents = loading.load_chosen(config)
     gpt, tokenizer = loading.pair_of(contents, path)
-    gpt = loading.without_padding(gpt, tokenizer.vocab_size)
+    gpt = resize.without_padding(gpt, tokenizer.vocab_size)
     require_numbers(gpt)
     if tokenizer.separator is None:
-        gpt = loading.with_end(gpt)
+        gpt = resize.with_end(gpt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with replacing(target) as beside:

@@ -1,23 +1,24 @@
 """
-The whole GPT in one file, to read from top to bottom. The architecture is GPT-2's (Radford et al. 2019).
+The whole GPT in one file, to read from top to bottom. By default the architecture is GPT-2's (Radford et al.
+2019). Fields of `GPTConfig` make it Llama's (Touvron et al. 2023) or Qwen's (Yang et al. 2025).
 
 The input is token ids. The output is, for every position, V numbers (logits): how likely each id is to come
 next. In between each token is a vector of C channels, its place in the *residual stream*. Every block reads
 the stream and adds to it twice: attention lets tokens look at the tokens before them, the MLP computes on
 each token by itself.
 
-    idx (B, T) -> wte + wpe -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
+    idx (B, T) -> wte (+ wpe) -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
 Training compares the logits with the tokens that did come next (`next_token_loss`). Writing draws the next
 token from them, again and again, with a `KVCache`.
 
-Shapes: B batch, T tokens, C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary,
-S slots of the cache that tokens look at.
+Shapes: B batch, T tokens, C = n_embd channels, nh heads of queries, nkv heads of keys and values, hs head
+size, V vocabulary, S slots of the cache that tokens look at.
 """
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -35,24 +36,85 @@ class GPTConfig:
     n_embd: Annotated[int, "channels of the residual stream"] = 768
     dropout: Annotated[float, "share of activations dropped in training"] = 0.0
     bias: Annotated[bool, "biases in linear layers and LayerNorms, as in GPT-2"] = True
+    qkv_bias: Annotated[bool, "biases of queries, keys and values even without bias, as in Qwen2"] = False
+    n_kv_head: Annotated[int, "heads of keys and values, each for several heads of queries; 0: n_head"] = 0
+    head_size: Annotated[int, "channels of a head; 0: n_embd / n_head"] = 0
+    qk_norm: Annotated[bool, "normalise queries and keys"] = False
+    n_inner: Annotated[int, "channels inside the MLP; 0: 4 n_embd"] = 0
+    activation: Annotated[Literal["gelu", "swiglu", "relu2"], "what the MLP does in between"] = "gelu"
+    norm: Annotated[Literal["layernorm", "rmsnorm"], "how vectors are normalised"] = "layernorm"
+    norm_eps: Annotated[float, "what a norm adds to the variance"] = 1e-5
+    tied_head: Annotated[bool, "the embedding is the head, too"] = True
+    positions: Annotated[Literal["learned", "rotary", "sinusoidal"], "how order is known"] = "learned"
+    rope_theta: Annotated[float, "the slowest angle of a position is near position / rope_theta"] = 10000.0
+    rope_factor: Annotated[float, "Llama 3's scaling: slow angles are divided by this; 1: none"] = 1.0
+    rope_slow: Annotated[float, "slow: at most so many turns in rope_original tokens"] = 1.0
+    rope_fast: Annotated[float, "fast, and not scaled: at least so many turns"] = 4.0
+    rope_original: Annotated[int, "the longest context before the scaling"] = 8192
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(field.default) is int and (type(value) is not int or not 1 <= value < 2**31):
-                raise ValueError(f"{field.name} is {value!r}, but it must be a whole number of at least 1")
-        if self.n_embd % self.n_head:
+        for name, kind in get_type_hints(type(self)).items():
+            value, least = getattr(self, name), 1 if kind is int and getattr(type(self), name) else 0
+            choices = (False, True) if kind is bool else get_args(kind)
+            number = type(value) in (kind, int) and least <= value < 2**31
+            if not (value in choices if choices else number):
+                wanted = f"a {'whole ' * (kind is int)}number of at least {least}"
+                wanted = f"one of {', '.join(map(str, choices))}" if choices else wanted
+                raise ValueError(f"{name} is {value!r}, but it must be {wanted}")
+        if not self.head_size and self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}, but every head gets an "
-                f"equal share of the channels: use n_embd={near}, for example"
-            )
+            heads = f"n_head={self.n_head}: use n_embd={near}, for example, or give head_size"
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by {heads}")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.positions == "rotary" and self.head_channels % 2:
+            raise ValueError(f"a head has {self.head_channels} channels, but rotary positions need pairs")
 
-    @classmethod
-    def from_args(cls, args):
-        """The shape in a checkpoint's `model_args`; names that are no part of a shape are ignored."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in args.items() if name in known})
+    # The values of the fields for which 0 stands.
+    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
+    head_channels = property(lambda self: self.head_size or self.n_embd // self.n_head)
+    inner_channels = property(lambda self: self.n_inner or 4 * self.n_embd)
+
+
+class RMSNorm(nn.RMSNorm):
+    """LayerNorm without the mean and the bias: x / its root mean square x weight (Zhang & Sennrich 2019)."""
+
+    def forward(self, x):
+        # The fused kernel takes no float32 weight where autocast has made x bfloat16.
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(size, config):
+    if config.norm == "rmsnorm":
+        return RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def angles_of(positions, channels, config):
+    """
+    positions (..., T) -> (..., T, channels / 2): one angle for each pair of channels. The first pair turns by
+    1 radian a token and tells neighbours apart; the last one hardly turns and tells far from near. Llama 3
+    divides its slow angles, so that a model of short texts can read longer ones.
+    """
+    pairs = torch.arange(0, channels, 2, device=positions.device) / channels
+    frequency = 1 / config.rope_theta**pairs  # (channels / 2,), radians a token
+    if config.rope_factor != 1:
+        turns = config.rope_original * frequency / (2 * math.pi)
+        fast = ((turns - config.rope_slow) / (config.rope_fast - config.rope_slow)).clamp(0, 1)
+        frequency = frequency * (fast + (1 - fast) / config.rope_factor)
+    return positions[..., None] * frequency
+
+
+def rotate(x, cos, sin):
+    """
+    Rotary positions (Su et al. 2021): x (B, T, heads, hs), cos and sin (B or 1, T, 1, hs / 2) -> as x.
+
+    Channels i and i + hs / 2 are a point in the plane; it is rotated by the angle of its position. Rotate a
+    query by a t and a key by a s: both keep their lengths, the angle between them changes by a (t - s), and
+    so their dot product depends on how far apart the tokens are, not on where they are.
+    """
+    a, b = x.float().chunk(2, dim=-1)  # 2 x (B, T, heads, hs / 2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,52 +145,75 @@ class CausalSelfAttention(nn.Module):
 
     Why heads? One softmax can look at one kind of thing at a time. nh heads of hs channels look at nh things
     for the same cost as one head of C channels.
+
+    Why fewer keys than queries (Ainslie et al. 2023)? To write a token, all K and V that are kept are read:
+    S x nkv x hs numbers each. Where nh / nkv heads of queries share one head of K and V, as a group, that is
+    so many times less, at little loss: many questions can be answered by one key.
+
+    Why a norm on Q and K (Henry et al. 2020)? A score is the product of their lengths and the cosine between
+    them. Normalised over their hs channels, they can't grow in training until the softmax saturates.
     """
 
     def __init__(self, config):
         super().__init__()
+        hs = self.head_size = config.head_channels
+        self.n_head, self.heads = config.n_head, (config.n_head, config.kv_heads, config.kv_heads)
         # Q, K and V of all heads in one product.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads found
+        self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * hs, bias=config.bias or config.qkv_bias)
+        self.c_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.bias)  # mixes what heads found
+        self.q_norm = make_norm(hs, config) if config.qk_norm else None
+        self.k_norm = make_norm(hs, config) if config.qk_norm else None
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.head_size = config.n_embd // config.n_head
 
-    def forward(self, x, mask=None, positions=None, cache=None):
+    def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
         """
         x (B, T, C) -> (B, T, C). `mask` (B, 1, T, S) is True where token t may look at token s; None means
-        the causal triangle, S = T. With a LayerCache, keys and values are kept there at `positions` (B, T).
+        the causal triangle, S = T. `rotation` is what `rotate` takes, for rotary positions. With a
+        LayerCache, keys and values are kept there at `positions` (B, T).
         """
-        B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, 3C) -> 3 x (B, T, C)
+        T, dropout_p = x.size(1), self.resid_dropout.p if self.training else 0.0
+        # (B, T, C) -> (B, T, (nh + 2 nkv) hs) -> (B, T, nh, hs) and 2 x (B, T, nkv, hs)
+        q, k, v = self.c_attn(x).unflatten(2, (-1, self.head_size)).split(self.heads, dim=2)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
-            k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # -> 2 x (B, S, C)
-        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-        k = k.view(B, -1, self.n_head, self.head_size).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
-        v = v.view(B, -1, self.n_head, self.head_size).transpose(1, 2)  # (B, S, C) -> (B, nh, S, hs)
+            k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # 2 x (B, S, nkv, hs)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), 2 x (B, nkv, S, hs)
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        dropout_p = self.resid_dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=mask is None
+            q, k, v, mask, dropout_p, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
         )
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, nh, T, hs) -> (B, T, C): the heads side by side
+        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, nh hs): the heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """Each token by itself: up to 4C channels, a non-linearity, and back. Two thirds of a block's weights."""
+    """
+    Each token by itself: up to n_inner channels, a non-linearity, and back. Most of a block's weights. Of a
+    SwiGLU (Shazeer 2020), a second matrix is the gate: it decides how much each inner channel counts.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        # GELU (Hendrycks & Gimpel 2016) in the form that GPT-2 was trained with.
-        self.gelu = nn.GELU(approximate="tanh")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        inner = config.inner_channels
+        self.c_fc = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.activation = config.activation
+        if self.activation == "swiglu":
+            self.c_gate = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.gelu(self.c_fc(x))  # (B, T, C) -> (B, T, 4C)
-        return self.dropout(self.c_proj(x))  # (B, T, 4C) -> (B, T, C)
+        h = self.c_fc(x)  # (B, T, C) -> (B, T, inner)
+        if self.activation == "swiglu":
+            h = F.silu(self.c_gate(x)) * h
+        elif self.activation == "relu2":
+            h = F.relu(h).square()  # So et al. 2021
+        else:
+            h = F.gelu(h, approximate="tanh")  # Hendrycks & Gimpel 2016, in GPT-2's form
+        return self.dropout(self.c_proj(h))  # (B, T, inner) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -136,13 +221,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config.n_embd, config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, positions=None, cache=None):
-        x = x + self.attn(self.ln_1(x), mask, positions, cache)  # (B, T, C)
+    def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
+        x = x + self.attn(self.ln_1(x), mask, rotation, positions, cache)  # (B, T, C)
         x = x + self.mlp(self.ln_2(x))  # (B, T, C)
         return x
 
@@ -153,23 +238,25 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),  # token id -> vector
-                "wpe": nn.Embedding(config.block_size, config.n_embd),  # position -> vector
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}  # token id -> vector
+        if config.positions == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)  # position -> vector
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        parts["ln_f"] = make_norm(config.n_embd, config)
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # One matrix both reads tokens in and scores them on the way out (weight tying, Press & Wolf 2016).
-        self.transformer.wte.weight = self.lm_head.weight
+        self.tie_head()
         self.apply(self.init_weights)
         # Each block adds to the stream twice; smaller additions keep its variance from growing with depth.
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def tie_head(self):
+        """One matrix reads tokens in and scores them on the way out (weight tying, Press & Wolf 2016)."""
+        if self.config.tied_head:
+            self.transformer.wte.weight = self.lm_head.weight
 
     @staticmethod
     def init_weights(module):
@@ -192,14 +279,12 @@ class GPT(nn.Module):
 
         By default each row is one text from its beginning. `positions` (B, T) are for rows that hold several
         examples side by side: each token's place in its own example. No token looks at another example. With
-        a `cache`, each row continues the text that the cache holds for it.
-
-        Raises ValueError for more than block_size tokens, or for both `positions` and a `cache`.
+        a `cache`, each row continues the text that the cache holds for it. Raises ValueError for more than
+        block_size tokens, or for both `positions` and a `cache`.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens, but block_size is {self.config.block_size}: shorten the input")
-        mask = None  # the causal triangle
         if cache is not None:
             if positions is not None:
                 raise ValueError("positions and a cache exclude each other: the cache knows the positions")
@@ -207,22 +292,36 @@ class GPT(nn.Module):
         elif positions is not None:
             mask = mask_of_examples(positions)  # (B, 1, T, T)
         else:
-            positions = torch.arange(T, device=idx.device)  # (T,)
-        # Attention alone knows no order: what a token is and where it stands are added into one vector.
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (B or 1, T, C)
-        x = self.transformer.drop(x)
+            positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T), the causal triangle
+        x, rotation = self.embed(idx, positions)
         layers = cache.layers if cache is not None else [None] * len(self.transformer.h)
         for block, layer_cache in zip(self.transformer.h, layers, strict=True):
-            x = block(x, mask, positions, layer_cache)  # (B, T, C)
+            x = block(x, mask, rotation, positions, layer_cache)  # (B, T, C)
         return self.transformer.ln_f(x)  # (B, T, C)
+
+    def embed(self, idx, positions):
+        """
+        idx (B, T), positions (B or 1, T) -> what goes into the first block (B, T, C), and the `rotation`, or
+        None. Attention alone knows no order: what a token is and where it stands are added into one vector,
+        or every block rotates queries and keys.
+        """
+        config, x, rotation = self.config, self.transformer.wte(idx), None  # (B, T, C)
+        if config.positions == "learned":
+            x = x + self.transformer.wpe(positions)
+        elif config.positions == "rotary":
+            angles = angles_of(positions, config.head_channels, config)[..., None, :]
+            rotation = angles.cos(), angles.sin()  # (B or 1, T, 1, hs / 2)
+        else:  # Vaswani et al. 2017, sections 3.4 and 3.5
+            angles = angles_of(positions, config.n_embd, config)  # (B or 1, T, C / 2)
+            waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+            x = x * math.sqrt(config.n_embd) + waves.to(x.dtype)
+        return self.transformer.drop(x), rotation
 
     @classmethod
     def from_weights(cls, config, weights, copy=True):
         """
         A GPT with the given weights {parameter name: tensor}, in evaluation mode: without dropout. Without
-        `copy` it shares the memory of the weights that are float32.
-
-        Raises ValueError where the weights don't fit the config.
+        `copy` it shares the memory of weights in float32. Raises ValueError where they don't fit the config.
         """
         blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
         if len(blocks) != config.n_layer:
@@ -233,54 +332,25 @@ class GPT(nn.Module):
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise ValueError(" ".join(str(error).split())[:200]) from None
-        model.transformer.wte.weight = model.lm_head.weight  # tied again
+        model.tie_head()  # again
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float32, copy=copy)
         return model.eval()
 
     def num_parameters(self, without_positions=True):
         """How many numbers the model learns. Tied weights count once; positions don't count, as is usual."""
-        total = sum(parameter.numel() for parameter in self.parameters())
-        return total - self.transformer.wpe.weight.numel() if without_positions else total
+        left_out = "transformer.wpe.weight" if without_positions else None
+        return sum(weight.numel() for name, weight in self.named_parameters() if name != left_out)
 
     def flops_per_token(self):
         """
-        Floating-point operations to train on one token of a full context, forward and backward.
-
-        6 for each parameter (a multiply and an add forward, twice that backward), and for each channel of a
-        head 12 T, for the attention scores and their use (PaLM, Chowdhery et al. 2022, appendix B). The
-        causal mask's saving is not taken off, as is usual.
+        Floating-point operations to train on one token of a full context, forward and backward: 6 for each
+        parameter of a product (a multiply and an add, twice that backward), and 12 T for each channel of a
+        head (attention; PaLM, Chowdhery et al. 2022, appendix B). The causal mask saves nothing, as is usual.
         """
-        channels = sum(block.attn.n_head * block.attn.head_size for block in self.transformer.h)
-        return 6 * self.num_parameters() + 12 * channels * self.config.block_size
-
-    def crop_block_size(self, block_size):
-        """Shorten the longest context, for fine-tuning at less. Raises ValueError where it would grow."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(
-                f"block_size={block_size} is not within 1 to {self.config.block_size}, what the model has"
-            )
-        self.config = replace(self.config, block_size=block_size)
-        kept = self.transformer.wpe.weight[:block_size].detach().clone()  # a view is saved with its base
-        self.transformer.wpe.weight = nn.Parameter(kept)
-        self.transformer.wpe.num_embeddings = block_size
-
-    def grow_vocab_size(self, vocab_size):
-        """Add ids after the known ones, which stay as they are; the rows of new ids begin at random."""
-        new = torch.empty(vocab_size - self.config.vocab_size, self.config.n_embd)
-        nn.init.normal_(new, mean=0.0, std=0.02)
-        self.config = replace(self.config, vocab_size=vocab_size)
-        self.lm_head.weight = nn.Parameter(torch.cat([self.lm_head.weight.detach(), new]))  # (V, C)
-        self.transformer.wte.weight = self.lm_head.weight
-        self.lm_head.out_features = self.transformer.wte.num_embeddings = vocab_size
-
-    def parameter_groups(self, weight_decay):
-        """For an optimizer: matrices and embeddings decay, biases and LayerNorms (1-D) do not."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
+        channels = self.config.n_layer * self.config.n_head * self.config.head_channels
+        looked_up = 0 if self.config.tied_head else self.transformer.wte.weight.numel()
+        return 6 * (self.num_parameters() - looked_up) + 12 * channels * self.config.block_size
 
 
 def mask_of_examples(positions):
@@ -293,17 +363,13 @@ def mask_of_examples(positions):
     return (begin <= order) & (order <= order[:, None])  # (B, 1, T, T)
 
 
-# Training
-
-
 def next_token_loss(x, head, targets, vocab_size=None):
     """
     x (N, C) of N tokens, head (V, C), the lm_head's weight, and targets (N,), the ids that did come next
     (-1: this token does not count) -> the loss, one number.
 
     It is the mean cross-entropy in nats: -log of the probability that the model gave to the right id. A model
-    that knows nothing gives every id 1/V, which is a loss of log V. Rows of `head` from `vocab_size`
-    on stand for no id: the softmax leaves them out.
+    that knows nothing gives every id 1/V, a loss of log V. Rows of `head` from `vocab_size` on are no ids.
     """
     logits = F.linear(x, head)[:, :vocab_size]  # (N, C) @ (C, V) -> (N, V)
     return F.cross_entropy(logits, targets, ignore_index=-1)
@@ -311,9 +377,8 @@ def next_token_loss(x, head, targets, vocab_size=None):
 
 class NextToken(nn.Module):
     """
-    A GPT with its loss, which is what training computes. `loss` is a function with the arguments and result
-    of `next_token_loss`; the one in kqv/training/loss.py needs less memory. `vocab_size` is the tokenizer's
-    number of ids, if the embedding has more rows: the last ones are padding.
+    A GPT with its loss, which is what training computes. `loss` has the form of `next_token_loss`; the one in
+    kqv/training/loss.py needs less memory. `vocab_size`: how many ids the head's rows stand for; None: all.
     """
 
     def __init__(self, gpt, loss=next_token_loss, vocab_size=None):
@@ -322,8 +387,8 @@ class NextToken(nn.Module):
 
     def forward(self, idx, targets, positions=None):
         """
-        idx, targets and positions (B, T) -> the mean loss of all tokens whose target is not -1. Where this is
-        not compiled, other negative targets count as -1 too, such as the -100 of Hugging Face's data.
+        idx, targets, positions (B, T) -> the mean loss of all tokens whose target is not -1 (nor, where this
+        is not compiled, any other negative number, such as the -100 of Hugging Face's data).
         """
         if not torch.compiler.is_compiling():
             targets = targets.clamp(min=-1)
@@ -331,20 +396,17 @@ class NextToken(nn.Module):
         return self.loss(x.flatten(0, 1), self.gpt.lm_head.weight, targets.flatten(), self.vocab_size)
 
 
-# Generation
-
-
 class LayerCache(nn.Module):
     """The keys and values of one layer, in buffers made once. A token's slot is its position."""
 
     def __init__(self, config, batch_size, slots, device, dtype):
         super().__init__()
-        shape = (batch_size, slots, config.n_embd)
-        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype))  # (B, slots, C)
+        shape = (batch_size, slots, config.kv_heads, config.head_channels)
+        self.register_buffer("k", torch.zeros(shape, device=device, dtype=dtype))  # (B, slots, nkv, hs)
         self.register_buffer("v", torch.zeros(shape, device=device, dtype=dtype))
 
     def update(self, k, v, positions, span):
-        """Keep k and v (B, T, C) at `positions` (B, T) -> those of the first `span` slots, (B, S, C)."""
+        """Keep k and v (B, T, nkv, hs) at `positions` (B, T) -> the first `span` slots, (B, S, nkv, hs)."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]  # (B, 1)
         self.k[rows, positions] = k
         self.v[rows, positions] = v
@@ -353,11 +415,9 @@ class LayerCache(nn.Module):
 
 class KVCache(nn.Module):
     """
-    The keys and values of the tokens seen so far, of every layer.
-
-    A token's K and V depend only on the tokens before it, so they never change once computed. Keeping them
-    means that a new token costs one token's work, not the whole context's. Queries are not kept: only the
-    newest token asks.
+    The keys and values of the tokens seen so far, of every layer, with room for `slots` tokens of a text.
+    They depend only on the tokens before, so they never change. Kept, a new token costs one token's work, not
+    the whole context's. Queries are not kept: only the newest token asks.
 
     Rows may hold texts of different lengths: `length` (B,) counts the tokens of each. Slots past a row's
     length hold garbage; the mask hides them until they are overwritten. Tokens look at the first `span`
@@ -365,22 +425,19 @@ class KVCache(nn.Module):
     """
 
     def __init__(self, config, batch_size, slots=None, device=None, dtype=None):
-        """`slots` is the longest text that fits, by default and at most block_size."""
         super().__init__()
         self.span = slots = min(slots or config.block_size, config.block_size)
-        self.layers = nn.ModuleList(
-            [LayerCache(config, batch_size, slots, device, dtype) for _ in range(config.n_layer)]
-        )
+        of_layer = config, batch_size, slots, device, dtype
+        self.layers = nn.ModuleList(LayerCache(*of_layer) for _ in range(config.n_layer))
         self.register_buffer("length", torch.zeros(batch_size, device=device, dtype=torch.long))
 
     def place(self, T):
         """
         Add T tokens to each row -> their positions (B, T), and the mask (B, 1, T, S): a token may look at
-        every slot up to its own. Where the T tokens fill the span, no tokens are before them, and the mask is
-        None: the causal triangle.
+        every slot up to its own. The mask is None, the causal triangle, where the T tokens fill the span.
 
-        On a CPU and not compiled, raises ValueError where a row has no room for them. Elsewhere that check
-        would wait for the device: there, the write to the cache has an index out of bounds.
+        Raises ValueError where a row has no room for them, but on a GPU or compiled, where the check would
+        wait for the device: there, the write to the cache has an index out of bounds.
         """
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         if self.length.device.type == "cpu" and not torch.compiler.is_compiling():

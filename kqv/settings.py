@@ -266,6 +266,6 @@ def group(name, title, source, without=(), at_least=1, **defaults):
             hint = typing.get_type_hints(source, include_extras=True)[field.name]
             kind, help = hint.__origin__, hint.__metadata__[0]
             default = defaults.get(field.name, field.default)
-            bound = at_least if kind is int else None
+            bound = min(at_least, default) if kind is int else None
             fields.append((field.name, kind, setting(default, help, at_least=bound)))
     return dataclasses.make_dataclass(name, fields, frozen=True, namespace={"__doc__": title})

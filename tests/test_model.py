@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from kqv.formats import families
+from kqv.formats import renaming, resize
+from kqv.formats.families import GPT2
+from kqv.training.optimizer import parameter_groups
 from model import GPT, CausalSelfAttention, GPTConfig, KVCache, NextToken
 
 GPT2_SIZES = {"124M": (12, 12), "350M": (24, 16), "774M": (36, 20), "1558M": (48, 25)}  # (n_layer, n_head)
@@ -70,7 +72,7 @@ def test_logits_equal_hugging_faces_gpt2(size):
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_positions=12, attn_implementation="eager", **shape)
     theirs = randomise(transformers.GPT2LMHeadModel(config), std=0.3).eval()
-    weights = families.our_weights(theirs.state_dict())
+    weights = renaming.our_weights(theirs.state_dict(), GPT2)
     ours = GPT.from_weights(GPTConfig(block_size=12, **shape), weights).eval()
     idx = random_ids(3, 12, below=61)
     with torch.no_grad():
@@ -256,7 +258,7 @@ def test_parameters_and_flops_of_the_124m(vocab_size, bias):
 @pytest.mark.parametrize("bias", [True, False])
 def test_matrices_decay_and_vectors_do_not(bias):
     gpt = GPT(GPTConfig(**SMALL, bias=bias))
-    decaying, other = gpt.parameter_groups(weight_decay=0.1)
+    decaying, other = parameter_groups(gpt, 0.1)
     assert decaying["weight_decay"] == 0.1 and other["weight_decay"] == 0.0
     assert all(p.dim() >= 2 for p in decaying["params"]) and all(p.dim() == 1 for p in other["params"])
     grouped = [id(p) for p in decaying["params"] + other["params"]]
@@ -267,7 +269,7 @@ def test_matrices_decay_and_vectors_do_not(bias):
 def test_frozen_parameters_are_in_no_group():
     gpt = GPT(GPTConfig(**SMALL))
     gpt.transformer.wpe.weight.requires_grad_(False)
-    grouped = [p for group in gpt.parameter_groups(0.1) for p in group["params"]]
+    grouped = [p for group in parameter_groups(gpt, 0.1) for p in group["params"]]
     assert len(grouped) == len(list(gpt.parameters())) - 1
     assert all(p is not gpt.transformer.wpe.weight for p in grouped)
 
@@ -332,7 +334,7 @@ def test_targets_that_hugging_face_ignores_are_not_learnt():
 def test_the_model_learns_a_batch_by_heart():
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(**SMALL))
-    optimizer = torch.optim.AdamW(gpt.parameter_groups(0.0), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(gpt, 0.0), lr=1e-2)
     idx, targets = random_ids(4, 8), random_ids(4, 8, seed=1)
     for _ in range(100):
         loss = NextToken(gpt)(idx, targets)
@@ -380,7 +382,7 @@ def test_more_tokens_than_block_size_are_refused():
 def test_crop_block_size_keeps_the_logits_of_short_inputs():
     gpt, idx = random_gpt(), random_ids(2, 5)
     before = logits_of(gpt, idx)
-    gpt.crop_block_size(5)
+    resize.crop_block_size(gpt, 5)
     assert torch.equal(logits_of(gpt, idx), before)
     assert gpt.config.block_size == 5 and gpt.state_dict()["transformer.wpe.weight"].shape == (5, 16)
     again = GPT.from_weights(gpt.config, gpt.state_dict())
@@ -396,9 +398,9 @@ def test_crop_block_size_keeps_the_logits_of_short_inputs():
 def test_crop_block_size_only_shortens(block_size):
     gpt = random_gpt()
     with pytest.raises(ValueError, match=rf"{block_size}\b.*8"):
-        gpt.crop_block_size(block_size)
+        resize.crop_block_size(gpt, block_size)
     assert gpt.config.block_size == 8
-    gpt.crop_block_size(8)
+    resize.crop_block_size(gpt, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

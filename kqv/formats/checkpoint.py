@@ -3,6 +3,7 @@ Checkpoints of one file: their names in a run's folder, how they are written, an
 running any code that is in them.
 """
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from kqv.errors import UserError, first_line
 from kqv.files import replacing, require_file
 from kqv.formats import torch_files
+from model import GPTConfig
 
 NEWEST = "ckpt.pt"
 
@@ -77,6 +79,12 @@ def is_checkpoint(contents):
     )
 
 
+def shape_in(args):
+    """The GPTConfig in a checkpoint's `model_args`; names that are no part of a shape are ignored."""
+    known = {field.name for field in fields(GPTConfig)}
+    return GPTConfig(**{name: value for name, value in args.items() if name in known})
+
+
 def plain_weights(weights, source):
     """
     The weights {name: tensor} of `source` under the model's own names, without what torch.compile and the
@@ -111,11 +119,21 @@ def require_own_memory(weights, source):
             )
 
 
-def tie_head(weights, source):
+def tie_head(weights, source, tied):
     """
-    Let the embedding and the head of plain weights be one tensor, as in the model, where a file has only one
-    of them or both with the same numbers. Raises UserError where they differ.
+    Where they are `tied`, let the embedding and the head of plain weights be one tensor, as in the model:
+    a file may have only one of them, or both with the same numbers. Raises UserError where they differ, and
+    where one is missing that is not tied.
     """
+    if tied is False:
+        if missing := [name for name in (EMBEDDING, HEAD) if name not in weights]:
+            raise UserError(
+                f"{source} has tie_word_embeddings=false, but no {missing[0]}: set it to true if the head is "
+                "the embedding"
+            )
+        if weights[EMBEDDING].data_ptr() == weights[HEAD].data_ptr():
+            weights[HEAD] = weights[HEAD].clone()
+        return
     one = weights.get(EMBEDDING, weights.get(HEAD))
     other = weights.get(HEAD, one)
     if one is None:
@@ -123,7 +141,7 @@ def tie_head(weights, source):
     alike = one.shape == other.shape and one.dtype == other.dtype
     if not alike or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
         raise UserError(
-            f"{source} has a {HEAD} that differs from its {EMBEDDING}, as with tie_word_embeddings=false, "
-            "but kqv's GPT has one matrix for both: use a model whose embeddings are tied"
+            f"{source} has a {HEAD} that differs from its {EMBEDDING}, but says that the two are tied: set "
+            "tie_word_embeddings to false if they are not"
         )
     weights[EMBEDDING] = weights[HEAD] = one

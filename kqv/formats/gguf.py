@@ -1,6 +1,6 @@
 """
-Weights and tokenizer as one GGUF file, for llama.cpp and the programs built on it. The architecture is the
-gguf package's `gpt2`; the package also translates the names of weights.
+Weights and tokenizer as one GGUF file, for llama.cpp and the programs built on it. The gguf package
+translates transformers' names of weights.
 
 Each of our tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
 neighbours by the list of merges until it has none for them. A character is merged from its bytes.
@@ -9,7 +9,7 @@ neighbours by the list of merges until it has none for them. A character is merg
 from pathlib import Path
 
 from kqv.errors import UserError
-from kqv.formats import families
+from kqv.formats import families, renaming
 from kqv.formats.precision import require_held
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
@@ -45,30 +45,24 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         import gguf
     except ImportError:
         raise UserError("writing a GGUF file needs: pip install gguf") from None
-    writer = gguf.GGUFWriter(path, "gpt2")
+    family, config = families.family_of(gpt.config), gpt.config
+    writer = gguf.GGUFWriter(path, family.name)
     writer.add_uint32(EXPORTED, 1)
     writer.add_name(one_line(Path(name).stem))
-    writer.add_context_length(gpt.config.block_size)
-    writer.add_embedding_length(gpt.config.n_embd)
-    writer.add_feed_forward_length(4 * gpt.config.n_embd)
-    writer.add_block_count(gpt.config.n_layer)
-    writer.add_head_count(gpt.config.n_head)
-    writer.add_layer_norm_eps(families.LAYER_NORM_EPSILON)
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_shape(writer, family, config)
     add_tokenizer(writer, tokenizer, gguf.TokenType)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, gpt.config.n_layer)
-    for ours, tensor in families.with_biases(gpt.state_dict()).items():
-        if ours == "lm_head.weight":
-            continue  # tied: llama.cpp uses the embedding if there is no head
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.name.upper()), config.n_layer)
+    for theirs, tensor in renaming.for_gguf(gpt.state_dict(), config).items():
         array = tensor.numpy()
         kind = gguf.GGMLQuantizationType[dtype.upper()]
-        if array.ndim == 1 or ours == "transformer.wpe.weight":
-            kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32
+        if array.ndim == 1 or theirs == "transformer.wpe.weight":
+            kind = gguf.GGMLQuantizationType.F32  # llama.cpp adds these in float32, or multiplies by them
         elif dtype == "q8_0" and array.shape[1] % 32:
             kind = gguf.GGMLQuantizationType.F16  # a block of q8_0 is 32 numbers
-        require_held(ours, tensor, kind.name.lower(), DTYPES)
-        theirs = names.get_name(ours, try_suffixes=(".weight", ".bias"))
+        require_held(theirs, tensor, kind.name.lower(), DTYPES)
+        theirs = names.get_name(theirs, try_suffixes=(".weight", ".bias")) or theirs
         writer.add_tensor(theirs, gguf.quantize(array, kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
@@ -76,6 +70,25 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def add_shape(writer, family, config):
+    """Write what llama.cpp must know of a GPTConfig."""
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.inner_channels)
+    writer.add_block_count(config.n_layer)
+    writer.add_head_count(config.n_head)
+    if family is families.GPT2:
+        writer.add_layer_norm_eps(config.norm_eps)
+        return
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_key_length(config.head_channels)
+    writer.add_value_length(config.head_channels)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_channels)
+    writer.add_rope_freq_base(config.rope_theta)
 
 
 def add_tokenizer(writer, tokenizer, types):

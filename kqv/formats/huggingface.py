@@ -5,14 +5,13 @@ transformers. What differs between their weights and ours is in families.py.
 
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.files import read_json, require_file
-from kqv.formats import families, tokenizer_json, tokenizer_reading, torch_files
+from kqv.formats import families, renaming, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
 from kqv.formats.precision import require_held
@@ -60,25 +59,22 @@ def load(source):
     try:
         config = read_json(folder / "config.json")
         model_args = families.model_args_of(config, source)
-        weights = families.our_weights(plain_weights(read_weights(folder, source), source))
-        if config.get("tie_word_embeddings") is False and "lm_head.weight" not in weights:
-            raise UserError(
-                f"{source} has tie_word_embeddings=false in its config.json, but no lm_head.weight: set it "
-                "to true if the head is the embedding"
-            )
-        tie_head(weights, source)
+        family = families.family_in(config, source)
+        weights = renaming.our_weights(plain_weights(read_weights(folder, source), source), family)
+        tie_head(weights, source, model_args["tied_head"])
         families.require_shape(weights, model_args, config, source)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(
-            f"{source} is damaged or not GPT-2's architecture: {type(error).__name__} {first_line(error)}"
+            f"{source} is damaged or no model of kqv's families: {type(error).__name__} {first_line(error)}"
         ) from None
     contents = {"model": weights, "model_args": model_args, "from_huggingface": str(source)}
-    rows = weights["lm_head.weight"]
-    definition, order = tokenizer_reading.from_huggingface(folder, config, len(rows))
+    rows = len(weights["lm_head.weight"])
+    definition, order = tokenizer_reading.from_huggingface(folder, config, rows)
     if order:  # our ids differ from theirs: the rows of the embedding are put in our order
-        weights["lm_head.weight"] = weights["transformer.wte.weight"] = rows[order]
+        weights["lm_head.weight"] = weights["lm_head.weight"][order]
+        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][order]
     if definition is None and model_args["vocab_size"] == 50257:
         definition = {"kind": "gpt2"}
     if definition:
@@ -176,7 +172,7 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
     end = tokenizer_json.specials_of(tokenizer)[END]
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     config = {
-        **families.config_of(asdict(gpt.config)),
+        **families.config_of(gpt.config),
         **ids,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
         EXPORTED: "kqv",
@@ -190,7 +186,7 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
     folder.mkdir()
     for file, text in texts.items():
         (folder / file).write_text(text, "utf-8")
-    weights = families.their_weights(gpt.state_dict())
+    weights = renaming.their_weights(gpt.state_dict(), gpt.config)
     for name, weight in weights.items():
         require_held(name, weight, dtype, DTYPES)
         weights[name] = weight.to(DTYPES[dtype])

@@ -8,8 +8,6 @@ All weights come in one form, the contents of a checkpoint: a dict with `model` 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from kqv.device import out_of_memory_as
 from kqv.errors import UserError, warn
 from kqv.formats import huggingface, size
@@ -21,12 +19,13 @@ from kqv.formats.checkpoint import (
     is_checkpoint,
     plain_weights,
     read,
+    shape_in,
     tie_head,
 )
 from kqv.formats.contents import require_agreement, require_contents
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
-from model import GPT, GPTConfig
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def load_file(path, mapped):
         )
     require_contents(contents, path)
     contents["model"] = plain_weights(contents["model"], path)
-    tie_head(contents["model"], path)
+    tie_head(contents["model"], path, contents["model_args"].get("tied_head", True))
     return {**contents, "folder": path} if is_sharded else contents
 
 
@@ -133,7 +132,7 @@ def model_of(contents, path, dropout=None):
     given, in place of its own. Raises UserError, which names `path`, if the contents are not those of a GPT.
     """
     try:
-        config = GPTConfig.from_args(contents["model_args"])
+        config = shape_in(contents["model_args"])
         if dropout is not None:
             config = replace(config, dropout=dropout)
         size.require_names(config, contents["model"])
@@ -145,15 +144,6 @@ def model_of(contents, path, dropout=None):
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 
 
-def without_padding(gpt, vocab_size):
-    """
-    The GPT of `vocab_size` ids: without the last rows of its embedding, which pad the vocabulary.
-    """
-    rows = gpt.lm_head.weight[:vocab_size]  # (V, C)
-    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
-    return GPT.from_weights(replace(gpt.config, vocab_size=vocab_size), weights, copy=False)
-
-
 def pair_of(contents, path):
     """
     (GPT, tokenizer) of a checkpoint's contents, as `model_of` and `tokenizer_of`. Raises UserError where they
@@ -162,27 +152,6 @@ def pair_of(contents, path):
     gpt, tokenizer = model_of(contents, path), tokenizer_of(contents)
     require_agreement(contents, path, gpt.config.vocab_size, tokenizer.vocab_size)
     return gpt, tokenizer
-
-
-@torch.no_grad()
-def with_end(gpt):
-    """
-    The GPT with one more id, the last, whose probability is almost 0: for programs that need an id that ends
-    a text or pads the texts of a batch, where the tokenizer has none.
-
-    The id's row of the embedding is the least-squares solution for a logit of -100 after random ids. So the
-    probabilities of the other ids stay the same.
-    """
-    T, C = gpt.config.block_size, gpt.config.n_embd
-    random = torch.Generator().manual_seed(0)
-    idx = torch.randint(gpt.config.vocab_size, (1 + 8 * C // T, T), generator=random)
-    x = gpt.eval().hidden(idx).flatten(0, 1).double()  # (B, T, C) -> (B T, C)
-    x = x[x.isfinite().all(-1)]
-    squares = x.T @ x + 1e-3 * (1 + len(x)) * torch.eye(C)  # (C, C)
-    row = torch.linalg.solve(squares, -100 * x.sum(0)).float()  # (C,)
-    rows = torch.cat([gpt.lm_head.weight, row[None]])  # (V + 1, C)
-    weights = {**gpt.state_dict(), "lm_head.weight": rows, "transformer.wte.weight": rows}
-    return GPT.from_weights(replace(gpt.config, vocab_size=len(rows)), weights)
 
 
 def tokenizer_of(contents):

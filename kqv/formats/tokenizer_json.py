@@ -51,7 +51,7 @@ def pieces_of(tokenizer):
 def specials_of(tokenizer):
     """
     {name: id} of the special ids, in the order of the ids. Where the tokenizer has none, an id that ends a
-    text comes after all others, as of `loading.with_end`: other programs need one.
+    text comes after all others, as of `resize.with_end`: other programs need one.
     """
     return tokenizer.specials() or {END: tokenizer.vocab_size}
 

@@ -84,7 +84,7 @@ class ContextWindow:
         """Let row b go on from what is in the cache of row rows[b]; the two must have the same length."""
         index = torch.tensor(rows, device=self.engine.device)
         for layer in self.cache.layers:
-            for kept in (layer.k, layer.v):  # (B, slots, C)
+            for kept in (layer.k, layer.v):  # (B, slots, nkv, hs)
                 kept[:, : self.n_cached] = kept[index, : self.n_cached]
 
 

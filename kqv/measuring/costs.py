@@ -117,11 +117,13 @@ def sequence_activations(shape, itemsize, norm_itemsize):
             torch.autocast("cpu", torch.bfloat16, enabled=itemsize == 2),
             sdpa_kernel(SDPBackend.FLASH_ATTENTION),
         ):
-            block(x)
+            block(x, rotation=rotation)
         return sum(storage.nbytes() for storage in storages.values())
 
     with FakeTensorMode():
         block = Block(shape)
+        idx = torch.zeros(1, shape.block_size, dtype=torch.long)
+        _, rotation = GPT(shape).embed(idx, torch.arange(shape.block_size)[None])
         return kept(2) - kept(1)
 
 
@@ -162,7 +164,7 @@ def peaks(job):
     gpt, seen = model_of(job.shape), job.weight_itemsize
     layers, N = len(gpt.transformer.h), count(gpt)
     block, outside_blocks = count(gpt.transformer.h[-1]), N - count(gpt.transformer.h)
-    head = count(gpt.lm_head)  # also wte
+    head, tied = count(gpt.lm_head), job.shape.tied_head
     always = {"weights": 4 * N / job.shards, "optimizer": 8 * N / job.shards}
     # The sum over earlier micro-batches, which FSDP too keeps whole, or the buckets of DDP.
     kept = 4 * N * (job.accumulation > 1 or job.gpus > 1 and not job.sharded)
@@ -193,8 +195,8 @@ def peaks(job):
             "copies": copies_later,
             "activations": blocks_left * in_block + 2 * stream + again,
         },
-        # The tied matrix has two gradients until they are added.
-        "the end of the backward pass": {**always, "gradients": 4 * (N + head) / job.shards},
+        # A tied matrix has two gradients until they are added.
+        "the end of the backward pass": {**always, "gradients": 4 * (N + head * tied) / job.shards},
     }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, out_of_memory_as
 from kqv.errors import UsageError
+from kqv.formats.checkpoint import shape_in
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import ContextWindow, stream
@@ -65,7 +66,7 @@ def bench_sample(config):
 def shape_of(config):
     """The GPTConfig that the settings name. Raises UsageError for a shape that can't be or is too short."""
     try:
-        shape = GPTConfig.from_args(vars(config))
+        shape = shape_in(vars(config))
     except ValueError as error:
         raise UsageError(str(error)) from None
     if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > config.block_size:
@@ -123,8 +124,8 @@ def prefill_flops(gpt, length):
     Floating-point operations to read `length` tokens: a multiply and an add for each weight of the blocks and
     token, and attention.
     """
-    training_attention = gpt.flops_per_token() - 6 * gpt.num_parameters()  # of a token that sees block_size
-    attention = training_attention / 3 / gpt.config.block_size  # forward alone, for each token that is seen
+    config = gpt.config
+    attention = 4 * config.n_layer * config.n_head * config.head_channels  # for each token that is seen
     return 2 * count(gpt.transformer.h) * length + attention * length**2 / 2  # the causal mask saves half
 
 

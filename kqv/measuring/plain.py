@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from kqv.text import dataset
 from kqv.training.batches import to_device
+from kqv.training.optimizer import parameter_groups
 from model import GPT, NextToken
 
 
@@ -25,7 +26,7 @@ def plain_step(settings, shape, machine, compiled):
     objective = NextToken(gpt, cross_entropy_of_all)
     model = torch.compile(objective) if compiled else objective
     optimizer = torch.optim.AdamW(
-        gpt.parameter_groups(settings.weight_decay), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda"
+        parameter_groups(gpt, settings.weight_decay), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda"
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     tokens = dataset.Dataset(settings.dataset).splits["train"]

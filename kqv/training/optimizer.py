@@ -38,8 +38,17 @@ class OptimizerSettings:
 
 def make_optimizer(gpt, config):
     """AdamW (Loshchilov & Hutter 2017), whose fused kernel updates all weights at once."""
-    groups = gpt.parameter_groups(config.weight_decay)
+    groups = parameter_groups(gpt, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def parameter_groups(gpt, weight_decay):
+    """For an optimizer: matrices and embeddings decay, biases and the weights of norms (1-D) do not."""
+    parameters = [parameter for parameter in gpt.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def training_bytes(num_parameters):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
-from kqv.formats import checkpoint, loading, size
+from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
 from kqv.settings import fill, group, setting
 from kqv.text.names import require_in_data
@@ -97,7 +97,7 @@ def resolve_start(config, given, world):
 def shape_of(contents):
     """The settings that a checkpoint's weights decide; {} where its `model_args` are not valid."""
     try:
-        shape = GPTConfig.from_args(contents["model_args"])
+        shape = checkpoint.shape_in(contents["model_args"])
     except (ValueError, TypeError):
         return {}  # loading.model_of raises the error
     return {name: getattr(shape, name) for name in ARCHITECTURE}
@@ -174,7 +174,7 @@ def model_of_checkpoint(config, contents):
     path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
     gpt = loading.model_of(contents, path, dropout=config.dropout)
     if not resumes and config.block_size < gpt.config.block_size:
-        gpt.crop_block_size(config.block_size)
+        resize.crop_block_size(gpt, config.block_size)
     if resumes and (differing := unlike(config, gpt.config)):
         raise UsageError(
             f"{differing[0]}, but the run in {config.out_dir} has {differing[1]}: leave it out, or use "
@@ -202,7 +202,7 @@ def require_tokenizer(config, contents, gpt, tokenizer):
     weights = config.out_dir if config.init_from == "resume" else config.init_from
     if base and known == base:
         torch.manual_seed(config.seed)
-        gpt.grow_vocab_size(max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
+        resize.grow_vocab_size(gpt, max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
     elif known != definition:
         theirs = known["kind"]
         raise UserError(

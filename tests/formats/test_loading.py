@@ -7,7 +7,7 @@ import torch
 from conftest import logits_of, random_gpt, random_ids
 
 from kqv.errors import UserError
-from kqv.formats import loading
+from kqv.formats import loading, resize
 
 
 def contents_of(gpt, **changes):
@@ -36,7 +36,7 @@ def test_contents_that_are_no_gpt_are_refused_by_the_name_of_their_file(changes)
 
 def test_rows_that_pad_the_vocabulary_are_cut_off():
     gpt = random_gpt()
-    cut = loading.without_padding(gpt, 10).eval()
+    cut = resize.without_padding(gpt, 10).eval()
     idx = random_ids(2, 8, below=10)
     assert cut.config.vocab_size == 10 and cut.lm_head.weight is cut.transformer.wte.weight
     torch.testing.assert_close(logits_of(cut, idx), logits_of(gpt, idx)[..., :10])

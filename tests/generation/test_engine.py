@@ -17,6 +17,7 @@ from reference import exact_gpt, log_softmax, next_logits, positions_read, proba
 from torch import nn
 
 from kqv.errors import UserError
+from kqv.formats import resize
 from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine, MatVec
 from kqv.generation.sampling import PLAIN
@@ -90,7 +91,7 @@ def test_float32_writes_what_the_plain_loop_writes(bias):
 
 def test_a_cropped_model_writes_past_its_new_block_size():
     gpt, (text,) = exact_gpt(), texts_of(2)
-    gpt.crop_block_size(5)
+    resize.crop_block_size(gpt, 5)
     assert generate(Engine(gpt), [text], 15) == [written_plainly(gpt, text, 15)]
 
 

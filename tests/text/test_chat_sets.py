@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import prepare
 import train
-from kqv.formats import loading
+from kqv.formats import loading, resize
 from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.order import packed
@@ -451,7 +451,7 @@ def test_a_models_vocabulary_grows_behind_what_it_knows(tokenizer):
     gpt = random_gpt(vocab_size=tokenizer.vocab_size)
     idx = torch.randint(tokenizer.vocab_size, (2, 8))
     before, known = gpt(idx), tokenizer.vocab_size
-    gpt.grow_vocab_size(ChatTokenizer(tokenizer).vocab_size)
+    resize.grow_vocab_size(gpt, ChatTokenizer(tokenizer).vocab_size)
     after = gpt(idx)
     torch.testing.assert_close(after[..., :known], before, atol=1e-5, rtol=0)
     assert after.size(-1) == gpt.config.vocab_size

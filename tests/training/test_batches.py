@@ -18,7 +18,7 @@ import export
 import prepare
 import sample
 import train
-from kqv.formats import loading
+from kqv.formats import loading, resize
 from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.tokenizers import CharTokenizer, ChatTokenizer
@@ -213,7 +213,7 @@ def test_padding_has_no_part_in_any_loss(padded_run, cli):
     contents["model"]["lm_head.weight"][ids:] += 3.0  # so that it would show
     contents["model"]["transformer.wte.weight"] = contents["model"]["lm_head.weight"]
     torch.save(contents, "out/ckpt.pt")
-    gpt = loading.without_padding(loading.model_of(contents, "out"), ids)  # as it is exported
+    gpt = resize.without_padding(loading.model_of(contents, "out"), ids)  # as it is exported
     data, losses = Dataset("padded"), []
     with torch.no_grad():
         for index in range(data.batches("val", 4, 16)):
