@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +31,7 @@ def main():
     parser.add_argument("--seed", type=int, default=int(time.time()), help="number of the first cases")
     parser.add_argument("--only", default="", help="the targets and mutators with this in their name")
     given = parser.parse_args()
+    warnings.simplefilter("ignore")  # torch warns of rare kinds of tensors
     torch.set_num_threads(1)  # a process with threads can't be forked
     end = time.monotonic() + given.seconds if given.cases is None else float("inf")
     count, wrong = 0, 0

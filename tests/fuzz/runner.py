@@ -136,7 +136,7 @@ def forked(do, place, seconds=SECONDS):
     child = os.fork()
     if not child:
         in_child(do, place, streams, seconds)
-    deadline = start + 3 * seconds + 10
+    deadline = start + 2 * seconds
     while True:
         ended, status, usage = os.wait4(child, os.WNOHANG)
         if ended:

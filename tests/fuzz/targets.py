@@ -31,12 +31,13 @@ TEXT = ["--max_new_tokens=4", "--num_samples=1", "--start=keys", "--temperature=
 
 def readers_of(path):
     """All that a user does with weights, in a file or in a folder."""
-    weights = [f"--checkpoint={path}"] if path.startswith("out") else [f"--init_from={path}"]
+    ours = path.startswith("out")
+    weights, dataset = (f"--checkpoint={path}", "tiny") if ours else (f"--init_from={path}", "pairs")
     return [
-        ["sample", *TEXT, *weights],
-        ["export", "--to=exported", *weights],
-        ["export", "--to=exported.gguf", *weights],
-        ["train", f"--init_from={path}", "--dataset=tiny", "--out_dir=new", *LENGTH, "--max_iters=2", *CPU],
+        ["sample", *TEXT, weights],
+        ["export", "--to=exported", weights],
+        ["export", "--to=exported.gguf", weights],
+        ["train", f"--init_from={path}", f"--dataset={dataset}", "--out_dir=new", *LENGTH, "--max_iters=2", *CPU],
         ["prepare", "text.txt", "--name=new", "--unknown=skip", f"--tokenizer={path}"],
     ]
 
@@ -45,7 +46,7 @@ RUN = [*readers_of("out/ckpt.pt"), RESUME, RESUME, RESUME]
 SET = [
     [*RESUME, "--dataset=tiny"],
     ["train", *TINY_RUN, "--dataset=tiny", "--out_dir=new", *CPU],
-    ["sample", *TEXT, "--evaluate=2"],
+    ["sample", *TEXT, "--evaluate=val"],
     ["prepare", "text.txt", "--name=new", "--tokenizer=data/tiny", "--unknown=skip"],
 ]
 NANOGPT = [
@@ -86,12 +87,12 @@ TARGETS = {
     "train.bin": Target("data/tiny/train.bin", SET, ANY, RUN_NEEDS),
     "meta.pkl": Target("data/nanogpt/meta.pkl", NANOGPT, [m.change_pickle, m.change_pickle_values, *ANY],
                        ("text.txt", "data/nanogpt")),
-    "config.json": Target("hf/config.json", readers_of("hf"), IN_JSON, (*TEXTS, "hf")),
-    "tokenizer.json": Target("hf/tokenizer.json", readers_of("hf"), IN_JSON, (*TEXTS, "hf")),
-    "tokenizer_config.json": Target("hf/tokenizer_config.json", readers_of("hf"), IN_JSON, (*TEXTS, "hf")),
-    "safetensors": Target("hf/model.safetensors", readers_of("hf"), IN_SAFETENSORS, (*TEXTS, "hf")),
-    "index": Target("parts/model.safetensors.index.json", readers_of("parts"), IN_JSON, (*TEXTS, "parts")),
-    "pytorch_model.bin": Target("old/pytorch_model.bin", readers_of("old"), IN_TORCH, (*TEXTS, "old"), checked=True),
+    "config.json": Target("hf/config.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
+    "tokenizer.json": Target("hf/tokenizer.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
+    "tokenizer_config.json": Target("hf/tokenizer_config.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
+    "safetensors": Target("hf/model.safetensors", readers_of("hf"), IN_SAFETENSORS, ("text.txt", "data/pairs", "hf")),
+    "index": Target("parts/model.safetensors.index.json", readers_of("parts"), IN_JSON, ("text.txt", "data/pairs", "parts")),
+    "pytorch_model.bin": Target("old/pytorch_model.bin", readers_of("old"), IN_TORCH, ("text.txt", "data/pairs", "old"), checked=True),
     "jsonl": Target("rows.jsonl", prepare_from("rows.jsonl"), [m.change_rows, *ANY]),
     "json": Target("rows.json", prepare_from("rows.json"), IN_JSON),
     "csv": Target("rows.csv", prepare_from("rows.csv"), ANY),
@@ -143,6 +144,7 @@ def make_models():
     """A model with a byte-pair tokenizer, as a Hugging Face folder: of today, in two parts, and of old."""
     save_run(Path("made"), make_tokenizer("bpe"))
     export.main(["--out_dir=made", "--to=hf"])
+    prepare.main(["text.txt", "--name=pairs", "--tokenizer=hf", "--unknown=skip"])
     shutil.rmtree("made")
     weights = load_file("hf/model.safetensors")
     for folder in ("parts", "old"):
