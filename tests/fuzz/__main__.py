@@ -25,7 +25,9 @@ from targets import TARGETS  # noqa: E402
 
 def main():
     parser = argparse.ArgumentParser(prog="python tests/fuzz", description=__doc__.splitlines()[1])
-    parser.add_argument("names", nargs="*", metavar="TARGET/MUTATOR:NUMBER", help="cases to run, printed whole")
+    parser.add_argument(
+        "names", nargs="*", metavar="TARGET/MUTATOR:NUMBER", help="cases to run, printed whole"
+    )
     parser.add_argument("--seconds", type=float, default=240, help="begin no case after so many (240)")
     parser.add_argument("--cases", type=int, help="run so many of each target and mutator, whatever the time")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="number of the first cases")
@@ -45,9 +47,12 @@ def main():
             if problem:
                 wrong += 1
                 print(f"\n{name}: {problem}\n    again: {shlex.join([sys.executable, 'tests/fuzz', name])}")
-                print(f"    ran {shlex.join([f'{command[0]}.py', *command[1:]])} in {place}, which stays", flush=True)
+                print(
+                    f"    ran {shlex.join([f'{command[0]}.py', *command[1:]])} in {place}, which stays",
+                    flush=True,
+                )
             if given.names:
-                print(f"{name}: status {outcome.status}, {outcome.seconds:.1f} s, {outcome.growth >> 20} MB more")
+                print(f"{name}: status {outcome.status}, {outcome.seconds:.1f} s, {outcome.growth >> 20} MB")
                 print(f"{outcome.out}{outcome.err}", end="")
             if not problem:
                 shutil.rmtree(place)
@@ -57,7 +62,9 @@ def main():
 
 def names(given):
     """The names of the cases, target after target, again and again with the next number."""
-    pairs = [(name, mutator) for name, target in TARGETS.items() for mutator in dict.fromkeys(target.mutators)]
+    pairs = [
+        (name, mutator) for name, target in TARGETS.items() for mutator in dict.fromkeys(target.mutators)
+    ]
     numbers = itertools.count(given.seed)
     for number in itertools.islice(numbers, given.cases):
         for target, mutator in pairs:

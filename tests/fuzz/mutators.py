@@ -1,5 +1,5 @@
 """
-What can be wrong with a file: mutators, each a function (path, random) that changes the file at `path` in place.
+What can be wrong with a file: functions (path, random), each changes the file at `path` in place.
 
 A mutator that returns a function has changed how values are stored, not the values: that function writes the
 same values plainly to `path`, and a program must refuse the one or read it as the other.
@@ -54,8 +54,9 @@ def insert(data, random):
 
 
 SNIPPETS = [
-    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\r", b"\x1b[2J\x07", "\u202e".encode(), b'"', b"'''", b",,,,", b"\t\t",
-    b"\n\n", b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999", b"NaN", b"-Infinity", b"x" * 3_000_000,
+    b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\r", b"\x1b[2J\x07", "\u202e".encode(), b'"', b"'''", b",,,,",
+    b"\t\t",    b"\n\n", b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"1e999", b"NaN",
+    b"-Infinity", b"x" * 3_000_000,
 ]  # fmt: skip
 
 
@@ -85,16 +86,18 @@ def nested(depth):
 
 HOSTILE = [  # in JSON and elsewhere
     None, True, False, 0, 1, -1, 2, 7, 0.5, 1.5, -0.0, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**30), 1e308,
-    math.nan, math.inf, -math.inf, "", "x", "0", "nan", "\x00", "\x1b]0;owned\x07", "\u202egnp", "\ud800", "é" * 300,
-    "../../../etc/passwd", "/dev/zero", "a\nb", "[click](javascript:alert(1))", "x" * 100_000, [], {}, [[]],
-    [None], [1, 2, 3], {"": None}, {"a": {"b": 1}}, "float32", "gpt2", "char", "bpe", "chat", "foreign", "byte",
+    math.nan, math.inf, -math.inf, "", "x", "0", "nan", "\x00", "\x1b]0;owned\x07", "\u202egnp", "\ud800",
+    "é" * 300, "../../../etc/passwd", "/dev/zero", "a\nb",
+    "[click](javascript:alert(1))", "x" * 100_000, [], {}, [[]],
+    [None], [1, 2, 3], {"": None}, {"a": {"b": 1}}, "float32", "gpt2", "char", "bpe", "chat", "foreign",
 ]  # fmt: skip
 UNPRINTABLE = [  # that only a pickle can hold
     b"bytes", (), (1, 2), {1: 2}, {None: None}, {(): 1}, {1.5, "set"}, 1j, bytearray(8), 10**5000,
     laughs(), laughs(make=tuple), {"a": laughs()}, range(3), torch.float16, torch.Size([2, 3]),
 ]  # fmt: skip
 TENSORS = [
-    lambda: torch.tensor(3), lambda: torch.tensor(math.nan), lambda: torch.zeros(0), lambda: torch.zeros(2, 2),
+    lambda: torch.tensor(3), lambda: torch.tensor(math.nan),
+    lambda: torch.zeros(0), lambda: torch.zeros(2, 2),
     lambda: torch.tensor(True), lambda: torch.zeros(1).expand(10**9), lambda: torch.zeros(3, device="meta"),
 ]  # fmt: skip
 
@@ -194,7 +197,7 @@ def layout_of(tensor, random):
         lambda t: t.flatten(),
         lambda t: t[None],
         lambda t: t[:0] if t.dim() else t,
-        lambda t: torch.full_like(t, random.choice([math.nan, math.inf, -1, 1e30])) if t.is_floating_point() else t,
+        lambda t: t * random.choice([math.nan, math.inf, -1, 1e30]),
         lambda t: t.float().clone().requires_grad_(),
         lambda t: torch.nn.Parameter(t.float().clone()),
         lambda t: torch.nested.nested_tensor([t.float(), t.float()]) if t.dim() else t,
@@ -264,7 +267,9 @@ def hostile_pickle(random, original):
     random.choice([flip, overwrite, repeat, cut])(damaged, random)
     opcodes = bytearray(original)
     at = random.randrange(2, len(opcodes))
-    opcodes[at:at] = random.choice([b"R", b"b", b"o", b"0", b"2", b"Q", b"}", b"(", b"s", b"u", b"e", b"\x81", b"\x93"])
+    opcodes[at:at] = random.choice(
+        [b"R", b"b", b"o", b"0", b"2", b"Q", b"}", b"(", b"s", b"u", b"e", b"\x81", b"\x93"]
+    )
     return random.choice(
         [
             lambda: pickle.dumps(Call(os.system, "touch ran")),

@@ -1,4 +1,4 @@
-"""One case: a mutated copy of the originals, a command on it in a process of its own, and what is wrong with the end."""
+"""One case: a mutated copy of the originals, a command on it in its own process, and what is wrong then."""
 
 import hashlib
 import os
@@ -44,7 +44,7 @@ class End(NamedTuple):
 
 @contextmanager
 def originals():
-    """A folder with the original files, made in a process of its own: a process that has trained can't be forked."""
+    """A folder with the original files, made in its own process: one that has trained can't be forked."""
     with tempfile.TemporaryDirectory(prefix="kqv-fuzz-") as folder:
         end = forked(lambda: make_originals(Path(folder)), folder, seconds=300)
         if end.status:
@@ -54,8 +54,8 @@ def originals():
 
 def run_case(name, folder):
     """
-    Run the case "TARGET/MUTATOR:NUMBER" on the originals in `folder`. Returns what is wrong, "" for nothing, the
-    command, and the folder in which it ran, which is the caller's to remove.
+    Run the case "TARGET/MUTATOR:NUMBER" on the originals in `folder`. Returns what is wrong ("" for nothing),
+    the End, the command, and the folder in which it ran, which is the caller's to remove.
     """
     target_name, mutator_name = parts_of(name)
     target = TARGETS[target_name]
@@ -163,7 +163,11 @@ def in_child(do, place, streams, seconds):
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, path in enumerate(streams, start=1):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", encoding="utf-8"), open(2, "w", encoding="utf-8")
+        sys.stdin, sys.stdout, sys.stderr = (
+            open(0),
+            open(1, "w", encoding="utf-8"),
+            open(2, "w", encoding="utf-8"),
+        )
         for limit, value in (
             (resource.RLIMIT_CPU, seconds),
             (resource.RLIMIT_CORE, 0),
@@ -198,12 +202,16 @@ def result_of(command):
         newest = next((path for path in (Path("new/ckpt.pt"), Path("out/ckpt.pt")) if path.exists()), None)
         if newest and newest.is_file():
             contents = torch.load(newest, weights_only=True)
-            for value in numbers_in((contents["model"], contents["optimizer"]["state"], contents["iter_num"])):
+            for value in numbers_in(
+                (contents["model"], contents["optimizer"]["state"], contents["iter_num"])
+            ):
                 digest.update(value)
     elif command == "sample":
         digest.update(Path("stdout").read_bytes())
     else:
-        for path in sorted([*Path("exported").rglob("*"), *Path(".").glob("*.gguf"), *Path("data/new").glob("*.bin")]):
+        for path in sorted(
+            [*Path("exported").rglob("*"), *Path(".").glob("*.gguf"), *Path("data/new").glob("*.bin")]
+        ):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -211,7 +219,11 @@ def result_of(command):
 def numbers_in(value):
     """The bytes of all tensors and numbers in a tree."""
     if isinstance(value, torch.Tensor):
-        yield value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.dim() else repr(value).encode()
+        yield (
+            value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            if value.dim()
+            else repr(value).encode()
+        )
     elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from numbers_in(part)
@@ -241,5 +253,5 @@ def what_is_wrong(end, expected, size):
     if len(end.err) > 3000:
         return f"its message has {len(end.err)} characters: {end.err!a:.100}"
     if expected and not end.status and end.result != expected.result:
-        return f"it reads the file as something else, silently (as it should be: {expected.err.strip()[:150] or 'read'})"
+        return "it reads the file as something else, silently"
     return ""

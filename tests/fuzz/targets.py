@@ -1,5 +1,5 @@
 """
-What is changed and who reads it: the original files, made once by the commands themselves, and the table TARGETS.
+What is changed and who reads it: the original files, made once by the commands, and the table TARGETS.
 """
 
 import gzip
@@ -26,6 +26,7 @@ from kqv.formats import sharded
 LENGTH = ["--max_iters=5", "--eval_interval=1", "--eval_iters=1", "--log_interval=1", "--lr_decay_iters=5"]
 CPU = ["--device=cpu", "--dtype=float32", "--compile=False"]
 RESUME = ["train", "--init_from=resume", *LENGTH, *CPU]
+FROM_WEIGHTS = ["--out_dir=new", *LENGTH, "--max_iters=2", *CPU]
 TEXT = ["--max_new_tokens=4", "--num_samples=1", "--start=keys", "--temperature=0", *CPU]
 
 
@@ -37,28 +38,21 @@ def readers_of(path):
         ["sample", *TEXT, weights],
         ["export", "--to=exported", weights],
         ["export", "--to=exported.gguf", weights],
-        ["train", f"--init_from={path}", f"--dataset={dataset}", "--out_dir=new", *LENGTH, "--max_iters=2", *CPU],
+        ["train", f"--init_from={path}", f"--dataset={dataset}", *FROM_WEIGHTS],
         ["prepare", "text.txt", "--name=new", "--unknown=skip", f"--tokenizer={path}"],
     ]
 
 
-RUN = [*readers_of("out/ckpt.pt"), RESUME, RESUME, RESUME]
 SET = [
     [*RESUME, "--dataset=tiny"],
     ["train", *TINY_RUN, "--dataset=tiny", "--out_dir=new", *CPU],
-    ["sample", *TEXT, "--evaluate=val"],
+    ["sample", "--evaluate=val", *CPU],
     ["prepare", "text.txt", "--name=new", "--tokenizer=data/tiny", "--unknown=skip"],
 ]
 NANOGPT = [
     ["train", *TINY_RUN, "--dataset=nanogpt", "--out_dir=new", *CPU],
     ["prepare", "text.txt", "--name=new", "--tokenizer=data/nanogpt", "--unknown=skip"],
 ]
-
-
-def prepare_from(name):
-    return [["prepare", name, "--name=new", "--tokenizer=byte", "--workers=1"]]
-
-
 CONFIG = [["train", "mine.py", "--dataset=tiny", "--out_dir=new", *CPU]]
 
 # Targets
@@ -76,32 +70,53 @@ ANY = [m.unchanged, m.change_bytes, m.no_file]
 IN_JSON = [m.change_json, m.change_json, m.nest_json, *ANY]
 IN_TORCH = [m.change_values, m.change_layout, m.change_pickle_in_zip, m.old_pickle, *ANY]
 IN_FOLDER = [m.unchanged, m.change_rest, m.change_metadata, m.change_metadata_pickle, m.change_a_file]
+IN_PICKLE = [m.change_pickle, m.change_pickle_values, *ANY]
 IN_SAFETENSORS = [m.change_header, m.change_header_length, *ANY]
 
-TEXTS, RUN_NEEDS = ("text.txt", "data/tiny"), ("text.txt", "data/tiny", "out")
+TEXTS = ("text.txt", "data/tiny")
+
+
+def of_run(path, mutators, checked=False, commands=()):
+    """A checkpoint, in a file or a folder."""
+    return Target(path, [*readers_of(path), *commands], mutators, TEXTS, checked)
+
+
+def of_set(path, mutators):
+    return Target(path, SET, mutators, (*TEXTS, "out"))
+
+
+def of_model(path, mutators, checked=False):
+    """A file in a Hugging Face folder."""
+    folder = path.partition("/")[0]
+    return Target(path, readers_of(folder), mutators, ("text.txt", "data/pairs", folder), checked)
+
+
+def of_text(path, mutators, checked=False):
+    command = ["prepare", path, "--name=new", "--tokenizer=byte", "--workers=1"]
+    return Target(path, [command], mutators, checked=checked)
+
+
 TARGETS = {
-    "checkpoint": Target("out/ckpt.pt", RUN, [*IN_TORCH, m.change_values, m.change_layout], TEXTS, checked=True),
-    "sharded": Target("out/sharded/ckpt.pt", [*readers_of("out/sharded/ckpt.pt"), [*RESUME, "--out_dir=out/sharded"]],
-                      IN_FOLDER, TEXTS, checked=True),
-    "meta.json": Target("data/tiny/meta.json", SET, IN_JSON, RUN_NEEDS),
-    "train.bin": Target("data/tiny/train.bin", SET, ANY, RUN_NEEDS),
-    "meta.pkl": Target("data/nanogpt/meta.pkl", NANOGPT, [m.change_pickle, m.change_pickle_values, *ANY],
-                       ("text.txt", "data/nanogpt")),
-    "config.json": Target("hf/config.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
-    "tokenizer.json": Target("hf/tokenizer.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
-    "tokenizer_config.json": Target("hf/tokenizer_config.json", readers_of("hf"), IN_JSON, ("text.txt", "data/pairs", "hf")),
-    "safetensors": Target("hf/model.safetensors", readers_of("hf"), IN_SAFETENSORS, ("text.txt", "data/pairs", "hf")),
-    "index": Target("parts/model.safetensors.index.json", readers_of("parts"), IN_JSON, ("text.txt", "data/pairs", "parts")),
-    "pytorch_model.bin": Target("old/pytorch_model.bin", readers_of("old"), IN_TORCH, ("text.txt", "data/pairs", "old"), checked=True),
-    "jsonl": Target("rows.jsonl", prepare_from("rows.jsonl"), [m.change_rows, *ANY]),
-    "json": Target("rows.json", prepare_from("rows.json"), IN_JSON),
-    "csv": Target("rows.csv", prepare_from("rows.csv"), ANY),
-    "tsv": Target("rows.tsv", prepare_from("rows.tsv"), ANY),
-    "txt": Target("text.txt", prepare_from("text.txt"), ANY),
-    "gz": Target("rows.jsonl.gz", prepare_from("rows.jsonl.gz"), [*ANY, m.bomb], checked=True),
-    "parquet": Target("rows.parquet", prepare_from("rows.parquet"), ANY),
-    "config file": Target("mine.py", CONFIG, [m.change_assignments, *ANY], TEXTS),
-}  # fmt: skip
+    "checkpoint": of_run("out/ckpt.pt", IN_TORCH, True, [RESUME] * 3),
+    "sharded": of_run("out/sharded/ckpt.pt", IN_FOLDER, True, [[*RESUME, "--out_dir=out/sharded"]]),
+    "meta.json": of_set("data/tiny/meta.json", IN_JSON),
+    "train.bin": of_set("data/tiny/train.bin", ANY),
+    "meta.pkl": Target("data/nanogpt/meta.pkl", NANOGPT, IN_PICKLE, ("text.txt", "data/nanogpt")),
+    "config.json": of_model("hf/config.json", IN_JSON),
+    "tokenizer.json": of_model("hf/tokenizer.json", IN_JSON),
+    "tokenizer_config.json": of_model("hf/tokenizer_config.json", IN_JSON),
+    "safetensors": of_model("hf/model.safetensors", IN_SAFETENSORS),
+    "index": of_model("parts/model.safetensors.index.json", IN_JSON),
+    "pytorch_model.bin": of_model("old/pytorch_model.bin", IN_TORCH, checked=True),
+    "jsonl": of_text("rows.jsonl", [m.change_rows, *ANY]),
+    "json": of_text("rows.json", IN_JSON),
+    "csv": of_text("rows.csv", ANY),
+    "tsv": of_text("rows.tsv", ANY),
+    "txt": of_text("text.txt", ANY),
+    "gz": of_text("rows.jsonl.gz", [*ANY, m.bomb], checked=True),
+    "parquet": of_text("rows.parquet", ANY),
+    "config": Target("mine.py", CONFIG, [m.change_assignments, *ANY], TEXTS),
+}
 
 # Originals
 
