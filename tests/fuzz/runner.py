@@ -74,7 +74,7 @@ def run_case(name, folder):
                     shutil.copy(place / target.path, Path(plain, target.path))
                     rewrite(Path(plain, target.path))
                 expected = run(command, Path(plain)) if not end.status else None
-        problem = what_is_wrong(end, expected, size_of(place / target.path))
+        problem = what_is_wrong(end, expected, size_of(place / target.path), place)
         if mutate is unchanged and end.status:
             problem = problem or f"an unchanged file is refused: {end.err.strip()}"
         return problem, end, command, place
@@ -231,12 +231,14 @@ def numbers_in(value):
         yield repr(value).encode()
 
 
-def what_is_wrong(end, expected, size):
+def what_is_wrong(end, expected, size, place):
     """One line, "" where a command ended as it must."""
     if end.status in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"it did not end in {SECONDS} seconds"
     if end.status < 0:
         return f"it ended by {signal.Signals(-end.status).name}"
+    if Path(place, "ran").exists():
+        return "code in the file was run"
     if "Traceback (most recent call last)" in end.err:
         return f"a traceback: {end.err.strip().splitlines()[-1][:200]}"
     if end.growth > 3 * size + MEMORY:
