@@ -1,14 +1,16 @@
 # make demo   prepare Shakespeare's plays, train a small GPT on them, print what it writes
 # make test   the tests          make lint   the style checks          make clean   remove the environments
 # make test-slow, make test-gpu  the tests that take minutes, and those that need a CUDA device
+# make fuzz   hostile and damaged files for four minutes; each failure is printed with the command that repeats it
 # make test-oldest               the tests with Python 3.10 and the lowest versions that the requirements allow
 
 PYTHON ?= python3
 OLDEST_PYTHON ?= python3.10
 BIN := .venv/bin
 TRAIN_ARGS ?=
+FUZZ_ARGS ?=
 
-.PHONY: demo test test-slow test-gpu test-oldest lint clean
+.PHONY: demo test test-slow test-gpu test-oldest fuzz lint clean
 
 demo: .venv/runtime
 	$(BIN)/python prepare.py plays
@@ -23,6 +25,9 @@ test-slow: .venv/dev
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: .venv/dev
+	$(BIN)/python tests/fuzz $(FUZZ_ARGS)
 
 test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -n auto

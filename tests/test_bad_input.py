@@ -130,6 +130,12 @@ def test_a_config_file_with_a_misspelt_name(refuse, here):
     refuse(train.main, *TINY, "mine.py", status=2, says=["mine.py", "n_layers", "did you mean n_layer?"])
 
 
+@pytest.mark.parametrize("device", [None, "/dev/zero"], ids=["pipe", "device"])
+def test_a_config_file_that_may_have_no_end(refuse, here, device):
+    os.symlink(device, "mine.py") if device else os.mkfifo("mine.py")
+    refuse(train.main, *TINY, "mine.py", status=2, says=["mine.py", "a pipe or a device"])
+
+
 @pytest.mark.parametrize("name", ["batch_size", "block_size", "n_layer", "n_embd"])
 @pytest.mark.parametrize("value", [10**19, 10**30])
 def test_sizes_beyond_any_computer(refuse, name, value):

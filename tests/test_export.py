@@ -176,7 +176,7 @@ def test_weights_of_another_shape_are_refused(cli, run):
 @pytest.mark.parametrize("format", ["hf", "gguf"])
 def test_two_ids_of_one_name_are_refused(cli, tmp_path, format):
     save_run(tmp_path / "out", CharTokenizer("aba"))
-    assert_one_line(cli(export.main, *targets(format)), "'a'")
+    assert_one_line(cli(export.main, *targets(format)), "'aba'")
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def test_auto_begins_and_goes_on(here, cli):
     status, out, _ = cli(train.main, "--init_from=auto")
     assert status == 0 and "done: step 6" in out and "step 0" not in out
     Path("out/ckpt.prev.pt").write_bytes(b"torn")
+    Path("out/ckpt.pt").unlink(missing_ok=True)
     status, _, err = cli(train.main, *RUN, "--init_from=auto")  # not a new run in the place of a damaged one
     assert status == 1 and "ckpt.p" in err
 

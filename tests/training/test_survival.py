@@ -704,7 +704,7 @@ class LateSaver(Saver):
 def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     """Weights change while the thread writes, and tied ones are stored once."""
     weight = torch.zeros(100_000)
-    contents = {"model": {"wte": weight, "head": weight}, "model_args": {}, "optimizer": [weight + 5]}
+    contents = {"model": {"transformer.wte.weight": weight, "lm_head.weight": weight}, "model_args": {}, "optimizer": [weight + 5]}
     saver = LateSaver(tmp_path)
     for step in range(2):
         saver.begin.clear()
@@ -713,7 +713,7 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
         saver.begin.set()
         saver.wait()
         saved = loading.load(tmp_path / "ckpt.pt")
-        assert saved["iter_num"] == step and saved["model"]["head"].eq(step).all()
+        assert saved["iter_num"] == step and saved["model"]["lm_head.weight"].eq(step).all()
         assert "optimizer" in saved and "optimizer" not in loading.load(tmp_path / "best.pt")
     assert (tmp_path / "best.pt").stat().st_size < 500_000  # 100,000 numbers, not twice that
 
