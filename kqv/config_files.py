@@ -45,10 +45,8 @@ def read_config_file(path, known):
 
 def require_config_file(path, types_of):
     """Raise UsageError where there is no file to read settings from, with what the user may have meant."""
-    if os.path.isfile(path):
+    if os.path.exists(path) and not os.path.isdir(path):  # a file, or a pipe as of bash's <(...)
         return
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise UsageError(f"config file {path} is a pipe or a device: write the settings to a file, name.py")
     folder, name = os.path.split(path.rstrip("/"))
     ways = ["settings are written --name=value"]
     if "dataset" in types_of and not name.endswith(".py"):

@@ -3,6 +3,8 @@ Text as it can be shown. Names in files of strangers may hold characters that a 
 cursor, U+202E turns a line around) or that nobody sees. They are written out, as in Python: \\x1b, \\u202e.
 """
 
+LONGEST = 2000  # characters of a message: a value in it may have many more
+
 JOINERS = "\u200c\u200d"  # they join letters of Hindi and Persian, and emoji
 
 BLACK_FLAG = "\U0001f3f4"  # the tags after it say whose flag it is
@@ -29,7 +31,9 @@ def printable(text, stays="\n\t", before=""):
 
 
 def one_line(text):
-    """The text as a line of a message: with its newlines written out, too."""
+    """The text as a line of a message: with its newlines written out, too, and without the middle if long."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
     return printable(text.strip(), stays="")
 
 

@@ -17,7 +17,7 @@ import sys
 import typing
 
 from kqv.config_files import read_config_file, require_config_file
-from kqv.errors import UsageError
+from kqv.errors import UsageError, UserError
 from kqv.values import HYPHENS, as_utf8, convert, expand_home, kind_name, require_path
 
 
@@ -104,21 +104,21 @@ def fill(cls, given, saved=None):
     """
     An instance of `cls` with {name: Given}, and defaults for the rest. `saved`, {name: value}, replaces
     defaults (a checkpoint's settings on resume); a saved None is ignored where the default is None. Raises
-    UsageError.
+    UsageError, and UserError where a saved value is wrong.
     """
     types_of = typing.get_type_hints(cls)
     types_of.pop(positional_name(cls), None)
-    saved = saved or {}
-    unset = {field.name for field in dataclasses.fields(cls) if field.default is None}
-    values = {
-        name: convert(name, saved[name], types_of[name], where="the checkpoint's ")
-        for name in saved
-        if name in types_of and name not in given and not (saved[name] is None and name in unset)
-    }
-    values |= {name: given[name].value for name in given}
-    for field in dataclasses.fields(cls):
-        if field.name in values:
-            check_bounds(field, values[field.name])
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {name: given[name].value for name in given}
+    for name, value in values.items():
+        check_bounds(fields[name], value)
+    for name, value in (saved or {}).items():
+        if name in types_of and name not in given and (value is not None or fields[name].default is not None):
+            try:
+                values[name] = convert(name, value, types_of[name], where="")
+                check_bounds(fields[name], values[name])
+            except UsageError as error:  # it is the checkpoint that is wrong, not the command
+                raise UserError(f"in the checkpoint, {error}: give your own, --{name}=...") from None
     return cls(**values)
 
 
@@ -218,6 +218,8 @@ def require_no_setting(argument, types_of):
 
 def check_bounds(field, value):
     """Raise UsageError for a value outside the bounds of its setting."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UsageError(f"{field.name} has {len(str(abs(value)))} digits, but it must be below 2**63")
     at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
     if at_least is not None and not value >= at_least:  # `not`, since NaN fails every comparison
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")

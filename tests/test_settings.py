@@ -24,7 +24,7 @@ import export
 import prepare
 import sample
 import train
-from kqv.errors import UsageError
+from kqv.errors import UsageError, UserError
 from kqv.settings import fill, parse, read_given, setting
 from kqv.values import as_utf8
 from train import TrainSettings
@@ -140,14 +140,6 @@ def test_saved_settings_replace_defaults_and_give_way_to_all_else(tmp_path):
     saved = {"n_layer": 4, "n_head": 4, "n_embd": 64, "compile": True, "of_another_program": [1]}
     config = parse(TrainSettings, [config_file(tmp_path, "n_head = 2"), "--n_embd=32"], saved)
     assert config == TrainSettings(n_layer=4, n_head=2, n_embd=32, compile=True)
-
-
-@pytest.mark.parametrize(
-    "saved", [{"n_layer": "four"}, {"n_layer": 2.5}, {"dropout": float("nan")}, {"seed": -1}]
-)
-def test_saved_settings_are_checked_like_all_others(saved):
-    with pytest.raises(UsageError, match=next(iter(saved))):
-        parse(TrainSettings, [], saved)
 
 
 def test_settings_can_not_be_changed_afterwards():
@@ -748,6 +740,25 @@ init_from = 'gpt2'
         {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False, "init_from": "gpt2"},
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [{"batch_size": -4}, {"dtype": "float31"}, {"dropout": math.nan}, {"n_layer": [1]}, {"seed": 0.5}],
+)
+def test_a_wrong_value_in_a_checkpoint_is_no_fault_of_the_command(saved):
+    (name,) = saved
+    with pytest.raises(UserError, match=f"in the checkpoint, {name} .*--{name}=") as caught:
+        fill(TrainSettings, {}, saved)
+    assert caught.value.status == 1
+    own = read_given(TrainSettings, [f"--{name}={getattr(TrainSettings(), name)}"])
+    assert fill(TrainSettings, own, saved) == TrainSettings()
+
+
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_number_of_many_digits_is_refused_in_a_short_line(refusal, digits):
+    line = refusal(train.main, "--warmup_iters=" + "9" * digits, status=2)
+    assert "warmup_iters" in line and len(line) < 2200
 
 
 @pytest.mark.parametrize("name", NANOGPT)

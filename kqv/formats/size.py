@@ -34,9 +34,14 @@ def require_names(shape, weights):
     for name in plan(shape, n_layer=1).state_dict():
         needed |= {name.replace(".h.0.", f".h.{layer}.") for layer in range(shape.n_layer)}
     if missing := sorted(needed - weights.keys()):
-        raise ValueError(f"{missing[0]} is missing, and {len(missing) - 1} more")
+        raise ValueError(f"{one_of(missing)} missing")
     if others := sorted(weights.keys() - needed):
-        raise ValueError(f"{others[0]} is no weight of its shape, nor are {len(others) - 1} more")
+        raise ValueError(f"{one_of(others)} no part of its shape")
+
+
+def one_of(names):
+    """The first of some names, for a message, with how many more there are."""
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} other weights are"
 
 
 def plan(shape, n_layer):

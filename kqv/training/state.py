@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kqv.errors import UserError
+from kqv.errors import UserError, first_line
 from kqv.formats import checkpoint
 from kqv.forms import WHOLE, require_form
 from kqv.training.optimizer import load_optimizer, make_optimizer
@@ -140,7 +140,8 @@ def start_state(config, gpt, start_checkpoint, dtype):
         try:
             state.load_state_dict(start_checkpoint)
         except (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {error!r}") from None
+            reason = f"{error!r}" if isinstance(error, LookupError) else first_line(error)
+            raise UserError(f"{config.out_dir}/{checkpoint.NEWEST} can't be resumed: {reason}") from None
     return state
 
 
