@@ -5,6 +5,8 @@ import numpy as np
 from kqv.text.documents import ROLES
 from kqv.text.tokenizer import END, Tokenizer
 
+LEARNT, BEGINS = 1, 2  # marks of an id in a conversation: it is learnt; a conversation begins with it
+
 
 class ChatTokenizer(Tokenizer):
     """
@@ -25,6 +27,7 @@ class ChatTokenizer(Tokenizer):
         self.system, self.user, self.assistant = self.marks = range(base.vocab_size, base.vocab_size + 3)
         self.separator = base.vocab_size + 3 if base.separator is None else base.separator
         self.vocab_size = base.vocab_size + (4 if base.separator is None else 3)
+        self.filling = self.system  # a conversation of this mark alone fills up a row
 
     def encode(self, text, unknown="error"):
         return self.base.encode(text, unknown)
@@ -53,6 +56,16 @@ class ChatTokenizer(Tokenizer):
         is_mark = (ids >= self.system) & (ids <= self.assistant)
         latest = np.maximum.accumulate(np.where(is_mark, np.arange(ids.shape[-1]), 0), axis=-1)
         return (np.take_along_axis(ids, latest, axis=-1) == self.assistant) & ~is_mark
+
+    def marks_of(self, ids):
+        """The marks of (T,) ids that begin with a conversation, (T,) uint8: LEARNT and BEGINS."""
+        return np.uint8(LEARNT) * self.is_learnt(ids) | np.uint8(BEGINS) * (ids == self.system)
+
+    def example_of(self, ids, learnt):
+        """(the messages before the last answer, the ids that ask for it, the answer) of a conversation."""
+        marks = np.flatnonzero((ids >= self.system) & (ids <= self.assistant))
+        texts = [self.decode(part.tolist()) for part in np.split(ids, marks)[1:]]
+        return "\n".join(filter(None, texts[:-1])), ids[: marks[-1] + 1].tolist(), texts[-1]
 
     def decode_bytes(self, ids):
         return self.base.decode_bytes([i for i in ids if i < self.system and i != self.separator])
