@@ -91,7 +91,8 @@ def encode_prompt(text, tokenizer, config, history=()):
     """
     if tokenizer.kind != "chat":
         return tokenizer.encode(text, config.unknown).tolist()
-    messages = [("system", config.system), *history, ("user", text)]
+    instructions = [("system", config.system)] if config.system else []  # a template may have its own
+    messages = [*instructions, *history, ("user", text)]
     return tokenizer.encode_chat(messages, config.unknown).tolist()
 
 
@@ -129,6 +130,11 @@ def end_of(ids, tokenizer, config, block_size, shown):
         return ids
     if tokenizer.kind != "chat":
         return ids[-block_size:]
+    if tokenizer.user is None:
+        raise UserError(
+            f"the prompt {shown} has {len(ids)} tokens, more than block_size={block_size}, and where its "
+            "message begins is not known in this model's chat template: shorten it"
+        )
     begin = len(ids) - ids[::-1].index(tokenizer.user)  # of the last message, after its mark
     end = begin + len(ids) - (block_size - room_for_answer(config, block_size))
     if end >= len(ids) - 1:  # not even one token of the message would be left

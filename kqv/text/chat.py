@@ -48,6 +48,11 @@ class ChatTokenizer(Tokenizer):
             ids.append([self.assistant])
         return np.concatenate(ids).astype(np.uint32)
 
+    def encode_marked_chat(self, messages, unknown="error"):
+        """As `encode_chat`, and the marks of the ids, (T,) uint8: LEARNT and BEGINS."""
+        ids = self.encode_chat(messages, unknown)
+        return ids, self.marks_of(ids)
+
     def is_learnt(self, ids):
         """
         (..., T) ids that begin with a conversation -> (..., T) bool: which ones the assistant says, with the

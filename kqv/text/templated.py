@@ -37,6 +37,7 @@ class TemplatedTokenizer(Tokenizer):
     """
 
     kind = "chat"
+    stores_marks = True
     user = None  # there is no id that shows where a message of the user begins
 
     def __init__(self, base):
@@ -102,6 +103,9 @@ class TemplatedTokenizer(Tokenizer):
         """
         utf8(text)
         cuts = {found.start() + 1 for found in self.inside.finditer(text)}
+        for start in cuts:
+            if (letter := text[start - 1]) in self.names:  # which has no inside
+                raise UserError(f"{letter!r} is a special token of this model: no message can have it")
         end = len(text.rstrip())
         if any(text[max(0, end - size) : end] in self.begun for size in range(1, self.longest + 1)):
             cuts.add(end)

@@ -27,6 +27,7 @@ class Tokenizer:
     learns_from = "train"  # which text `trained_on` reads: that of the split "train", or of "all" splits
     vocab_size: int
     separator: int | None = None
+    stores_marks = False  # of conversations: whether a set has their marks in files of their own
     begin: tuple = ()  # the ids before every text
     pattern: str | None = None  # the regular expression that cuts a text into words; None: nothing is cut
 

@@ -8,8 +8,9 @@ from kqv.errors import UsageError, UserError
 from kqv.forms import require_form, shown
 from kqv.text.added import AddedTokenizer
 from kqv.text.bpe import PATTERNS, BPETokenizer, GPT2Tokenizer, bytes_of_letters
-from kqv.text.chat import ChatTokenizer
+from kqv.text.chat import ChatTokenizer  # noqa: F401
 from kqv.text.huggingface import HuggingFaceTokenizer
+from kqv.text.templated import over
 from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
 
 __all__ = ["PATTERNS", "bytes_of_letters"]  # what kqv.formats needs, too
@@ -56,7 +57,7 @@ def from_json(definition):
     tokenizer = None
     match definition:
         case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in (*OF_TEXTS, "added"):
-            tokenizer = ChatTokenizer(from_json(base))
+            tokenizer = over(from_json(base))
         case {"kind": "added", "base": {"kind": str(kind)} as base} if kind in TOKENIZERS:
             tokenizer = AddedTokenizer.over(from_json(base), definition)
         case {"kind": str(kind)} if kind in OF_TEXTS:
