@@ -20,13 +20,13 @@ from test_templated import chat_of
 
 @pytest.fixture(scope="module")
 def chat():
-    return chat_of("smollm2")
+    return chat_of("qwen3")
 
 
 def writes(chat, text, folder):
     """A model that writes this text at the place where the answer to "a" stands, and ends its turn."""
-    ids = [0] * len(chat.encode_chat([("user", "a")]))
-    ids += [*chat.encode(text).tolist(), chat.ends[0], *chat.encode("never").tolist()]
+    ids = [0] * (len(chat.encode_chat([("user", "a")])) - 1)
+    ids += [*chat.encode(text).tolist(), chat.ends[0], *chat.encode("x").tolist()]
     save(gpt_that_writes(ids, chat.vocab_size), chat, folder)
 
 
