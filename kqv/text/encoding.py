@@ -67,8 +67,7 @@ def finish(writer, source, tokenizer):
 def read_parts(source, what):
     """
     Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
-    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content), as of a Piece.
-    `what` names the progress bar.
+    "documents": ...}) of the text up to its end. A unit is a list of Pieces. `what` names the progress bar.
     """
     digest, documents, number = hashlib.sha256(), 0, 0
     unit, unit_size, part_size = [], 0, 0
@@ -78,7 +77,7 @@ def read_parts(source, what):
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
         digest.update(content)
         documents += piece.begins
-        unit.append((piece.split, piece.joint, piece.content))
+        unit.append(piece)
         unit_size += len(content)
         if unit_size >= utf8.PIECE:
             yield number, unit
@@ -175,20 +174,29 @@ def encode(unit, tokenizer, unknown):
     """
     ids, sizes = {}, {}
     dtype = smallest_dtype(tokenizer)
-    for split, joint, content in unit:
-        some = ids.setdefault(split, [])
+    contents = [content_of(piece, tokenizer) for piece in unit]
+    encoded_texts = iter(tokenizer.encode_many([text for text in contents if isinstance(text, str)], unknown))
+    for piece, content in zip(unit, contents, strict=True):
+        some = ids.setdefault(piece.split, [])
         if not isinstance(content, str):
             some.append(tokenizer.encode_chat(content, unknown))
             size = sum(len(text.encode("utf-8")) for _, text in content)
         else:
-            if joint is not None and tokenizer.separator is not None:
+            if piece.joint is not None and tokenizer.separator is not None:
                 some.append(np.array([tokenizer.separator]))
-            elif joint:
-                content = joint_of(tokenizer, joint) + content
-            some.append(tokenizer.encode(content, unknown))
+            if piece.begins or piece.joint is not None:
+                some.append(np.array(tokenizer.begin, np.int64))
+            some.append(next(encoded_texts))
             size = len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(some[-1]))
-        sizes[split] = sizes.get(split, 0) + size
+        sizes[piece.split] = sizes.get(piece.split, 0) + size
     return [(split, np.concatenate(some).astype(dtype), sizes[split]) for split, some in ids.items()]
+
+
+def content_of(piece, tokenizer):
+    """What of a Piece is encoded: a conversation, or its text with what stands before it."""
+    if isinstance(piece.content, str) and piece.joint and tokenizer.separator is None:
+        return joint_of(tokenizer, piece.joint) + piece.content
+    return piece.content
 
 
 def joint_of(tokenizer, joint):
@@ -222,6 +230,7 @@ def become_worker(definition, unknown):
     """What a new process does first: it ends when the parent ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process has one core
     worker.update(tokenizer=from_json(definition), unknown=unknown)
 
 

@@ -39,6 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "huggingface"
+    is_ours = False
     ends = ()
 
     def __init__(self, files, ends=()):
@@ -61,6 +62,8 @@ class HuggingFaceTokenizer(Tokenizer):
         content = json.loads(self.files[WHOLE])
         numbers = tokenizer_files.numbers_in(content["model"])
         added = tokenizer_files.added_in(content, self.settings, numbers)
+        for token in added:  # whatever ends a text is special, even if its token does not say so
+            token["special"] |= token["id"] in self.ends
         content |= {"truncation": None, "padding": None, "added_tokens": added}
         numbers |= {token["content"]: token["id"] for token in added}
         self.words = {token["id"]: token["content"] for token in added if not token["special"]}

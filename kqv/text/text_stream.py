@@ -7,7 +7,7 @@ class TextStream:
     """
     Ids, one at a time -> text: a character comes when all of its bytes have come.
 
-    The text ends at the tokenizer's separator, or before the first of the strings `stops` that is complete; a
+    The text ends at an id that ends a text, or before the first of the strings `stops` that is complete; a
     token may hold more than that string. Text that may be the beginning of such a string is held back until
     it is known.
     """
@@ -22,7 +22,7 @@ class TextStream:
         """The text that is certain now that `token` has come."""
         if self.ended:
             return ""
-        if token == self.tokenizer.separator:
+        if token in self.tokenizer.ends:
             text = self.finish()
             self.ended = self.ended or "end_of_text"
             return text
