@@ -19,8 +19,10 @@ from kqv.text.tokenizer_files import (
     WHOLE,
     added_in,
     begin_in,
+    json_in,
     name_of,
     numbers_in,
+    settings_in,
     special_in,
 )
 
@@ -43,7 +45,7 @@ def from_huggingface(folder, config, rows):
         files = read(folder, config)
         return None if files is None else definition_of(files, ends_of(folder, files, config), rows)
     except UserError as error:
-        why = first_line(error)
+        why = first_line(error, 300)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         what = f"{type(error).__name__} {first_line(error, 120)}"
         why = f"the tokenizer in {folder} is damaged ({what}): fetch it again"
@@ -71,7 +73,7 @@ def from_old_form(folder, files):
     """The content of a tokenizer.json for a vocab.json and merges.txt, as transformers reads GPT-2's."""
     vocab, merges = json.loads(text_of(folder / OLD[0])), text_of(folder / OLD[1]).split("\n")
     added = json.loads(text_of(folder / OLD[2])) if (folder / OLD[2]).exists() else {}
-    settings = {**json_in(files, ROLES), **json_in(files, SETTINGS)}
+    settings = settings_in(files)
     blank = bool(settings.get("add_prefix_space"))
     special = {END, *special_in(settings)}
     added |= {END: vocab[END]} if END in vocab else {}
@@ -98,14 +100,6 @@ def text_of(path):
     return read_file(path).decode("utf-8")
 
 
-def json_in(files, name):
-    """The content of a file, a dict; an empty one if the file is not there."""
-    content = json.loads(files.get(name, "{}"))
-    if not isinstance(content, dict):
-        raise ValueError(f"in {name}")
-    return content
-
-
 def ends_of(folder, files, config):
     """What may end a text, as ids or names, the most reliable first."""
     path = folder / "generation_config.json"
@@ -128,14 +122,12 @@ def definition_of(files, ends, rows):
     The definition of the tokenizer of `files`; `ends` as `ends_of`. Raises UserError, and other errors where
     the files are damaged.
     """
-    content, settings = json.loads(files[WHOLE]), {**json_in(files, ROLES), **json_in(files, SETTINGS)}
+    content, settings = json.loads(files[WHOLE]), settings_in(files)
     if OURS in settings and is_as_we_write(settings[OURS], content):
         return settings[OURS]
     numbers = numbers_in(content["model"])
     added = added_in(content, settings, numbers)
-    if is_gpt2s(content, numbers, [token["content"] for token in added]) and not begin_in(
-        content, settings, numbers
-    ):
+    if is_gpt2s(content, numbers, [token["content"] for token in added]) and not begin_in(content):
         return {"kind": "gpt2"}
     special = {token["content"]: token["id"] for token in added}
     if (most := max({**numbers, **special}.values())) >= rows:

@@ -16,7 +16,7 @@ from kqv.text import tokenizer_files
 from kqv.text.bpe import bytes_of_letters
 from kqv.text.foreign_code import within
 from kqv.text.tokenizer import Tokenizer, utf8
-from kqv.text.tokenizer_files import FILES, ROLES, SETTINGS, TEMPLATE, WHOLE
+from kqv.text.tokenizer_files import FILES, TEMPLATE, WHOLE
 
 # The parts of a decoder with which the bytes of a piece alone can be known.
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")
@@ -55,8 +55,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def read(self):
         """What the files say. Raises UserError, and other errors where they are damaged."""
-        settings = json.loads(self.files.get(SETTINGS, "{}"))
-        self.settings = {**json.loads(self.files.get(ROLES, "{}")), **settings}
+        self.settings = tokenizer_files.settings_in(self.files)
         self.roles = tokenizer_files.roles_in(self.settings)
         self.chat_template = self.files.get(TEMPLATE) or tokenizer_files.template_in(self.settings)
         content = json.loads(self.files[WHOLE])
@@ -68,7 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
         numbers |= {token["content"]: token["id"] for token in added}
         self.words = {token["id"]: token["content"] for token in added if not token["special"]}
         self.vocab_size = max(numbers.values()) + 1
-        self.begin = tuple(tokenizer_files.begin_in(content, self.settings, numbers))
+        self.begin = tuple(tokenizer_files.begin_in(content))
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         names = {number: name for name, number in numbers.items()}
         for number in (*self.ends, *self.begin):
