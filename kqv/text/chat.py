@@ -21,11 +21,13 @@ class ChatTokenizer(Tokenizer):
 
     kind = "chat"
     roles = ROLES
+    ends = ()
 
     def __init__(self, base):
-        self.base = base
+        self.base, self.is_ours = base, base.is_ours
         self.system, self.user, self.assistant = self.marks = range(base.vocab_size, base.vocab_size + 3)
         self.separator = base.vocab_size + 3 if base.separator is None else base.separator
+        self.ends = (self.separator, *(end for end in base.ends if end != self.separator))
         self.vocab_size = base.vocab_size + (4 if base.separator is None else 3)
         self.filling = self.system  # a conversation of this mark alone fills up a row
 
@@ -77,7 +79,8 @@ class ChatTokenizer(Tokenizer):
 
     def specials(self):
         marks = {f"<|{role}|>": mark for role, mark in zip(self.roles, self.marks, strict=True)}
-        return dict(sorted({END: self.separator, **marks}.items(), key=lambda special: special[1]))
+        end = {END: self.separator} if self.base.separator is None else self.base.specials()
+        return dict(sorted({**end, **marks}.items(), key=lambda special: special[1]))
 
     def to_json(self):
         return {"kind": self.kind, "base": self.base.to_json()}

@@ -76,8 +76,7 @@ def finish(writer, source, tokenizer):
 def read_parts(source, what):
     """
     Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
-    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content), as of a Piece.
-    `what` names the progress bar.
+    "documents": ...}) of the text up to its end. A unit is a list of Pieces. `what` names the progress bar.
     """
     digest, documents, number = hashlib.sha256(), 0, 0
     unit, unit_size, part_size = [], 0, 0
@@ -87,7 +86,7 @@ def read_parts(source, what):
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
         digest.update(content)
         documents += piece.begins
-        unit.append((piece.split, piece.joint, piece.content))
+        unit.append(piece)
         unit_size += len(content)
         if unit_size >= utf8.PIECE:
             yield number, unit
@@ -191,32 +190,42 @@ class Encoded(NamedTuple):
 
 def encode(unit, tokenizer, unknown):
     """A unit, as of `read_parts`, -> a list of Encoded, one for each split that it has."""
-    dtype, found = smallest_dtype(tokenizer), []
-    for split in dict.fromkeys(split for split, _, _ in unit):
-        ids, marks, size = [], [], 0
-        for _, joint, content in (piece for piece in unit if piece[0] == split):
-            if isinstance(content, str):
-                size += encode_text(ids, joint, content, tokenizer, unknown)
-                continue
+    contents = [content_of(piece, tokenizer) for piece in unit]
+    texts = iter(tokenizer.encode_many([text for text in contents if isinstance(text, str)], unknown))
+    found = {}  # {split: (ids, marks, sizes)}, lists
+    for piece, content in zip(unit, contents, strict=True):
+        ids, marks, sizes = found.setdefault(piece.split, ([], [], []))
+        if not isinstance(content, str):
             some, its_marks = tokenizer.encode_marked_chat(content, unknown)
             ids.append(some)
             marks.append(its_marks)
-            size += sum(len(text.encode("utf-8")) for _, text in content)
-        marks = np.concatenate(marks) if marks else None
-        learnt = 0 if marks is None else int((marks & LEARNT).sum())
-        marks = marks if tokenizer.stores_marks else None
-        found.append(Encoded(split, np.concatenate(ids).astype(dtype), marks, size, learnt))
-    return found
+            sizes.append(sum(len(text.encode("utf-8")) for _, text in content))
+            continue
+        if piece.joint is not None and tokenizer.separator is not None:
+            ids.append(np.array([tokenizer.separator]))
+        if piece.begins or piece.joint is not None:
+            ids.append(np.array(tokenizer.begin, np.int64))
+        ids.append(next(texts))
+        sizes.append(len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(ids[-1])))
+    dtype = smallest_dtype(tokenizer)
+    return [
+        joined(split, np.concatenate(ids).astype(dtype), marks, sum(sizes), tokenizer.stores_marks)
+        for split, (ids, marks, sizes) in found.items()
+    ]
 
 
-def encode_text(ids, joint, content, tokenizer, unknown):
-    """Append to the list `ids` those of a text and of what joins it -> the bytes that they stand for."""
-    if joint is not None and tokenizer.separator is not None:
-        ids.append(np.array([tokenizer.separator]))
-    elif joint:
-        content = joint_of(tokenizer, joint) + content
-    ids.append(tokenizer.encode(content, unknown))
-    return len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(ids[-1]))
+def joined(split, ids, marks, size, stores_marks):
+    """An Encoded of a list of the marks of its conversations, which is empty for texts."""
+    marks = np.concatenate(marks) if marks else None
+    learnt = 0 if marks is None else int((marks & LEARNT).sum())
+    return Encoded(split, ids, marks if stores_marks else None, size, learnt)
+
+
+def content_of(piece, tokenizer):
+    """What of a Piece is encoded: a conversation, or its text with what stands before it."""
+    if isinstance(piece.content, str) and piece.joint and tokenizer.separator is None:
+        return joint_of(tokenizer, piece.joint) + piece.content
+    return piece.content
 
 
 def joint_of(tokenizer, joint):
@@ -250,6 +259,7 @@ def become_worker(definition, unknown):
     """What a new process does first: it ends when the parent ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process has one core
     worker.update(tokenizer=from_json(definition), unknown=unknown)
 
 

@@ -16,7 +16,7 @@ from kqv.text import tokenizer_files
 from kqv.text.bpe import bytes_of_letters
 from kqv.text.foreign_code import within
 from kqv.text.tokenizer import Tokenizer, utf8
-from kqv.text.tokenizer_files import FILES, ROLES, SETTINGS, TEMPLATE, WHOLE
+from kqv.text.tokenizer_files import FILES, TEMPLATE, WHOLE
 
 # The parts of a decoder with which the bytes of a piece alone can be known.
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip")
@@ -39,6 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """
 
     kind = "huggingface"
+    is_ours = False
     ends = ()
 
     def __init__(self, files, ends=()):
@@ -54,18 +55,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def read(self):
         """What the files say. Raises UserError, and other errors where they are damaged."""
-        settings = json.loads(self.files.get(SETTINGS, "{}"))
-        self.settings = {**json.loads(self.files.get(ROLES, "{}")), **settings}
+        self.settings = tokenizer_files.settings_in(self.files)
         self.roles = tokenizer_files.roles_in(self.settings)
         self.chat_template = self.files.get(TEMPLATE) or tokenizer_files.template_in(self.settings)
         content = json.loads(self.files[WHOLE])
         numbers = tokenizer_files.numbers_in(content["model"])
         added = tokenizer_files.added_in(content, self.settings, numbers)
+        for token in added:  # whatever ends a text is special, even if its token does not say so
+            token["special"] |= token["id"] in self.ends
         content |= {"truncation": None, "padding": None, "added_tokens": added}
         numbers |= {token["content"]: token["id"] for token in added}
         self.words = {token["id"]: token["content"] for token in added if not token["special"]}
         self.vocab_size = max(numbers.values()) + 1
-        self.begin = tuple(tokenizer_files.begin_in(content, self.settings, numbers))
+        self.begin = tuple(tokenizer_files.begin_in(content))
         self.special = {token["content"]: token["id"] for token in added if token["special"]}
         names = {number: name for name, number in numbers.items()}
         for number in (*self.ends, *self.begin):
@@ -172,8 +174,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def encoded(tokenizer, texts):
     """The ids of each of the texts, of `tokenizers.Tokenizer`. Raises UserError."""
+    return [one.ids for one in encodings(tokenizer.encode_batch_fast, texts)]
+
+
+def encodings(encode, texts):
+    """
+    What a method of `tokenizers.Tokenizer`, `encode`, gives for the texts: `encode_batch` also gives where
+    each id stands in its text. Raises UserError.
+    """
     try:
-        found = within(PATIENCE, lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        return within(PATIENCE, lambda: encode(texts, add_special_tokens=False))
     except TimeoutError:
         raise UserError(
             f"the tokenizer took more than {PATIENCE} s for {sum(map(len, texts)):,} characters: its "
@@ -185,7 +195,6 @@ def encoded(tokenizer, texts):
         raise UserError(
             f"the tokenizer's tokenizer.json fails on this text: {first_line(error, 120)}"
         ) from None
-    return [one.ids for one in found]
 
 
 @lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ import numpy as np
 
 from kqv.errors import UserError
 from kqv.text.chat import BEGINS, LEARNT, ChatTokenizer
+from kqv.text.huggingface import encodings
 from kqv.text.template import Template
 from kqv.text.tokenizer import Tokenizer, utf8
 
@@ -38,6 +39,7 @@ class TemplatedTokenizer(Tokenizer):
 
     kind = "chat"
     stores_marks = True
+    is_ours = False
     user = None  # there is no id that shows where a message of the user begins
 
     def __init__(self, base):
@@ -137,8 +139,8 @@ class TemplatedTokenizer(Tokenizer):
         text = self.template.render(messages, asks)
         spans = self.spans(text, messages, asks) if learn else []
         ids, starts, place = [], [], 0
-        for piece in text.split(self.border):
-            found = self.base.marked.encode(piece, add_special_tokens=False)
+        pieces = text.split(self.border)
+        for piece, found in zip(pieces, encodings(self.base.marked.encode_batch, pieces), strict=True):
             ids += found.ids
             before = 0
             for start, end in found.offsets:  # some tokenizers leave blanks out of them

@@ -7,9 +7,9 @@ class TextStream:
     """
     Ids, one at a time -> text: a character comes when all of its bytes have come.
 
-    The text ends at one of the tokenizer's `ends`, or before the first of the strings `stops` that is
-    complete; a token may hold more than that string. Text that may be the beginning of such a string is held
-    back until it is known.
+    The text ends at an id that ends a text, or before the first of the strings `stops` that is complete; a
+    token may hold more than that string. Text that may be the beginning of such a string is held back until
+    it is known.
     """
 
     def __init__(self, tokenizer, stops=()):

@@ -24,6 +24,7 @@ class Tokenizer:
     kind: str  # its name in meta.json and checkpoints
     spelling: str  # what a user writes for it: --tokenizer=bpe:N
     help: str  # one line
+    is_ours = True  # whether the ids, and how many rows of weights they need, are for us to say
     learns_from = "train"  # which text `trained_on` reads: that of the split "train", or of "all" splits
     vocab_size: int
     separator: int | None = None
@@ -89,6 +90,7 @@ class CharTokenizer(Tokenizer):
 
     kind = spelling = "char"
     help = "one id a character of the text"
+    is_ours = True  # whether the ids, and how many rows of weights they need, are for us to say
     learns_from = "all"
 
     def __init__(self, chars):

@@ -1,5 +1,7 @@
 """What the files of a Hugging Face tokenizer say. No package is needed to read them."""
 
+import json
+
 from kqv.text.bpe import bytes_of_letters
 
 WHOLE, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -13,6 +15,20 @@ LISTS = ("additional_special_tokens", "extra_special_tokens")
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
 HIDDEN = "\U0010fffd"  # no character; before the name of a piece, so that no usual text has it
+
+
+def json_in(files, name):
+    """The content of one of the files {name: text}, a dict; empty if it is not there."""
+    content = json.loads(files.get(name, "{}"))
+    if not isinstance(content, dict):
+        raise ValueError(f"in {name}")
+    return content
+
+
+def settings_in(files):
+    """What the files beside tokenizer.json say."""
+    settings = {key: value for key, value in json_in(files, SETTINGS).items() if value is not None}
+    return {**json_in(files, ROLES), **settings}
 
 
 def name_of(token):
@@ -72,11 +88,11 @@ def added_in(content, settings, numbers):
     return sorted(known.values(), key=lambda token: token["id"])
 
 
-def begin_in(content, settings, numbers):
-    """The ids that transformers puts before a text."""
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        name = roles_in(settings).get("bos_token")
-        return [numbers[name]] if settings.get("add_bos_token") and name else []
+def begin_in(content):
+    """
+    The ids before a text: those of the post-processor. As in transformers 5, `add_bos_token` in the settings
+    does not count beside a tokenizer.json.
+    """
     begin = []
     for part in parts_of(content.get("post_processor"), "processors"):
         for item in part.get("single", ()):
