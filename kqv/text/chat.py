@@ -74,6 +74,10 @@ class ChatTokenizer(Tokenizer):
         texts = [self.decode(part.tolist()) for part in np.split(ids, marks)[1:]]
         return "\n".join(filter(None, texts[:-1])), ids[: marks[-1] + 1].tolist(), texts[-1]
 
+    def message_of(self, answer):
+        """The text of the message that the model's answer is."""
+        return answer
+
     def decode_bytes(self, ids):
         return self.base.decode_bytes([i for i in ids if i < self.system and i != self.separator])
 

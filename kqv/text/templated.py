@@ -26,6 +26,7 @@ class Turn(NamedTuple):
     opening: str  # what stands before it
     closing: str  # what stands behind it, up to and with the name of the special id that ends it
     end: int  # that id
+    gap: str  # what the template puts between the opening and the answer, which a model writes as well
 
 
 class TemplatedTokenizer(Tokenizer):
@@ -71,6 +72,11 @@ class TemplatedTokenizer(Tokenizer):
         turn = self.find_turn()
         return tuple(dict.fromkeys(([turn.end] if turn else []) + [*self.base.ends]))
 
+    def message_of(self, answer):
+        """The text of the message that the template makes an answer of: without what it adds itself."""
+        turn = self.find_turn()
+        return answer.removeprefix(turn.gap) if turn else answer
+
     # What the template does
 
     def find_turn(self):
@@ -96,7 +102,8 @@ class TemplatedTokenizer(Tokenizer):
             return None
         name = max((name for name in self.names if parts[2].startswith(name, found.start())), key=len)
         closing = parts[2][: found.start() + len(name)]
-        return Turn(opening, closing, self.names[name]) if parts[4].startswith(closing) else None
+        gap = parts[1].removeprefix(asked.partition(ask)[2])
+        return Turn(opening, closing, self.names[name], gap) if parts[4].startswith(closing) else None
 
     def shielded(self, text):
         """

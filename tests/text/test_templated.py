@@ -258,6 +258,18 @@ def test_an_answer_ends_at_the_end_of_its_turn(pair):
     assert set(chat.base.ends) <= set(chat.ends)
 
 
+def test_an_answer_becomes_the_message_that_it_was_made_of(pair):
+    chat, other, name = pair
+    ids, marks = chat.encode_marked_chat([("user", "a"), ("assistant", "No keys.")])
+    written = chat.decode(ids[(marks & LEARNT) > 0].tolist())
+    expected = {"mistral": " No keys.", "qwen3": "<think>\n\n</think>\n\nNo keys."}.get(name, "No keys.")
+    assert written == expected
+    goes_on = [("user", "a"), ("assistant", chat.message_of(written)), ("user", "b")]
+    assert chat.encode_chat(goes_on).tolist() == theirs(
+        other, [("user", "a"), ("assistant", "No keys."), ("user", "b")]
+    )
+
+
 def test_the_tokenizer_comes_back_from_json(pair):
     chat = pair[0]
     again = from_json(json.loads(json.dumps(chat.to_json())))
