@@ -71,9 +71,10 @@ def main(argv):
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
     path, contents = loading.load_chosen(config)
     gpt, tokenizer = loading.pair_of(contents, path)
-    gpt = resize.without_padding(gpt, tokenizer.vocab_size)
+    if tokenizer.is_ours:  # the rows of others stay as they are
+        gpt = resize.without_padding(gpt, tokenizer.vocab_size)
     require_numbers(gpt)
-    if tokenizer.separator is None:
+    if tokenizer.is_ours and tokenizer.separator is None:
         gpt = resize.with_end(gpt)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from kqv.errors import UsageError, UserError, say, warn
 from kqv.settings import fill, read_given, setting
-from kqv.text import dataset, documents, encoding, learning, names, sources, token_files, tokenizers
+from kqv.text import dataset, documents, encoding, learning, names, showing, sources, token_files, tokenizers
 from kqv.text.built_in import BUILT_IN
 from kqv.text.tokenizers import TOKENIZERS
 from kqv.text.utf8 import ROW
@@ -57,6 +57,9 @@ If it was stopped, the same command goes on from what was finished.
     max_row_mb: int = setting(
         ROW // MB, "the longest line, or row of a table or JSON, in MB; it is held in memory", at_least=1
     )
+    show: int = setting(
+        0, "print so many documents as tokens, what is learnt of conversations in colour", at_least=0
+    )
     workers: int = setting(0, "processes that encode; 0: one a core. The result is the same", at_least=0)
 
 
@@ -81,11 +84,13 @@ def main(argv):
     }
     if is_prepared(folder, about, source):
         say(f"{folder} is ready: the same text and tokenizer as before")
+        showing.show(dataset.Dataset(folder), config.show)
         return
     tokenizer = learning.tokenizer_for(source, existing_tokenizer, new_tokenizer)
     encoding.write_set(folder, source, tokenizer, about, config.unknown, config.workers)
     report(folder, tokenizer)
     report_changes(source, tokenizer)
+    showing.show(dataset.Dataset(folder), config.show)
     say(f"train on it with: python train.py --dataset={shlex.quote(name)}")
 
 

@@ -16,7 +16,7 @@ from kqv.formats.card import card
 from kqv.formats.checkpoint import plain_weights, tie_head
 from kqv.formats.precision import require_held
 from kqv.formats.tensors import dense
-from kqv.text.tokenizer import END
+from kqv.text.tokenizer_files import FILES as OF_TOKENIZER
 
 HELP = "a Hugging Face folder"
 
@@ -33,13 +33,19 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-BESIDE = ("config.json", "generation_config.json", *tokenizer_reading.FILES)
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    *OF_TOKENIZER,
+    *tokenizer_reading.OLD,
+    *tokenizer_reading.OTHERS,
+)
 
 EXPORTED = "exported_by"  # this key in config.json says that a later export may replace the folder
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "README.md")
 
-FILES += ("tokenizer.json", "tokenizer_config.json")
+FILES += OF_TOKENIZER
 
 
 def load(source):
@@ -71,10 +77,7 @@ def load(source):
         ) from None
     contents = {"model": weights, "model_args": model_args, "from_huggingface": str(source)}
     rows = len(weights["lm_head.weight"])
-    definition, order = tokenizer_reading.from_huggingface(folder, config, rows)
-    if order:  # our ids differ from theirs: the rows of the embedding are put in our order
-        weights["lm_head.weight"] = weights["lm_head.weight"][order]
-        weights["transformer.wte.weight"] = weights["transformer.wte.weight"][order]
+    definition = tokenizer_reading.from_huggingface(folder, config, rows)
     if definition is None and model_args["vocab_size"] == 50257:
         definition = {"kind": "gpt2"}
     if definition:
@@ -169,8 +172,7 @@ def save(folder, name, gpt, tokenizer, dtype, contents):
         from safetensors.torch import save_file
     except ImportError:
         raise UserError("writing a Hugging Face folder needs: pip install safetensors") from None
-    end = tokenizer_json.specials_of(tokenizer)[END]
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    ids = tokenizer_json.ids_of_roles(tokenizer)
     config = {
         **families.config_of(gpt.config),
         **ids,

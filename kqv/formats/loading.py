@@ -25,6 +25,7 @@ from kqv.formats.checkpoint import (
 from kqv.formats.contents import require_agreement, require_contents
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
+from kqv.text.templated import over
 from model import GPT
 
 
@@ -156,11 +157,14 @@ def pair_of(contents, path):
 
 def tokenizer_of(contents):
     """
-    The tokenizer of a checkpoint's contents. nanoGPT's checkpoints have none: then it is the one of the data
-    folder that the model was trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
+    The tokenizer of a checkpoint's contents; that of conversations for a model of another program that brings
+    a chat template. nanoGPT's checkpoints have none: then it is the one of the data folder that the model was
+    trained on, or GPT-2's if the number of ids is GPT-2's. Raises UserError.
     """
     if "tokenizer" in contents:
-        return tokenizers.from_json(contents["tokenizer"])
+        tokenizer = tokenizers.from_json(contents["tokenizer"])
+        brings_template = "from_huggingface" in contents and getattr(tokenizer, "chat_template", None)
+        return over(tokenizer) if brings_template else tokenizer
     dataset = contents.get("config", {}).get("dataset", "unnamed")
     folder = Path("data", Path(dataset).name)  # no path in a checkpoint is followed
     if names.is_in_data(folder) and token_files.is_set(folder):

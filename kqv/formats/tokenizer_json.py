@@ -12,7 +12,10 @@ import json
 from kqv.errors import UserError
 from kqv.text import tokenizers
 from kqv.text.tokenizer import END
+from kqv.text.tokenizer_files import SETTINGS, WHOLE
 from kqv.text.tokenizers import PATTERNS
+
+OURS = "kqv"  # the key of tokenizer_config.json under which `to_json` of the tokenizer is kept
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
@@ -98,6 +101,12 @@ def require_unique(names):
 
 def to_huggingface(tokenizer, block_size):
     """{file name: text} of the files that `AutoTokenizer.from_pretrained` reads. Raises UserError."""
+    if tokenizer.kind == "huggingface":
+        return tokenizer.files
+    if tokenizer.stores_marks:  # it brought its chat template, which is in its files
+        return tokenizer.base.files
+    if base_of(tokenizer).kind == "huggingface":
+        return with_marks(tokenizer)
     base, specials, words = base_of(tokenizer), specials_of(tokenizer), added_to(tokenizer)
     pieces = pieces_of(tokenizer)
     if base.kind == "char":
@@ -142,11 +151,40 @@ def to_huggingface(tokenizer, block_size):
         "model_max_length": block_size,
         # No text is encoded to a special id, except for chats: their template writes the marks as text.
         "split_special_tokens": tokenizer.kind != "chat",
+        OURS: tokenizer.to_json(),
     }
     if tokenizer.kind == "chat":
         settings["additional_special_tokens"] = [name for name in specials if name != END]
         settings["chat_template"] = CHAT_TEMPLATE
     return {"tokenizer.json": to_text(content), "tokenizer_config.json": to_text(settings)}
+
+
+def with_marks(chat):
+    """`to_huggingface` for the marks of a chat over the tokenizer of another program."""
+    base = chat.base
+    end = next(name for name, number in chat.specials().items() if number == chat.separator)
+    marks = {name: number for name, number in chat.specials().items() if number >= base.vocab_size}
+    as_it_is = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = json.loads(base.files[WHOLE])
+    content["added_tokens"] += [{"id": id, "content": name, **as_it_is} for name, id in marks.items()]
+    settings = {
+        **json.loads(base.files.get(SETTINGS, "{}")),
+        "eos_token": end,
+        "chat_template": CHAT_TEMPLATE.replace(END, end),
+        OURS: chat.to_json(),
+    }
+    return {WHOLE: to_text(content), SETTINGS: to_text(settings)}
+
+
+def ids_of_roles(tokenizer):
+    """{"eos_token_id": id, ...} for config.json: a list where several ids end a text."""
+    base = base_of(tokenizer)
+    if base.kind != "huggingface":
+        return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), specials_of(tokenizer)[END])
+    found = {f"{role}_id": base.special.get(base.roles.get(role)) for role in ("bos_token", "pad_token")}
+    ends = list(tokenizer.ends)
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    return {name: id for name, id in found.items() if id is not None}
 
 
 def to_text(content):

@@ -75,7 +75,8 @@ class Conversation:
                 print_pieces(start, remembered(pieces, said), config.raw)
             finally:  # an answer that Ctrl-C stopped is remembered as far as it was printed
                 if config.chat:
-                    self.history += [("user", text), ("assistant", "".join(said))]
+                    answer = self.writer.tokenizer.message_of("".join(said))
+                    self.history += [("user", text), ("assistant", answer)]
             if config.num_samples > 1:
                 print(SEPARATOR)
 

@@ -82,13 +82,10 @@ def read_examples(data, split, block_size):
     The Examples of a split that fit into block_size; of a set of texts there are none. Raises UserError where
     a set of conversations has none that fits.
     """
-    tok, found = data.tokenizer, []
-    for ids in data.conversations(split) if data.is_chat else ():
-        if len(ids) - 1 > block_size:
-            continue
-        marks = np.flatnonzero((ids >= tok.system) & (ids <= tok.assistant))
-        texts = [tok.decode(part.tolist()) for part in np.split(ids, marks)[1:]]
-        found.append(Example("\n".join(filter(None, texts[:-1])), ids[: marks[-1] + 1].tolist(), texts[-1]))
+    found = []
+    for ids, learnt in data.marked_conversations(split) if data.is_chat else ():
+        if len(ids) - 1 <= block_size:
+            found.append(Example(*data.tokenizer.example_of(ids, learnt)))
     if data.is_chat and not found:
         raise UserError(
             f"no conversation of the {split} split of {data.folder} fits into the model's block_size="

@@ -73,13 +73,14 @@ def decode_utf8(content, name):
 def completed(text, tokenizer):
     """
     The text that the model continues where the user gave `text`. An empty text becomes a newline, or the
-    tokenizer's first character where it has no newline. An empty message to a model of conversations stays
+    tokenizer's first character where it has no newline; one that begins each text with an id of its own
+    begins with that. An empty message to a model of conversations stays
     empty. Where the tokenizer has no newline, one at the end of the text is removed.
     """
     has_newline = tokenizer.encode("\n", "skip").size > 0
     if not has_newline:
         text = text.removesuffix("\n").removesuffix("\r")
-    if text or tokenizer.kind == "chat":
+    if text or tokenizer.begin or tokenizer.kind == "chat":
         return text
     return "\n" if has_newline else tokenizer.decode([0])
 
@@ -90,8 +91,9 @@ def encode_prompt(text, tokenizer, config, history=()):
     that begins with --system, goes on with `history`, [(role, text), ...], and ends with the user's `text`.
     """
     if tokenizer.kind != "chat":
-        return tokenizer.encode(text, config.unknown).tolist()
-    messages = [("system", config.system), *history, ("user", text)]
+        return [*tokenizer.begin, *tokenizer.encode(text, config.unknown).tolist()]
+    instructions = [("system", config.system)] if config.system else []  # a template may have its own
+    messages = [*instructions, *history, ("user", text)]
     return tokenizer.encode_chat(messages, config.unknown).tolist()
 
 
@@ -128,7 +130,13 @@ def end_of(ids, tokenizer, config, block_size, shown):
     if len(ids) <= block_size:
         return ids
     if tokenizer.kind != "chat":
-        return ids[-block_size:]
+        begin = list(tokenizer.begin)[: block_size - 1]
+        return begin + ids[len(ids) - block_size + len(begin) :]
+    if tokenizer.user is None:
+        raise UserError(
+            f"the prompt {shown} has {len(ids)} tokens, more than block_size={block_size}, and where its "
+            "message begins is not known in this model's chat template: shorten it"
+        )
     begin = len(ids) - ids[::-1].index(tokenizer.user)  # of the last message, after its mark
     end = begin + len(ids) - (block_size - room_for_answer(config, block_size))
     if end >= len(ids) - 1:  # not even one token of the message would be left

@@ -142,8 +142,8 @@ class Writer:
         return records
 
     def ends(self, ids):
-        """Whether the last of the ids ends their text: it is the separator, or completes a --stop string."""
-        if ids[-1] == self.tokenizer.separator:
+        """Whether the last of the ids is one of the tokenizer's `ends`, or completes a --stop string."""
+        if ids[-1] in self.tokenizer.ends:
             return True
         text = self.tokenizer.decode(ids) if self.stops else ""
         return any(stop in text for stop in self.stops)

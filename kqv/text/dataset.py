@@ -14,9 +14,11 @@ import numpy as np
 
 from kqv.errors import UserError
 from kqv.files import require_no_dangling_link
+from kqv.text.chat import BEGINS, LEARNT
+from kqv.text.marks import MarksOfIds, StoredMarks
 from kqv.text.names import folder_of, how_to_prepare
 from kqv.text.order import packed, shuffled
-from kqv.text.token_files import META, SPLITS, Tokens, file_names, read_meta
+from kqv.text.token_files import MARKS, META, SPLITS, Tokens, file_names, read_meta
 
 
 class Batch(NamedTuple):
@@ -45,9 +47,11 @@ class Dataset:
         if not is_ours:  # prepare.py has checked each id
             for tokens in self.splits.values():
                 tokens.check()
-        self.conversation_starts, self.learnt_before = {}, {}  # of each split of conversations
+        self.conversation_starts, self.learnt_before, self.marks = {}, {}, {}  # of splits of conversations
         for split in SPLITS if self.is_chat else ():
-            self.conversation_starts[split], self.learnt_before[split] = self.find_conversations(split)
+            self.marks[split] = self.open_marks(split, parts)
+            found = self.marks[split].conversations(f"the {split} split of {self.folder}")
+            self.conversation_starts[split], self.learnt_before[split] = found
         self.packed = {}  # (split, block_size) -> rows
 
     @property
@@ -64,7 +68,19 @@ class Dataset:
                 f"{how_to_prepare(self.folder.name)}"
             )
 
-    def open_split(self, split, dtype, parts):
+    def open_marks(self, split, parts):
+        """The marks of a split of conversations."""
+        if not self.tokenizer.stores_marks:
+            return MarksOfIds(self.splits[split], self.tokenizer)
+        marks = self.open_split(f"{split}{MARKS}", np.dtype(np.uint8), parts, LEARNT + BEGINS + 1)
+        if len(marks) != len(self.splits[split]):
+            raise UserError(
+                f"{marks.paths[0]} has {len(marks)} marks for {len(self.splits[split])} ids: run prepare.py "
+                "again"
+            )
+        return StoredMarks(marks)
+
+    def open_split(self, split, dtype, parts, vocab_size=None):
         names = file_names(split, len(parts))
         self.require_files(*names)
         for name, part in zip(names, parts, strict=True):
@@ -74,7 +90,9 @@ class Dataset:
                     f"{self.folder / name} has {size} bytes, which is not what its set says: run prepare.py "
                     "again"
                 )
-        tokens = Tokens([self.folder / name for name in names], dtype, self.tokenizer.vocab_size)
+        tokens = Tokens(
+            [self.folder / name for name in names], dtype, vocab_size or self.tokenizer.vocab_size
+        )
         if len(tokens) == 0:
             raise UserError(f"{self.folder / names[0]} has 0 bytes: run prepare.py again")
         return tokens
@@ -228,36 +246,17 @@ class Dataset:
         Rows of whole conversations. What the assistant says is learnt. Positions begin at 0 in each
         conversation.
         """
-        tok, ranges = self.tokenizer, self.rows(split, block_size)[windows]  # (B, 2)
-        # A row is padded with conversations of a mark alone: nothing of them is learnt.
-        picked = np.full((len(windows), block_size + 1), tok.system, np.int64)  # (B, T + 1)
-        for row, (start, end) in zip(picked, ranges.tolist(), strict=True):
-            row[: end - start] = self.splits[split][start:end]
-        targets = np.where(tok.is_learnt(picked), picked, -1)[:, 1:]
+        ranges = self.rows(split, block_size)[windows]  # (B, 2)
+        # A row is filled up with conversations of one id: nothing of them is learnt.
+        picked = np.full((len(windows), block_size + 1), self.tokenizer.filling, np.int64)  # (B, T + 1)
+        marks = np.full(picked.shape, BEGINS, np.uint8)
+        for row, (start, end) in enumerate(ranges.tolist()):
+            ids = self.splits[split][start:end]
+            picked[row, : end - start], marks[row, : end - start] = ids, self.marks[split].of(ids, start)
+        targets = np.where(marks & LEARNT, picked, -1)[:, 1:]
         places = np.arange(block_size)
-        starts = np.maximum.accumulate(np.where(picked[:, :-1] == tok.system, places, 0), axis=1)  # (B, T)
+        starts = np.maximum.accumulate(np.where(marks[:, :-1] & BEGINS, places, 0), axis=1)  # (B, T)
         return Batch(np.ascontiguousarray(picked[:, :-1]), np.ascontiguousarray(targets), places - starts)
-
-    def find_conversations(self, split):
-        """
-        Where each of the N conversations of a split begins, and where the last one ends: (N + 1,); and how
-        many ids are learnt before each of these places: (N + 1,).
-        """
-        tok, places, marks, done = self.tokenizer, [], [], 0
-        for block in self.splits[split].blocks():
-            found = np.flatnonzero((block >= tok.system) & (block <= tok.assistant))
-            places.append(found + done)
-            marks.append(block[found])
-            done += len(block)
-        places = np.concatenate([*places, [done]])
-        marks = np.concatenate([*marks, [tok.system]])  # the end is where the next one would begin
-        learnt = np.where(marks[:-1] == tok.assistant, np.diff(places) - 1, 0)  # behind each mark
-        learnt_before, begins = np.concatenate([[0], np.cumsum(learnt)]), marks == tok.system
-        if places[0] != 0 or not begins[0]:
-            raise UserError(
-                f"the {split} split of {self.folder} begins with no conversation: run prepare.py again"
-            )
-        return places[begins], learnt_before[begins]
 
     def learnt_in(self, split, rows):
         """How many ids are learnt in rows of conversations (rows, 2)."""
@@ -272,5 +271,11 @@ class Dataset:
 
     def conversations(self, split):
         """The ids of each conversation of a split, in order."""
+        return (ids for ids, _ in self.marked_conversations(split))
+
+    def marked_conversations(self, split):
+        """(its (T,) ids, (T,) bool which ones are learnt) of each conversation of a split, in order."""
         starts = self.conversation_starts[split].tolist()
-        return (self.splits[split][start:end] for start, end in zip(starts, starts[1:], strict=False))
+        for start, end in zip(starts, starts[1:], strict=False):
+            ids = self.splits[split][start:end]
+            yield ids, (self.marks[split].of(ids, start) & LEARNT) > 0

@@ -11,7 +11,7 @@ from contextlib import suppress
 from kqv.errors import UserError
 from kqv.files import require_no_dangling_link, sha256_of_file, write_json
 from kqv.forms import WHOLE, require_form
-from kqv.text.token_files import FORMAT, META, SPLITS, file_names, smallest_dtype
+from kqv.text.token_files import FORMAT, MARKS, META, SPLITS, file_names, smallest_dtype
 
 PROGRESS = "progress.json"
 
@@ -20,6 +20,7 @@ PART = {  # of a set, in progress.json
     "sha256": {split: str for split in SPLITS},
     "bytes?": {split: WHOLE for split in SPLITS},
     "documents?": WHOLE,
+    "learnt?": {split: WHOLE for split in SPLITS},
     "text_sha256?": str,
 }
 
@@ -38,6 +39,8 @@ class Writer:
         self.folder, self.new = folder, folder / ".new"
         self.vocab_size = tokenizer.vocab_size
         self.dtype = smallest_dtype(tokenizer)
+        marks = [f"{split}{MARKS}" for split in SPLITS] if tokenizer.stores_marks else []
+        self.streams = (*SPLITS, *marks)  # what there is a file of in each part
         self.about = {
             "format": FORMAT,
             "tokenizer": tokenizer.to_json(),
@@ -56,7 +59,7 @@ class Writer:
                 f"{folder} is being prepared by another process: wait for that, or give another --name"
             ) from None
         self.parts = self.finished_parts()
-        self.files, self.digests, self.tokens = {}, {}, dict.fromkeys(SPLITS, 0)
+        self.files, self.digests, self.tokens = {}, {}, dict.fromkeys(self.streams, 0)
 
     def finished_parts(self):
         """The parts that a Writer of the same set finished, up to the first that is damaged."""
@@ -71,7 +74,9 @@ class Writer:
 
     def is_whole(self, number, part):
         with suppress(FileNotFoundError):
-            return all(sha256_of_file(self.path(split, number)) == part["sha256"][split] for split in SPLITS)
+            return all(
+                sha256_of_file(self.path(stream, number)) == part["sha256"][stream] for stream in self.streams
+            )
         return False
 
     def path(self, split, number):
@@ -81,20 +86,26 @@ class Writer:
         """How many ids a split has so far."""
         return self.tokens[split] + sum(part["tokens"][split] for part in self.parts)
 
-    def append(self, split, ids):
+    def append(self, split, ids, marks=None):
         """
-        Add (N,) ids to a split of the part that is being written. Raises ValueError for an id that the
+        Add (N,) ids, and their marks (N,) where the tokenizer stores them, to a split of the part that is
+        being written. Raises ValueError for an id that the
         tokenizer lacks, so a Dataset need not look for one.
         """
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             raise ValueError(f"ids are from 0 to {self.vocab_size - 1}: {ids.min()} to {ids.max()}")
         if not self.files:
-            self.files = {split: open(self.path(split, len(self.parts)), "wb") for split in SPLITS}
-            self.digests = {split: hashlib.sha256() for split in SPLITS}
-        content = ids.astype(self.dtype).tobytes()
-        self.files[split].write(content)
-        self.digests[split].update(content)
-        self.tokens[split] += len(ids)
+            self.files = {name: open(self.path(name, len(self.parts)), "wb") for name in self.streams}
+            self.digests = {name: hashlib.sha256() for name in self.streams}
+        self.write(split, ids.astype(self.dtype))
+        if marks is not None:
+            self.write(f"{split}{MARKS}", marks)
+
+    def write(self, stream, numbers):
+        content = numbers.tobytes()
+        self.files[stream].write(content)
+        self.digests[stream].update(content)
+        self.tokens[stream] += len(numbers)
 
     def end_part(self, **facts):
         """Put the part on the disk and note it, with `facts` about it, in progress.json."""
@@ -104,7 +115,7 @@ class Writer:
         self.close()
         digests = {split: digest.hexdigest() for split, digest in self.digests.items()}
         self.parts.append({"tokens": self.tokens, "sha256": digests, **facts})
-        self.tokens = dict.fromkeys(SPLITS, 0)
+        self.tokens = dict.fromkeys(self.streams, 0)
         write_json(self.new / PROGRESS, {**self.about, "parts": self.parts})
 
     def close(self):
@@ -129,22 +140,23 @@ class Writer:
         training split is removed first and comes last, so after a crash the folder is the old set, the new
         set, or no set (train.bin is missing).
         """
-        names = {split: file_names(split, len(self.parts)) for split in SPLITS}
+        names = {name: file_names(name, len(self.parts)) for name in self.streams}
         totals = {split: sum(part["tokens"][split] for part in self.parts) for split in SPLITS}
         write_json(self.new / META, {**self.about, "tokens": totals, **facts, "parts": self.parts})
-        for split in SPLITS:
-            for number, name in enumerate(names[split]):
-                os.rename(self.path(split, number), self.new / name)
+        for stream in self.streams:
+            for number, name in enumerate(names[stream]):
+                os.rename(self.path(stream, number), self.new / name)
         old = sorted(path for path in self.folder.glob("*.bin") if is_set_file(path.name))
         for path in sorted(old, key=lambda path: not path.name.startswith("train")):
             path.unlink()
-        for name in (META, *names["val"], *reversed(names["train"])):
+        others = [name for stream in self.streams if stream != "train" for name in names[stream]]
+        for name in (META, *others, *reversed(names["train"])):
             os.replace(self.new / name, self.folder / name)
         shutil.rmtree(self.new)
 
 
 def is_set_file(name):
-    return re.fullmatch(rf"({'|'.join(SPLITS)})(_[0-9]+)?\.bin", name)
+    return re.fullmatch(rf"({'|'.join(SPLITS)})({MARKS})?(_[0-9]+)?\.bin", name)
 
 
 def write(folder, splits, tokenizer, about):

@@ -16,11 +16,13 @@ from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import numpy as np
 
 from kqv.errors import UserError
 from kqv.text import utf8
+from kqv.text.chat import LEARNT
 from kqv.text.dataset_writer import Writer
 from kqv.text.sources import with_progress
 from kqv.text.token_files import SPLITS, smallest_dtype
@@ -51,24 +53,30 @@ def write_set(folder, source, tokenizer, about, unknown="error", workers=0):
 
 def finish(writer, source, tokenizer):
     """Put the set in place, with what is known of the whole text. Raises UserError where it is too short."""
+    is_chat = tokenizer.kind == "chat"
     for split in SPLITS:
         if (count := writer.count(split)) < 2:
             writer.parts.clear()
             raise UserError(f"the {split} split would have {count} tokens: {source.remedy()}")
+        if is_chat and not any(part["learnt"][split] for part in writer.parts):
+            writer.parts.clear()
+            raise UserError(
+                f"the {split} split would have no answer of the assistant, so nothing to learn: give "
+                "conversations with answers"
+            )
     sizes = {split: sum(part["bytes"][split] for part in writer.parts) for split in SPLITS}
     last = writer.parts[-1]
     writer.finish(
         sha256=last["text_sha256"],
         documents=last["documents"],
-        bytes={} if tokenizer.kind == "chat" else sizes,
+        bytes={} if is_chat else sizes,
     )
 
 
 def read_parts(source, what):
     """
     Read a Source: (number of the part, unit) for all units of a part, then (number, {"text_sha256": ...,
-    "documents": ...}) of the text up to its end. A unit is a list of (split, joint, content), as of a Piece.
-    `what` names the progress bar.
+    "documents": ...}) of the text up to its end. A unit is a list of Pieces. `what` names the progress bar.
     """
     digest, documents, number = hashlib.sha256(), 0, 0
     unit, unit_size, part_size = [], 0, 0
@@ -78,7 +86,7 @@ def read_parts(source, what):
         digest.update(b"\xff" * (piece.begins and documents > 0))  # where one ends; no byte of UTF-8
         digest.update(content)
         documents += piece.begins
-        unit.append((piece.split, piece.joint, piece.content))
+        unit.append(piece)
         unit_size += len(content)
         if unit_size >= utf8.PIECE:
             yield number, unit
@@ -100,7 +108,8 @@ def text_facts(source):
 
 def write_parts(writer, source, tokenizer, unknown, workers):
     """Encode and write the parts of a Source that `writer` lacks; all of them where its text has changed."""
-    kept, number, sizes = len(writer.parts), -1, dict.fromkeys(SPLITS, 0)
+    kept, number = len(writer.parts), -1
+    sizes, learnt = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     with closing(encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers)) as items:
         for number, found in items:
             if isinstance(found, dict) and number < kept:
@@ -108,14 +117,15 @@ def write_parts(writer, source, tokenizer, unknown, workers):
                     number = -1
                     break
             elif isinstance(found, dict):
-                writer.end_part(**found, bytes=sizes)
-                sizes = dict.fromkeys(SPLITS, 0)
+                writer.end_part(**found, bytes=sizes, learnt=learnt)
+                sizes, learnt = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
             else:
-                for split, ids, size in found:
+                for some in found:
                     if not any(writer.count(split) for split in SPLITS):
-                        require_space(writer, source, ids, size)
-                    writer.append(split, ids)
-                    sizes[split] += size
+                        require_space(writer, source, some.ids, some.size)
+                    writer.append(some.split, some.ids, some.marks)
+                    sizes[some.split] += some.size
+                    learnt[some.split] += some.learnt
     if number + 1 < kept:
         writer.parts.clear()
         write_parts(writer, source, tokenizer, unknown, workers)
@@ -168,27 +178,54 @@ def result_of(number, item):
     return number, item.result() if isinstance(item, Future) else item
 
 
+class Encoded(NamedTuple):
+    """What a split has of a unit."""
+
+    split: str
+    ids: np.ndarray  # (N,)
+    marks: np.ndarray | None  # (N,) uint8, where the tokenizer stores them
+    size: int  # bytes of the text that the ids stand for
+    learnt: int  # how many ids of conversations are learnt
+
+
 def encode(unit, tokenizer, unknown):
-    """
-    A unit, as of `read_parts`, -> [(split, (N,) ids, bytes of the text that they stand for), ...], one for
-    each split that it has.
-    """
-    ids, sizes = {}, {}
-    dtype = smallest_dtype(tokenizer)
-    for split, joint, content in unit:
-        some = ids.setdefault(split, [])
+    """A unit, as of `read_parts`, -> a list of Encoded, one for each split that it has."""
+    contents = [content_of(piece, tokenizer) for piece in unit]
+    texts = iter(tokenizer.encode_many([text for text in contents if isinstance(text, str)], unknown))
+    found = {}  # {split: (ids, marks, sizes)}, lists
+    for piece, content in zip(unit, contents, strict=True):
+        ids, marks, sizes = found.setdefault(piece.split, ([], [], []))
         if not isinstance(content, str):
-            some.append(tokenizer.encode_chat(content, unknown))
-            size = sum(len(text.encode("utf-8")) for _, text in content)
-        else:
-            if joint is not None and tokenizer.separator is not None:
-                some.append(np.array([tokenizer.separator]))
-            elif joint:
-                content = joint_of(tokenizer, joint) + content
-            some.append(tokenizer.encode(content, unknown))
-            size = len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(some[-1]))
-        sizes[split] = sizes.get(split, 0) + size
-    return [(split, np.concatenate(some).astype(dtype), sizes[split]) for split, some in ids.items()]
+            some, its_marks = tokenizer.encode_marked_chat(content, unknown)
+            ids.append(some)
+            marks.append(its_marks)
+            sizes.append(sum(len(text.encode("utf-8")) for _, text in content))
+            continue
+        if piece.joint is not None and tokenizer.separator is not None:
+            ids.append(np.array([tokenizer.separator]))
+        if piece.begins or piece.joint is not None:
+            ids.append(np.array(tokenizer.begin, np.int64))
+        ids.append(next(texts))
+        sizes.append(len(content.encode("utf-8") if unknown == "error" else tokenizer.decode_bytes(ids[-1])))
+    dtype = smallest_dtype(tokenizer)
+    return [
+        joined(split, np.concatenate(ids).astype(dtype), marks, sum(sizes), tokenizer.stores_marks)
+        for split, (ids, marks, sizes) in found.items()
+    ]
+
+
+def joined(split, ids, marks, size, stores_marks):
+    """An Encoded of a list of the marks of its conversations, which is empty for texts."""
+    marks = np.concatenate(marks) if marks else None
+    learnt = 0 if marks is None else int((marks & LEARNT).sum())
+    return Encoded(split, ids, marks if stores_marks else None, size, learnt)
+
+
+def content_of(piece, tokenizer):
+    """What of a Piece is encoded: a conversation, or its text with what stands before it."""
+    if isinstance(piece.content, str) and piece.joint and tokenizer.separator is None:
+        return joint_of(tokenizer, piece.joint) + piece.content
+    return piece.content
 
 
 def joint_of(tokenizer, joint):
@@ -222,6 +259,7 @@ def become_worker(definition, unknown):
     """What a new process does first: it ends when the parent ends."""
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process has one core
     worker.update(tokenizer=from_json(definition), unknown=unknown)
 
 

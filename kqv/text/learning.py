@@ -2,8 +2,8 @@
 
 import math
 
-from kqv.text.chat import ChatTokenizer
 from kqv.text.sources import with_progress
+from kqv.text.templated import over
 
 LEARN_FROM = 2**29  # characters of the training text that a vocabulary is learnt from, at most
 
@@ -18,7 +18,7 @@ def tokenizer_for(source, existing, new):
     tokenizer = existing or learnt(*new, source)
     if is_chat == (tokenizer.kind == "chat"):
         return tokenizer
-    return ChatTokenizer(tokenizer) if is_chat else tokenizer.base
+    return over(tokenizer) if is_chat else tokenizer.base
 
 
 def learnt(cls, options, source):

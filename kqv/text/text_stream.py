@@ -7,7 +7,7 @@ class TextStream:
     """
     Ids, one at a time -> text: a character comes when all of its bytes have come.
 
-    The text ends at the tokenizer's separator, or before the first of the strings `stops` that is complete; a
+    The text ends at an id that ends a text, or before the first of the strings `stops` that is complete; a
     token may hold more than that string. Text that may be the beginning of such a string is held back until
     it is known.
     """
@@ -15,6 +15,7 @@ class TextStream:
     def __init__(self, tokenizer, stops=()):
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.ends = tokenizer.ends
         self.held = ""
         self.ended = None  # why the text has ended: "end_of_text" or "stop"
 
@@ -22,7 +23,7 @@ class TextStream:
         """The text that is certain now that `token` has come."""
         if self.ended:
             return ""
-        if token == self.tokenizer.separator:
+        if token in self.ends:
             text = self.finish()
             self.ended = self.ended or "end_of_text"
             return text

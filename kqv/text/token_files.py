@@ -18,6 +18,7 @@ from kqv.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 
+MARKS = "_marks"  # behind the name of a split: its marks, as of kqv/text/marks.py
 
 META, NANOGPT_META = "meta.json", "meta.pkl"
 

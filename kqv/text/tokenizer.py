@@ -24,9 +24,12 @@ class Tokenizer:
     kind: str  # its name in meta.json and checkpoints
     spelling: str  # what a user writes for it: --tokenizer=bpe:N
     help: str  # one line
+    is_ours = True  # whether the ids, and how many rows of weights they need, are for us to say
     learns_from = "train"  # which text `trained_on` reads: that of the split "train", or of "all" splits
     vocab_size: int
     separator: int | None = None
+    stores_marks = False  # of conversations: whether a set has their marks in files of their own
+    begin: tuple = ()  # the ids before every text
     pattern: str | None = None  # the regular expression that cuts a text into words; None: nothing is cut
 
     @classmethod
@@ -60,6 +63,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_many(self, texts, unknown="error"):
+        """A list of texts -> a list of what `encode` gives for each."""
+        return [self.encode(text, unknown) for text in texts]
+
     def decode_bytes(self, ids):
         """Ids -> the UTF-8 bytes they stand for."""
         raise NotImplementedError
@@ -67,6 +74,11 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> text; bytes that are no valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @property
+    def ends(self):
+        """The ids that end a text while it is written."""
+        return () if self.separator is None else (self.separator,)
 
     def specials(self):
         """{name: id} of the ids that no text is encoded to, in the order of the ids."""
@@ -78,6 +90,7 @@ class CharTokenizer(Tokenizer):
 
     kind = spelling = "char"
     help = "one id a character of the text"
+    is_ours = True  # whether the ids, and how many rows of weights they need, are for us to say
     learns_from = "all"
 
     def __init__(self, chars):

@@ -64,8 +64,8 @@ def write_sample(gpt, data, config, world):
     if not world.is_main:
         return ""
     if data.is_chat:
-        ids = next(data.conversations("val"))
-        prompt = ids[: np.flatnonzero(ids == data.tokenizer.assistant)[0] + 1]
+        ids, learnt = next(data.marked_conversations("val"))
+        prompt = ids[: int(np.argmax(learnt)) if learnt.any() else len(ids)]
     else:
         prompt = data.splits["val"][:16]
     prompt = prompt[-config.block_size :].tolist()

@@ -202,7 +202,8 @@ def require_tokenizer(config, contents, gpt, tokenizer):
     weights = config.out_dir if config.init_from == "resume" else config.init_from
     if base and known == base:
         torch.manual_seed(config.seed)
-        resize.grow_vocab_size(gpt, max(gpt.config.vocab_size, padded(tokenizer.vocab_size)))
+        known, needed = gpt.config.vocab_size, tokenizer.vocab_size
+        resize.grow_vocab_size(gpt, known if needed <= known else padded(needed))
     elif known != definition:
         theirs = known["kind"]
         raise UserError(

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders in ours, with the real transformers as the judge."""
+"""Tokenizers of Hugging Face folders, with the real transformers as the judge."""
 
 import json
 import shutil
@@ -9,12 +9,9 @@ import torch
 from conftest import TINY_RUN
 from exports import (
     KINDS,
-    TEXT,
-    TRICKY,
     a_folder,
     another_tokenizer,
     assert_one_line,
-    edited,
     exported,
     in_transformers,
     save_run,
@@ -24,12 +21,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import export
+import prepare
 import sample
 import train
-from kqv.formats import loading, tokenizer_json, tokenizer_reading
+from kqv.formats import loading, tokenizer_json
 from kqv.text.bpe import GPT2_WHEEL
+from kqv.text.dataset import Dataset
 from kqv.text.download import unpacked_wheel
-from kqv.text.tokenizers import BPETokenizer, ChatTokenizer
+from kqv.text.tokenizers import ChatTokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,101 +57,11 @@ def test_gpt2s_own_tokenizer_is_known_in_both_its_forms(tmp_path):
     assert loading.load_start(str(tmp_path))["tokenizer"] == {"kind": "gpt2"}
 
 
-@pytest.mark.parametrize(
-    ("specials", "use_regex"),
-    [(["<|endoftext|>"], {"use_regex": True}), (["<s>", "<pad>", "</s>", "<unk>"], {})],
-)
-def test_a_vocabulary_that_others_trained_is_taken_along(cli, tmp_path, specials, use_regex):
-    transformers = pytest.importorskip("transformers")
-    end = min(2, len(specials) - 1)
-    model = a_folder(tmp_path / "hf", 330, end=end)
-    content = json.loads(another_tokenizer(specials).to_str())
-    words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, **use_regex}
-    write_json(tmp_path / "hf/tokenizer.json", edited(content, pre_tokenizer=words))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "hf/tokenizer.json"))
-    prompt = "The queries and keys"
-    arguments = [f"--init_from={tmp_path / 'hf'}", f"--start={prompt}", "--temperature=0", "--device=cpu"]
-    status, out, err = cli(sample.main, *arguments, "--max_new_tokens=60")
-    assert status == 0, err
-    idx = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    others = [[number] for number in range(len(specials)) if number != end] or None
-    options = {"bad_words_ids": others, "attention_mask": torch.ones_like(idx), "pad_token_id": end}
-    ids = model.generate(idx, max_new_tokens=60, do_sample=False, **options)
-    assert out == tokenizer.decode(ids[0], skip_special_tokens=True) + "\n" and len(out) > 60
-
-    ours = loading.tokenizer_of(loading.load_start(str(tmp_path / "hf")))
-    assert ours.vocab_size == 330 - len(specials) + 1
-    for text in [*TRICKY, TEXT]:
-        if "<|" not in text:
-            expected = [number - len(specials) for number in tokenizer(text)["input_ids"]]
-            assert ours.encode(text).tolist() == expected
-
-    export.main([f"--init_from={tmp_path / 'hf'}", f"--to={tmp_path / 'again'}"])
-    first, second = (loading.load_start(str(tmp_path / name)) for name in ("hf", "again"))
-    rows = first["model"]["lm_head.weight"][: ours.vocab_size]
-    assert torch.equal(rows, model.lm_head.weight[[*range(len(specials), 330), end]])
-    assert torch.equal(second["model"]["lm_head.weight"], rows) and first["tokenizer"] == second["tokenizer"]
-
-
-def test_gpt2s_pieces_of_other_words_are_no_gpt2():
-    content = json.loads((exported("gpt2").folder / "tokenizer.json").read_text("utf-8"))
-    assert tokenizer_reading.definition_of(content, [50256], 50257) == ({"kind": "gpt2"}, None)
-    other = tokenizer_json.words_of(BPETokenizer.pattern)
-    found, _ = tokenizer_reading.definition_of(edited(content, pre_tokenizer=other), [50256], 50257)
-    assert found["kind"] == "bpe" and found["pattern"] == BPETokenizer.pattern
-
-
-def test_a_chats_marks_come_right_behind_the_others():
-    """Else they are special ids as any, which no text has."""
-    ours = exported("chat-bpe").tokenizer
-    content = json.loads((exported("chat-bpe").folder / "tokenizer.json").read_text("utf-8"))
-    vocabulary, last = content["model"]["vocab"], len(ours.base.pieces) - 1
-    vocabulary[next(name for name, number in vocabulary.items() if number == last)] = ours.vocab_size
-    found, order = tokenizer_reading.definition_of(content, [ours.separator], ours.vocab_size + 1)
-    assert found == ours.base.to_json() and order[last : last + 2] == [ours.vocab_size, ours.separator]
-
-
-def foreign_tokenizers():
-    good = json.loads(another_tokenizer(size=300).to_str())
-    merges, vocabulary = good["model"]["merges"], good["model"]["vocab"]
-    yield "WordPiece", edited(good, model={"type": "WordPiece", "vocab": vocabulary})
-    yield "normalizer", edited(good, normalizer={"type": "Lowercase"})
-    yield "words", edited(good, pre_tokenizer={"type": "Metaspace"})
-    yield "words", edited(good, pre_tokenizer=edited(good["pre_tokenizer"], add_prefix_space=True))
-    yield "across", edited(good, pre_tokenizer=None)
-    yield "across", edited(good, pre_tokenizer=None, model=edited(good["model"], merges=[]))
-    yield "merges", edited(good, model=edited(good["model"], merges=merges[::-1]))
-    yield "merges", edited(good, model=edited(good["model"], merges=merges[:-1]))
-    yield "merges", edited(good, added_tokens=[])
-    yield "has the id 1", edited(good, added_tokens=[{"content": "<|endoftext|>", "id": 1}])
-    yield "300 rows", json.loads(another_tokenizer(size=301).to_str())
-    yield "byte_fallback", edited(good, model=edited(good["model"], byte_fallback=True))
-    yield "end_of_word_suffix", edited(good, model=edited(good["model"], end_of_word_suffix="x"))
-    yield "damaged", {"model": {}}
-    yield "damaged", []
-    yield "damaged", edited(good, model=edited(good["model"], merges=[["no", "piece"]]))
-    yield "ids", edited(good, model=edited(good["model"], vocab={**vocabulary, "!": 0}))
-    no_byte = {name: number for name, number in vocabulary.items() if name != "\u0100"}
-    yield "unknown tokenizer definition", edited(good, model=edited(good["model"], vocab=no_byte))
-
-
-@pytest.mark.parametrize("number", range(18))
-def test_a_tokenizer_that_none_of_ours_is_like_is_refused_when_it_is_needed(cli, tmp_path, number):
-    named, content = list(foreign_tokenizers())[number]
-    a_folder(tmp_path / "hf", 300, end=0)
-    write_json(tmp_path / "hf/tokenizer.json", content)
-    write_json(tmp_path / "hf/tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    for main in (sample.main, export.main):
-        result = cli(main, f"--init_from={tmp_path / 'hf'}", *(["--to=x"] if main is export.main else []))
-        assert_one_line(result, "hf", "tokenizer", named)
-    assert not (tmp_path / "x").exists()
-
-
 @pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "vocab.json", "tokenizer.json"])
 def test_a_tokenizer_in_another_file_is_refused(cli, tmp_path, name):
     a_folder(tmp_path / "hf", 50257)
     (tmp_path / "hf" / name).write_bytes(b"\xff")
-    assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'hf'}"), "hf", "byte-level BPE")
+    assert_one_line(cli(sample.main, f"--init_from={tmp_path / 'hf'}"), "hf", "tokenizer")
 
 
 def test_data_of_a_folders_tokenizer_trains_its_model_and_other_data_does_not(cli, tiny_set):
@@ -210,10 +119,7 @@ def with_added(folder, *words, form="whole", **flags):
 @pytest.mark.parametrize("form", ["whole", "beside", "old"])
 def test_added_tokens_that_are_not_special_are_words(tmp_path, form):
     theirs = with_added(tmp_path / "hf", *WORDS, form=form)
-    contents = loading.load_start(str(tmp_path / "hf"))
-    ours = loading.tokenizer_of(contents)
-    config = json.loads((tmp_path / "hf/config.json").read_text("utf-8"))
-    _, order = tokenizer_reading.from_huggingface(tmp_path / "hf", config, len(theirs))
+    ours = loading.tokenizer_of(loading.load_start(str(tmp_path / "hf")))
 
     @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
@@ -222,23 +128,10 @@ def test_added_tokens_that_are_not_special_are_words(tmp_path, form):
     @example("a checkpoint is")
     def check(text):
         ids = ours.encode(text).tolist()
-        assert [order[number] for number in ids] == theirs(text)["input_ids"]
-        assert ours.decode(ids) == text
+        assert ids == theirs(text)["input_ids"]
+        assert ours.decode_bytes(ids).decode() == text
 
     check()
-
-
-def test_added_tokens_go_out_and_come_back(cli, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    with_added(tmp_path / "hf", *WORDS)
-    assert cli(export.main, f"--init_from={tmp_path / 'hf'}", "--to=again")[0] == 0
-    first, second = (loading.load_start(str(tmp_path / name)) for name in ("hf", "again"))
-    assert first["tokenizer"] == second["tokenizer"] and first["tokenizer"]["kind"] == "added"
-    theirs, ours = transformers.AutoTokenizer.from_pretrained("again"), loading.tokenizer_of(second)
-    for text in ("a checkpoint is", "check two words", "<x>éa", "the <|endoftext|> check"):
-        assert theirs(text)["input_ids"] == ours.encode(text).tolist()
-    status, out, err = cli(sample.main, "--init_from=hf", "--start=a checkpoint is", "--max_new_tokens=1")
-    assert status == 0 and out.startswith("a checkpoint is"), err
 
 
 def test_conversations_may_have_added_tokens(tmp_path):
@@ -247,17 +140,6 @@ def test_conversations_may_have_added_tokens(tmp_path):
     save_run(tmp_path / "run", chat)
     export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'chat'}"])
     assert loading.load_start(str(tmp_path / "chat"))["tokenizer"] == chat.to_json()
-
-
-@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
-def test_added_tokens_that_look_at_their_neighbours_are_refused_by_name(cli, tmp_path, flag):
-    with_added(tmp_path / "hf", "checkpoint", **{flag: True})
-    assert_one_line(cli(sample.main, "--init_from=hf"), "checkpoint", flag)
-
-
-def test_an_added_token_that_has_the_name_of_a_byte_is_refused(cli, tmp_path):
-    with_added(tmp_path / "hf", "é")  # transformers gives it the id of the byte that is spelled so
-    assert_one_line(cli(sample.main, "--init_from=hf"), "'é'")
 
 
 def test_added_tokens_without_a_row_are_refused(cli, tmp_path):
@@ -299,19 +181,13 @@ def test_the_end_of_a_text_is_found_where_it_is_said(theirs, config, beside):
         change(theirs / beside, eos_token="</s>")
     else:
         write_json(theirs / beside, {"eos_token": {"content": "</s>"}})
-    contents = loading.load_start(str(theirs))
-    assert contents["tokenizer"]["kind"] == "bpe"
-    rows = contents["model"]["lm_head.weight"]
-    assert torch.equal(rows[327], loading.load_start(str(theirs))["model"]["lm_head.weight"][327])
-    from safetensors.torch import load_file
-
-    assert torch.equal(rows[327], load_file(theirs / "model.safetensors")["transformer.wte.weight"][1])
+    assert loading.load_start(str(theirs))["tokenizer"]["ends"] == ([1, 2] if config == [1, 2] else [1])
 
 
-def test_a_tokenizer_without_an_end_of_a_text_says_so(cli, theirs):
-    change(theirs / "config.json", eos_token_id=None)
-    change(theirs / "generation_config.json", eos_token_id=None)
-    assert_one_line(cli(sample.main, "--init_from=hf"), "eos_token_id", "</s>", "config.json")
+def test_an_id_of_an_ordinary_piece_ends_no_text(theirs):
+    """As where a config keeps its class's own number, which is no special id of this tokenizer."""
+    change(theirs / "generation_config.json", eos_token_id=7)
+    assert loading.load_start(str(theirs))["tokenizer"]["ends"] == [1]
 
 
 TEMPLATE = {
@@ -322,61 +198,83 @@ TEMPLATE = {
 }
 
 
-@pytest.mark.parametrize(
-    "processor", [TEMPLATE, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]}]
-)
-def test_a_template_that_adds_ids_to_every_text_is_refused_by_name(cli, theirs, processor):
+@pytest.mark.parametrize("switch", [None, True, False])
+@pytest.mark.parametrize("sequence", [True, False])
+def test_ids_before_a_text_are_those_of_transformers(cli, theirs, switch, sequence):
+    transformers = pytest.importorskip("transformers")
+    processor = {"type": "Sequence", "processors": [tokenizer_json.BYTES, TEMPLATE]} if sequence else TEMPLATE
     change(theirs / "tokenizer.json", post_processor=processor)
-    assert_one_line(cli(sample.main, "--init_from=hf"), "post_processor")
+    change(theirs / "tokenizer_config.json", bos_token="<s>", eos_token="</s>")
+    if switch is not None:
+        change(theirs / "tokenizer_config.json", add_bos_token=switch)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)
+    ours = loading.tokenizer_of(loading.load_start(str(theirs)))
+    assert [*ours.begin, *ours.encode("keys")] == tokenizer("keys")["input_ids"]
+    assert ours.begin == (0,)
+    Path("text.txt").write_text("keys and values " * 40)
+    assert cli(prepare.main, "text.txt", "--tokenizer=hf", "--name=keys")[0] == 0
+    data = Dataset("keys")
+    assert data.splits["train"][:3].tolist() == tokenizer("keys and")["input_ids"][:3]
+    status, _, err = cli(sample.main, "--init_from=hf", "--start=", "--max_new_tokens=3", "--device=cpu")
+    assert status == 0, err
 
 
-def test_a_template_that_adds_nothing_is_no_hindrance(theirs):
-    change(theirs / "tokenizer.json", post_processor={**TEMPLATE, "single": TEMPLATE["single"][1:]})
-    assert loading.load_start(str(theirs))["tokenizer"]["kind"] == "bpe"
+def test_what_goes_out_is_what_came_in(cli, theirs):
+    """The files bit for bit, and all rows, those past the last id too."""
+    change(theirs / "tokenizer_config.json", eos_token="</s>", chat_template="{{ messages }}", other=[1])
+    a_folder(theirs, 400, end=1)
+    assert cli(export.main, "--init_from=hf", "--to=again")[0] == 0
+    first, second = (loading.load_start(str(name)) for name in (theirs, "again"))
+    assert first["tokenizer"] == second["tokenizer"] and first["model"]["lm_head.weight"].shape[0] == 400
+    assert torch.equal(first["model"]["lm_head.weight"], second["model"]["lm_head.weight"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (theirs / name).read_bytes() == Path("again", name).read_bytes()
 
 
-@pytest.mark.parametrize("key", ["add_prefix_space", "add_bos_token", "add_eos_token"])
-def test_switches_that_change_ids_are_refused_by_name(cli, theirs, key):
-    change(theirs / "tokenizer_config.json", **{key: True})
-    assert_one_line(cli(sample.main, "--init_from=hf"), key)
-
-
-@pytest.mark.parametrize("cls", ["Qwen2Tokenizer", "LlamaTokenizerFast"])
-def test_classes_that_do_not_take_the_file_as_it_is_are_refused_by_name(cli, theirs, cls):
-    change(theirs / "tokenizer_config.json", tokenizer_class=cls)
-    assert_one_line(cli(sample.main, "--init_from=hf"), "tokenizer_class", cls.removesuffix("Fast"))
-
-
-def test_merges_that_do_not_make_a_piece_are_refused(cli, theirs):
-    """b and c merge first, so no text becomes abc, whereas ours would take a word that is a piece."""
-    content = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
-    names, letters = ["<s>", "</s>", "<pad>"], sorted(n for n in content["model"]["vocab"] if len(n) == 1)
-    names += [*letters, "bc", "ab", "abc"]
-    merges = [["b", "c"], ["a", "b"], ["ab", "c"]]
-    model = {**content["model"], "vocab": {name: i for i, name in enumerate(names)}, "merges": merges}
-    change(theirs / "tokenizer.json", model=model)
-    assert_one_line(cli(sample.main, "--init_from=hf"), "'abc'")
-
-
-def test_a_special_token_that_is_a_piece_is_refused(cli, theirs):
-    """A text would be cut there, before the merges."""
-    content = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
-    added = {**content["added_tokens"][0], "content": "!", "id": content["model"]["vocab"]["!"]}
-    change(theirs / "tokenizer.json", added_tokens=[*content["added_tokens"], added])
-    assert_one_line(cli(sample.main, "--init_from=hf"), "'!'", "special")
-
-
-def test_added_tokens_of_two_ways_to_be_found_are_refused(cli, tmp_path):
-    with_added(tmp_path / "hf", "one", "two")
-    content = json.loads((tmp_path / "hf/tokenizer.json").read_text("utf-8"))
-    content["added_tokens"][-1]["normalized"] = not content["added_tokens"][-2]["normalized"]
-    write_json(tmp_path / "hf/tokenizer.json", content)
-    assert_one_line(cli(sample.main, "--init_from=hf"), "'two'", "normalized")
-
-
-def test_words_are_cut_in_gpt2s_way_where_transformers_does(cli, tmp_path):
-    """Without a tokenizer_class it takes no notice of the file's own way."""
+def test_a_definition_of_ours_beside_another_tokenizer_is_not_taken(tmp_path):
     shutil.copytree(exported("bpe").folder, tmp_path / "hf")
-    assert loading.load_start(str(tmp_path / "hf"))["tokenizer"]["kind"] == "bpe"
-    (tmp_path / "hf/tokenizer_config.json").unlink()
-    assert_one_line(cli(sample.main, "--init_from=hf"), "tokenizer_class", "PreTrainedTokenizerFast")
+    content = json.loads((tmp_path / "hf/tokenizer.json").read_text("utf-8"))
+    change(tmp_path / "hf/tokenizer.json", normalizer={"type": "NFC"})
+    assert loading.load_start(str(tmp_path / "hf"))["tokenizer"]["kind"] == "huggingface"
+    write_json(tmp_path / "hf/tokenizer.json", content)
+    assert loading.load_start(str(tmp_path / "hf"))["tokenizer"] == exported("bpe").tokenizer.to_json()
+
+
+def test_an_unusable_tokenizer_is_refused_in_one_line(cli, theirs):
+    good = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
+    deep = {"type": "Sequence", "normalizers": []}
+    for change_of_it in (
+        {"model": {"type": "Magic", "vocab": good["model"]["vocab"]}},
+        {"pre_tokenizer": {"type": "Magic"}},
+        {"decoder": None},
+        {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}},
+        {"normalizer": {"type": "Sequence", "normalizers": [deep, {"type": "Replace"}]}},
+        {"model": {**good["model"], "dropout": 0.1}},
+        {"model": {**good["model"], "merges": [["no", "piece"]]}},
+        {"model": {**good["model"], "vocab": {"a": -1}}},
+        {"model": {**good["model"], "vocab": [1]}},
+        {"added_tokens": [{"content": "<s>", "id": 9, "special": True}]},
+        {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": "("},
+                "behavior": "Isolated",
+                "invert": False,
+            }
+        },
+    ):
+        write_json(theirs / "tokenizer.json", {**good, **change_of_it})
+        assert_one_line(cli(sample.main, "--init_from=hf", "--start=a"), "tokenizer")
+    whole = json.dumps(good).encode()
+    for content in (whole[: len(whole) // 2], b"", b"[" * 10**5, b"[]", b"\xff", b" " * (2**25 + 1)):
+        (theirs / "tokenizer.json").write_bytes(content)
+        assert_one_line(cli(sample.main, "--init_from=hf", "--start=a"), "tokenizer")
+
+
+def test_an_expression_that_takes_for_ever_is_refused_in_one_line(cli, theirs):
+    good = json.loads((theirs / "tokenizer.json").read_text("utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    words = {"type": "Sequence", "pretokenizers": [split, good["pre_tokenizer"]]}
+    write_json(theirs / "tokenizer.json", {**good, "pre_tokenizer": words})
+    result = cli(sample.main, "--init_from=hf", f"--start={'a' * 40}!")
+    assert_one_line(result, "tokenizer.json", "retry-limit")
