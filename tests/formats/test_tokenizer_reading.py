@@ -19,12 +19,14 @@ from exports import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from others import llama2
 
 import export
 import prepare
 import sample
 import train
 from kqv.formats import loading, tokenizer_json
+from kqv.generation.prompts import PromptSettings, encode_prompt
 from kqv.text.bpe import GPT2_WHEEL
 from kqv.text.dataset import Dataset
 from kqv.text.download import unpacked_wheel
@@ -278,3 +280,39 @@ def test_an_expression_that_takes_for_ever_is_refused_in_one_line(cli, theirs):
     write_json(theirs / "tokenizer.json", {**good, "pre_tokenizer": words})
     result = cli(sample.main, "--init_from=hf", f"--start={'a' * 40}!")
     assert_one_line(result, "tokenizer.json", "retry-limit")
+
+
+def test_a_llama_goes_from_folder_to_data_to_run_to_folder(cli, tmp_path):
+    """A SentencePiece-like tokenizer with rows past its ids; sampling needs the run alone."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=llama2(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=400, max_position_embeddings=64, **shape)
+    transformers.LlamaForCausalLM(config).save_pretrained("hf")
+    tokenizer.save_pretrained("hf")
+    Path("text.txt").write_text("The queries and keys, e\u0301 🔑.\n" * 60)
+    assert cli(prepare.main, "text.txt", "--tokenizer=hf", "--name=keys")[0] == 0
+    set_of_it = [
+        f"--{name}={value}" for name, value in {"max_iters": 2, "eval_iters": 1, "block_size": 32}.items()
+    ]
+    set_of_it += ["--batch_size=2", "--gradient_accumulation_steps=1", "--device=cpu", "--out_dir=run"]
+    status, _, err = cli(train.main, "--init_from=hf", "--dataset=keys", *set_of_it)
+    assert status == 0, err
+    assert cli(export.main, "--out_dir=run", "--to=again")[0] == 0
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert Path("hf", name).read_bytes() == Path("again", name).read_bytes()
+    again = loading.load_start("again")
+    assert len(again["model"]["lm_head.weight"]) == 400
+    theirs = json.loads(Path("again/config.json").read_text("utf-8"))
+    assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (1, 2)
+    shutil.rmtree("hf")
+    shutil.rmtree("data")
+    status, out, err = cli(
+        sample.main, "--out_dir=run", "--start=The keys é", "--max_new_tokens=4", "--device=cpu"
+    )
+    assert status == 0 and out.startswith("The keys é"), err
+    for text in ("", "keys"):
+        ids = encode_prompt(text, loading.tokenizer_of(again), PromptSettings())
+        assert ids == tokenizer(text)["input_ids"]
