@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kqv.device import out_of_memory_as
 from kqv.errors import UserError, warn
-from kqv.formats import huggingface, size
+from kqv.formats import gguf_reading, huggingface, size
 from kqv.formats.checkpoint import (
     BEST,
     NEWEST,
@@ -107,14 +107,13 @@ def load_chosen(config):
     if config.init_from != "resume":
         return config.init_from, load_start(config.init_from)
     path = find(config.out_dir, config.checkpoint)
-    return path, load(path)
+    return path, gguf_reading.load(path) if is_gguf(path) else load(path)
 
 
 def load_start(source, words=("resume",)):
     """
-    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
-    GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
-    ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
+    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a GGUF file, a Hugging Face
+    folder, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
     path = Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
@@ -123,7 +122,17 @@ def load_start(source, words=("resume",)):
     if not path.exists():
         known = ", ".join((*words, *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
+    if is_gguf(path):
+        return gguf_reading.load(path)
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
+
+
+def is_gguf(path):
+    """Whether a file is in GGUF: by its name, or by its first bytes."""
+    if path.suffix == gguf_reading.SUFFIX or not path.is_file():
+        return path.suffix == gguf_reading.SUFFIX
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def model_of(contents, path, dropout=None):
