@@ -25,7 +25,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 
 
 class Place(NamedTuple):
-    """A tensor in the file: torch's shape, the kind of its numbers in the gguf package, bytes [begin, end)."""
+    """A tensor in the file: its shape as torch's, the gguf package's kind, bytes [begin, end)."""
 
     shape: tuple
     kind: object

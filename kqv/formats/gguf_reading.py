@@ -141,7 +141,7 @@ def scaled(config, file):
     """
     place = file.places[FREQUENCIES]
     refusal = UserError(
-        f"{file.path} has a {FREQUENCIES} that is not Llama 3's scaling of rotary positions: use a model without"
+        f"{file.path} has a {FREQUENCIES} that is not Llama 3's scaling of rotary positions: use another"
     )
     if config.positions != "rotary" or place.shape != (config.head_channels // 2,):
         raise refusal

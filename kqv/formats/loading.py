@@ -113,7 +113,8 @@ def load_chosen(config):
 def load_start(source, words=("resume",)):
     """
     The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a GGUF file, a Hugging Face
-    folder, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
+    folder, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises
+    UserError, with the `words` that a command takes besides, if it is none of them.
     """
     path = Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
