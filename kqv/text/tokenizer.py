@@ -27,6 +27,7 @@ class Tokenizer:
     learns_from = "train"  # which text `trained_on` reads: that of the split "train", or of "all" splits
     vocab_size: int
     separator: int | None = None
+    begin: tuple = ()  # the ids before every text
     pattern: str | None = None  # the regular expression that cuts a text into words; None: nothing is cut
 
     @classmethod
@@ -60,6 +61,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_many(self, texts, unknown="error"):
+        """A list of texts -> a list of what `encode` gives for each."""
+        return [self.encode(text, unknown) for text in texts]
+
     def decode_bytes(self, ids):
         """Ids -> the UTF-8 bytes they stand for."""
         raise NotImplementedError
@@ -67,6 +72,11 @@ class Tokenizer:
     def decode(self, ids):
         """Ids -> text; bytes that are no valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @property
+    def ends(self):
+        """The ids that end a text while it is written."""
+        return () if self.separator is None else (self.separator,)
 
     def specials(self):
         """{name: id} of the ids that no text is encoded to, in the order of the ids."""

@@ -9,6 +9,7 @@ from kqv.forms import require_form, shown
 from kqv.text.added import AddedTokenizer
 from kqv.text.bpe import PATTERNS, BPETokenizer, GPT2Tokenizer, bytes_of_letters
 from kqv.text.chat import ChatTokenizer
+from kqv.text.huggingface import HuggingFaceTokenizer
 from kqv.text.tokenizer import SURROGATE, ByteTokenizer, CharTokenizer
 
 __all__ = ["PATTERNS", "bytes_of_letters"]  # what kqv.formats needs, too
@@ -19,11 +20,15 @@ PLAIN = {  # what `to_json` of a tokenizer without a base gives
     "pattern?": str,
     "pieces?": [str],
     "words?": {str: range(2**31)},
+    "files?": {str: str},
+    "ends?": [range(2**31)],
     "why?": str,
 }
 DEFINITION = {**PLAIN, "base?": {**PLAIN, "base?": PLAIN}}  # of any: of chat, over added words, over another
 
 TOKENIZERS = {cls.kind: cls for cls in (CharTokenizer, ByteTokenizer, GPT2Tokenizer, BPETokenizer)}
+
+OF_TEXTS = {**TOKENIZERS, "huggingface": HuggingFaceTokenizer}  # also those that no user names
 
 
 def by_name(name):
@@ -50,12 +55,12 @@ def from_json(definition):
     require_definition(definition)
     tokenizer = None
     match definition:
-        case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in (*TOKENIZERS, "added"):
+        case {"kind": "chat", "base": {"kind": str(kind)} as base} if kind in (*OF_TEXTS, "added"):
             tokenizer = ChatTokenizer(from_json(base))
         case {"kind": "added", "base": {"kind": str(kind)} as base} if kind in TOKENIZERS:
             tokenizer = AddedTokenizer.over(from_json(base), definition)
-        case {"kind": str(kind)} if kind in TOKENIZERS:
-            tokenizer = TOKENIZERS[kind].from_json(definition)
+        case {"kind": str(kind)} if kind in OF_TEXTS:
+            tokenizer = OF_TEXTS[kind].from_json(definition)
         case {"kind": "foreign", "why": why}:  # see kqv/formats/tokenizer_reading.py
             raise UserError(why)
     if tokenizer is None:
