@@ -2,7 +2,7 @@
 Weights and tokenizer as one GGUF file, for llama.cpp and the programs built on it. The gguf package
 translates transformers' names of weights.
 
-Each of our tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
+Each of our own tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
 neighbours by the list of merges until it has none for them. A character is merged from its bytes.
 """
 
@@ -53,8 +53,11 @@ def save(path, name, gpt, tokenizer, dtype, contents):
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, family, config)
-    writer.add_string(gguf_tokenizer.OURS, json.dumps(tokenizer.to_json()))
-    add_tokenizer(writer, tokenizer, gguf.TokenType)
+    if tokenizer.kind == "huggingface":
+        gguf_tokenizer.add_whole(writer, tokenizer, config.vocab_size)
+    else:
+        writer.add_string(gguf_tokenizer.OURS, json.dumps(tokenizer.to_json()))
+        add_tokenizer(writer, tokenizer, gguf.TokenType)
     for name, (theirs, tensor) in renaming.named_for_gguf(gpt.state_dict(), config).items():
         array = tensor.numpy()
         kind = gguf.GGMLQuantizationType[dtype.upper()]

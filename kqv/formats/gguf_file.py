@@ -162,13 +162,18 @@ class GGUFFile:
 
     def array(self, name):
         """A tensor's numbers in float32, as a new array. Raises UserError for a kind that can't be read."""
-        place, gguf = self.places[name], self.gguf
-        data = np.frombuffer(self.content, np.uint8, place.end - place.begin, place.begin)
+        place = self.places[name]
+        rows = np.frombuffer(self.content, np.uint8, place.end - place.begin, place.begin)
+        rows = rows.reshape(math.prod(place.shape[:-1]), -1)
+        found = np.empty((len(rows), place.shape[-1]), np.float32)
+        step = 1 + 2**20 // place.shape[-1]  # a part at a time: dequantising takes several times its memory
         try:
-            found = gguf.dequantize(data.reshape(*place.shape[:-1], -1), place.kind)
+            for begin in range(0, len(rows), step):
+                part = slice(begin, begin + step)
+                found[part] = self.gguf.dequantize(rows[part], place.kind)
         except NotImplementedError:
             raise UserError(
                 f"{self.path} has {name} as {place.kind.name}, which the gguf package can't read: use F32, "
                 "F16, BF16 or a usual quantisation as Q8_0 or Q4_K"
             ) from None
-        return np.array(found, np.float32).reshape(place.shape)  # not the file's own memory
+        return found.reshape(place.shape)

@@ -25,6 +25,7 @@ from kqv.formats.checkpoint import (
 from kqv.formats.contents import require_agreement, require_contents
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
+from kqv.text.built_in import MODELS, model_file
 from model import GPT
 
 
@@ -37,7 +38,9 @@ class WeightsSettings:
         "best", "best (lowest validation loss), newest, or the path of a file", path=True
     )
     init_from: str = setting(
-        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder", path=True
+        "resume",
+        "resume: from out_dir; or smollm2, gpt2, gpt2-medium|large|xl, a GGUF file, a Hugging Face folder",
+        path=True,
     )
 
 
@@ -113,15 +116,15 @@ def load_chosen(config):
 def load_start(source, words=("resume",)):
     """
     The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a GGUF file, a Hugging Face
-    folder, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or ORG/NAME. Raises
-    UserError, with the `words` that a command takes besides, if it is none of them.
+    folder, a built-in model (smollm2), or one on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
-    path = Path(source)
+    path = model_file(source) if source in MODELS else Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
     if on_hub or (path / "config.json").exists():
         return huggingface.load(source)
     if not path.exists():
-        known = ", ".join((*words, *huggingface.NAMES))
+        known = ", ".join((*words, *MODELS, *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
     if is_gguf(path):
         return gguf_reading.load(path)
