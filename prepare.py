@@ -124,7 +124,7 @@ def find_tokenizer(name):
         return None
     from kqv.formats import loading  # slow: it loads torch
 
-    return loading.tokenizer_of(loading.load_start(name))
+    return loading.tokenizer_at(name)
 
 
 def is_prepared(folder, about, source):

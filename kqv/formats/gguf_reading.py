@@ -37,6 +37,8 @@ INERT = ("vocab_size", "tensor_data_layout", "rope.scaling.original_context_leng
 
 NOTHING = (0, False, "none", "")  # values with which any other key changes nothing
 
+EMBEDDING = "token_embd.weight"
+
 FREQUENCIES = "rope_freqs.weight"
 
 HEAD = "output.weight"
@@ -45,7 +47,7 @@ HEAD = "output.weight"
 def load(path):
     """The contents of a checkpoint (`model`, `model_args`, `tokenizer`) of a GGUF file. Raises UserError."""
     file = GGUFFile(path)
-    family = family_in(file)
+    family, definition = family_in(file), tokenizer_in(file)
     try:
         config = shape_of(file, family)
     except ValueError as error:
@@ -55,10 +57,15 @@ def load(path):
     with out_of_memory_as(f"{path} does not fit into the memory that is free: end other programs"):
         weights = weights_of(file, family, config)
     model_args = {name: value for name, value in asdict(config).items() if name != "dropout"}
-    contents = {"model": weights, "model_args": model_args, "from_huggingface": str(path)}
-    if definition := gguf_tokenizer.definition_of(file.metadata, path, config.vocab_size):
-        contents["tokenizer"] = definition
-    return contents
+    contents = {"model": weights, "model_args": model_args, "tokenizer": definition}
+    return contents if gguf_tokenizer.OURS in file.metadata else {**contents, "from_huggingface": str(path)}
+
+
+def tokenizer_in(file):
+    """The definition of a GGUFFile's tokenizer, read without its weights. Raises UserError."""
+    if EMBEDDING not in file.places:
+        raise UserError(f"{file.path} has no {EMBEDDING}: use a whole model")
+    return gguf_tokenizer.definition_of(file.metadata, file.path, file.places[EMBEDDING].shape[0])
 
 
 def family_in(file):
@@ -83,14 +90,12 @@ def shape_of(file, family):
     """The GPTConfig of a file of that family. Raises UserError, and ValueError where it can't be."""
     prefix = f"{family.name}."
     given = {key.removeprefix(prefix): v for key, v in file.metadata.items() if key.startswith(prefix)}
-    if "token_embd.weight" not in file.places:
-        raise UserError(f"{file.path} has no token_embd.weight: use a whole model")
     eps = EPS[family is families.GPT2]
     fields = {**FIELDS, eps: "norm_eps"}
     if family is families.GPT2:
         del fields["rope.freq_base"]
     args = {**family.shape, "tied_head": HEAD not in file.places}
-    args["vocab_size"] = file.places["token_embd.weight"].shape[0]
+    args["vocab_size"] = file.places[EMBEDDING].shape[0]
     for key, field in fields.items():
         if key in given:
             args[field] = number_of(

@@ -57,6 +57,8 @@ WHOLE_WORDS = ("llama-bpe",)  # a word that is a piece gets its id without merge
 # A turn ends with one of these, too, where they are special ids.
 ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>")
 
+MOST_LETTERS = 128  # of a piece with a score; SentencePiece makes them of 16 at most, or of blanks
+
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' name: GGUF's
 
 
@@ -65,8 +67,7 @@ ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tran
 
 def definition_of(metadata, path, rows):
     """
-    The `to_json` of the tokenizer in a file's metadata; None where it has none. `rows`: of the embedding.
-    Raises UserError.
+    The `to_json` of the tokenizer in a file's metadata. `rows`: of the embedding. Raises UserError.
     """
     if OURS in metadata:
         try:
@@ -76,8 +77,6 @@ def definition_of(metadata, path, rows):
         tokenizers.require_definition(definition)
         return definition
     given = {key.removeprefix(KEYS): value for key, value in metadata.items() if key.startswith(KEYS)}
-    if not given:
-        return None
     try:
         return whole(given, metadata.get("tokenizer.chat_template"), rows)
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
@@ -121,6 +120,8 @@ def whole(given, template, rows):
         if f"{name}_token_id" in given:
             settings[f"{role}_token"] = tokens[number_in(tokens, given, f"{name}_token_id")]
     if template is not None:
+        if not isinstance(template, str):
+            raise ValueError(f"its chat_template is {template!r}, no text")
         settings["chat_template"] = template
     ends = [
         number_in(tokens, given, key)
@@ -166,6 +167,8 @@ def sentence_pieces(given, kinds):
     """
     tokens, scores = given["tokens"], [float(score) for score in given["scores"]]
     number = {name: place for place, name in enumerate(tokens) if kinds[place] == NORMAL}
+    if long := next((name for name in number if len(name) > MOST_LETTERS), None):
+        raise ValueError(f"its token {long[:20]!r}... has {len(long)} letters")
     merges = []
     for name, place in number.items():
         for cut in range(1, len(name)):

@@ -23,6 +23,7 @@ from kqv.formats.checkpoint import (
     tie_head,
 )
 from kqv.formats.contents import require_agreement, require_contents
+from kqv.formats.gguf_file import GGUFFile
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
 from kqv.text.built_in import MODELS, model_file
@@ -129,6 +130,14 @@ def load_start(source, words=("resume",)):
     if is_gguf(path):
         return gguf_reading.load(path)
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
+
+
+def tokenizer_at(source):
+    """The tokenizer of what `load_start` takes; of a GGUF file without its weights. Raises UserError."""
+    path = model_file(source) if source in MODELS else Path(source)
+    if is_gguf(path):
+        return tokenizers.from_json(gguf_reading.tokenizer_in(GGUFFile(path)))
+    return tokenizer_of(load_start(source))
 
 
 def is_gguf(path):
