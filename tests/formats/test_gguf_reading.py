@@ -194,42 +194,52 @@ def followed(head, size=4096):
 NESTED = struct.pack("<IQ", 9, 1) + struct.pack("<IQ", 4, 1) + bytes(4)
 
 LIES = {
-    "empty": b"",
-    "only the magic": b"GGUF",
-    "another file": b"PK\x03\x04" + bytes(100),
-    "version 1": header(version=1),
-    "the other byte order": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
-    "2**60 tensors": header(count=2**60),
-    "2**60 entries": header(number=2**60),
-    "2**63 texts": header(entries=[entry(b"a", 9, struct.pack("<IQ", 8, 2**63))]),
-    "2**60 numbers": header(entries=[entry(b"a", 9, struct.pack("<IQ", 4, 2**60))]),
-    "a text of 2**63": header(entries=[entry(b"a", 8, struct.pack("<Q", 2**63))]),
-    "an array in an array": header(entries=[entry(b"a", 9, NESTED)]),
-    "an unknown kind of value": header(entries=[entry(b"a", 77, b"")]) + bytes(64),
-    "no UTF-8": header(entries=[entry(b"\xff", 4, bytes(4))]),
-    "a key twice": header(entries=[entry(b"a", 4, bytes(4))] * 2),
-    "an alignment of 0": followed(header(entries=[entry(b"general.alignment", 4, bytes(4))])),
-    "an alignment of 3": followed(header(entries=[entry(b"general.alignment", 4, struct.pack("<I", 3))])),
-    "a tensor twice": followed(header(a_tensor() + a_tensor(offset=128), 2)),
-    "no dimension": followed(header(a_tensor(dimensions=()), 1)),
-    "2**31 dimensions": followed(header(a_tensor(number=2**31), 1)),
-    "a dimension of 0": followed(header(a_tensor(dimensions=(0,)), 1)),
-    "2**62 numbers in each of 4 dimensions": followed(header(a_tensor(dimensions=(2**62,) * 4), 1)),
-    "an unknown quantisation": followed(header(a_tensor(kind=999), 1)),
-    "half a block": followed(header(a_tensor(dimensions=(33,), kind=8), 1)),
-    "past the end": followed(header(a_tensor(offset=2**40), 1)),
-    "an offset of 2**63": followed(header(a_tensor(offset=2**63), 1)),
-    "overlapping": followed(header(a_tensor() + a_tensor(b"b", offset=64), 2)),
-    "not aligned": followed(header(a_tensor(offset=5), 1)),
-    "no metadata": followed(header()),
+    "empty": (b"", "is empty"),
+    "only the magic": (b"GGUF", "ends within its header"),
+    "another file": (b"PK\x03\x04" + bytes(100), "begins with"),
+    "version 1": (header(version=1), "version is 1"),
+    "the other byte order": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "version is"),
+    "2**60 tensors": (header(count=2**60), f"{2**60} tensors"),
+    "2**60 entries": (header(number=2**60), f"{2**60} entries"),
+    "2**63 texts": (header(entries=[entry(b"a", 9, struct.pack("<IQ", 8, 2**63))]), f"{2**63} texts"),
+    "2**60 numbers": (header(entries=[entry(b"a", 9, struct.pack("<IQ", 4, 2**60))]), f"{2**60} numbers"),
+    "a text of 2**63": (header(entries=[entry(b"a", 8, struct.pack("<Q", 2**63))]), f"{2**63} bytes"),
+    "an array in an array": (header(entries=[entry(b"a", 9, NESTED)]), "array of the unknown kind 9"),
+    "an unknown kind of value": (header(entries=[entry(b"a", 77, b"")]) + bytes(64), "unknown kind 77"),
+    "no UTF-8": (header(entries=[entry(b"\xff", 4, bytes(4))]), "not UTF-8"),
+    "a key twice": (header(entries=[entry(b"a", 4, bytes(4))] * 2), "'a' twice"),
+    "an alignment of 0": (
+        followed(header(entries=[entry(b"general.alignment", 4, bytes(4))])),
+        "alignment is 0",
+    ),
+    "an alignment of 3": (
+        followed(header(entries=[entry(b"general.alignment", 4, struct.pack("<I", 3))])),
+        "alignment is 3",
+    ),
+    "a tensor twice": (followed(header(a_tensor() + a_tensor(offset=128), 2)), "'a' twice"),
+    "no dimension": (followed(header(a_tensor(dimensions=()), 1)), "0 dimensions"),
+    "2**31 dimensions": (followed(header(a_tensor(number=2**31), 1)), f"{2**31} dimensions"),
+    "a dimension of 0": (followed(header(a_tensor(dimensions=(0,)), 1)), "(0,)"),
+    "2**62 numbers in each of 4 dimensions": (
+        followed(header(a_tensor(dimensions=(2**62,) * 4), 1)),
+        "is cut off or lies",
+    ),
+    "an unknown quantisation": (followed(header(a_tensor(kind=999), 1)), "unknown kind 999"),
+    "half a block": (followed(header(a_tensor(dimensions=(33,), kind=8), 1)), "(33,), which Q8_0"),
+    "past the end": (followed(header(a_tensor(offset=2**40), 1)), "is cut off or lies"),
+    "an offset of 2**63": (followed(header(a_tensor(offset=2**63), 1)), "is cut off or lies"),
+    "overlapping": (followed(header(a_tensor() + a_tensor(b"b", offset=64), 2)), "overlap"),
+    "not aligned": (followed(header(a_tensor(offset=5), 1)), "is cut off or lies"),
+    "no metadata": (followed(header()), "general.architecture=None"),
 }
 
 
 @pytest.mark.parametrize("what", LIES)
 def test_a_header_that_lies_is_one_line(cli, tmp_path, what):
-    (tmp_path / "a.gguf").write_bytes(LIES[what])
-    assert_one_line(cli(sample.main, "--init_from=a.gguf"), "a.gguf")
-    assert_one_line(cli(sample.main, "--checkpoint=a.gguf"), "a.gguf")
+    content, why = LIES[what]
+    (tmp_path / "a.gguf").write_bytes(content)
+    assert_one_line(cli(sample.main, "--init_from=a.gguf"), "a.gguf", why)
+    assert_one_line(cli(sample.main, "--checkpoint=a.gguf"), "a.gguf", why)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
