@@ -14,7 +14,7 @@ from typing import Literal
 from kqv.errors import UsageError, UserError, say, warn
 from kqv.settings import fill, read_given, setting
 from kqv.text import dataset, documents, encoding, learning, names, showing, sources, token_files, tokenizers
-from kqv.text.built_in import BUILT_IN
+from kqv.text.built_in import BUILT_IN, MODELS
 from kqv.text.tokenizers import TOKENIZERS
 from kqv.text.utf8 import ROW
 
@@ -117,19 +117,19 @@ def read_settings(argv):
 
 def find_tokenizer(name):
     """
-    The tokenizer of the prepared set, the checkpoint or the folder with weights that is called `name`; None
-    where there is none. Raises UserError.
+    The tokenizer of the prepared set, the checkpoint, the folder with weights or the built-in model that is
+    called `name`; None where there is none. Raises UserError.
     """
     path = Path(name)
     if not name or name in TOKENIZERS:
         return None
     if token_files.is_set(path):
         return token_files.read_meta(path).tokenizer
-    if not path.exists():
+    if not path.exists() and name not in MODELS:
         return None
     from kqv.formats import loading  # slow: it loads torch
 
-    return loading.tokenizer_of(loading.load_start(str(path)))
+    return loading.tokenizer_at(name)
 
 
 def is_prepared(folder, about, source):

@@ -2,14 +2,15 @@
 Weights and tokenizer as one GGUF file, for llama.cpp and the programs built on it. The gguf package
 translates transformers' names of weights.
 
-Each of our tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
+Each of our own tokenizers is written as a byte-level BPE: llama.cpp begins with single bytes and merges
 neighbours by the list of merges until it has none for them. A character is merged from its bytes.
 """
 
+import json
 from pathlib import Path
 
 from kqv.errors import UserError
-from kqv.formats import families, renaming
+from kqv.formats import families, gguf_tokenizer, renaming
 from kqv.formats.precision import require_held
 from kqv.formats.tokenizer_json import (
     CHAT_TEMPLATE,
@@ -52,9 +53,12 @@ def save(path, name, gpt, tokenizer, dtype, contents):
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, family, config)
-    add_tokenizer(writer, tokenizer, gguf.TokenType)
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.name.upper()), config.n_layer)
-    for theirs, tensor in renaming.for_gguf(gpt.state_dict(), config).items():
+    if tokenizer.kind == "huggingface":
+        gguf_tokenizer.add_whole(writer, tokenizer, config.vocab_size)
+    else:
+        writer.add_string(gguf_tokenizer.OURS, json.dumps(tokenizer.to_json()))
+        add_tokenizer(writer, tokenizer, gguf.TokenType)
+    for name, (theirs, tensor) in renaming.named_for_gguf(gpt.state_dict(), config).items():
         array = tensor.numpy()
         kind = gguf.GGMLQuantizationType[dtype.upper()]
         if array.ndim == 1 or theirs == "transformer.wpe.weight":
@@ -62,8 +66,7 @@ def save(path, name, gpt, tokenizer, dtype, contents):
         elif dtype == "q8_0" and array.shape[1] % 32:
             kind = gguf.GGMLQuantizationType.F16  # a block of q8_0 is 32 numbers
         require_held(theirs, tensor, kind.name.lower(), DTYPES)
-        theirs = names.get_name(theirs, try_suffixes=(".weight", ".bias")) or theirs
-        writer.add_tensor(theirs, gguf.quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kqv.device import out_of_memory_as
 from kqv.errors import UserError, warn
-from kqv.formats import huggingface, size
+from kqv.formats import gguf_reading, huggingface, size
 from kqv.formats.checkpoint import (
     BEST,
     NEWEST,
@@ -23,8 +23,10 @@ from kqv.formats.checkpoint import (
     tie_head,
 )
 from kqv.formats.contents import require_agreement, require_contents
+from kqv.formats.gguf_file import GGUFFile
 from kqv.settings import setting
 from kqv.text import names, token_files, tokenizers
+from kqv.text.built_in import MODELS, model_file
 from kqv.text.templated import over
 from model import GPT
 
@@ -38,7 +40,9 @@ class WeightsSettings:
         "best", "best (lowest validation loss), newest, or the path of a file", path=True
     )
     init_from: str = setting(
-        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder", path=True
+        "resume",
+        "resume: from out_dir; or smollm2, gpt2, gpt2-medium|large|xl, a GGUF file, a Hugging Face folder",
+        path=True,
     )
 
 
@@ -108,23 +112,41 @@ def load_chosen(config):
     if config.init_from != "resume":
         return config.init_from, load_start(config.init_from)
     path = find(config.out_dir, config.checkpoint)
-    return path, load(path)
+    return path, gguf_reading.load(path) if is_gguf(path) else load(path)
 
 
 def load_start(source, words=("resume",)):
     """
-    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
-    GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
-    ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
+    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a GGUF file, a Hugging Face
+    folder, a built-in model (smollm2), or one on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
-    path = Path(source)
+    path = model_file(source) if source in MODELS else Path(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
     if on_hub or (path / "config.json").exists():
         return huggingface.load(source)
     if not path.exists():
-        known = ", ".join((*words, *huggingface.NAMES))
+        known = ", ".join((*words, *MODELS, *huggingface.NAMES))
         raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
+    if is_gguf(path):
+        return gguf_reading.load(path)
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
+
+
+def tokenizer_at(source):
+    """The tokenizer of what `load_start` takes; of a GGUF file without its weights. Raises UserError."""
+    path = model_file(source) if source in MODELS else Path(source)
+    if is_gguf(path):
+        return tokenizers.from_json(gguf_reading.tokenizer_in(GGUFFile(path)))
+    return tokenizer_of(load_start(source))
+
+
+def is_gguf(path):
+    """Whether a file is in GGUF: by its name, or by its first bytes."""
+    if path.suffix == gguf_reading.SUFFIX or not path.is_file():
+        return path.suffix == gguf_reading.SUFFIX
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def model_of(contents, path, dropout=None):

@@ -115,6 +115,32 @@ def for_gguf(ours, config):
     return theirs
 
 
+def named_for_gguf(ours, config):
+    """
+    {our name: tensor} -> {llama.cpp's name: (transformers' name, tensor)}, as `for_gguf`. Needs gguf. Raises
+    UserError.
+    """
+    import gguf
+
+    family, found = family_of(config), {}
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, family.name.upper()), config.n_layer)
+    for theirs, tensor in for_gguf(ours, config).items():
+        found[names.get_name(theirs, try_suffixes=(".weight", ".bias")) or theirs] = theirs, tensor
+    return found
+
+
+def from_gguf(theirs, config):
+    """The inverse of `for_gguf`, without the factors of rotary positions."""
+    family = family_of(config)
+    if family is GPT2:
+        return theirs  # our names, too
+    if family in (LLAMA, ARCEE):
+        for name, tensor in theirs.items():
+            if name.rpartition(".")[0].endswith(Q_K_V[:2]):
+                theirs[name] = in_halves(tensor, config.head_channels)
+    return our_weights(theirs, family)
+
+
 def interleaved(rows, size):
     """Rows of heads of `size` rows: the halves of a head, one after the other -> row by row in turn."""
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()

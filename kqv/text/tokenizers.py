@@ -41,12 +41,13 @@ def by_name(name):
         if options is not None:
             return cls, options
     known = ", ".join(f"{cls.spelling} ({cls.help})" for cls in TOKENIZERS.values())
-    raise UsageError(f"--tokenizer={name} is none of {known}, nor a prepared set or a checkpoint")
+    raise UsageError(f"--tokenizer={name} is none of {known}, nor smollm2, a prepared set or a checkpoint")
 
 
 def listing():
     """What --tokenizer can be, for --help: a line for each kind."""
     lines = {cls.spelling: cls.help for cls in TOKENIZERS.values()}
+    lines["smollm2"] = "that of SmolLM2, 49,152 ids"
     lines["a path"] = "the tokenizer of a prepared set, as data/plays, or of a checkpoint"
     return "\n".join(f"    {spelling:<18} {help}" for spelling, help in lines.items())
 
