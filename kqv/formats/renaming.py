@@ -1,8 +1,10 @@
 """
-The names and the order of weights in transformers -> ours, and back.
+The names and the order of weights in transformers -> ours, and back; and as llama.cpp computes with them.
 
 Our names are those of GPT-2 there. The families that came after it have names in common, and keep the rows of
 Q, K and V in three matrices.
+
+Shapes: C = n_embd channels, nh heads of queries, nkv heads of keys and values, hs head size.
 """
 
 import re
@@ -11,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from kqv.errors import UserError
+from kqv.formats import size
 from kqv.formats.families import ARCEE, GPT2, LLAMA, family_of
 from model import angles_of
 
@@ -35,36 +38,100 @@ IN_BLOCK = {
 
 Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # together attn.c_attn
 
-FREQUENCIES = ".rotary_emb.inv_freq"  # not weights: old files carry them
+IN_LAYER = re.compile(r"^(transformer\.h\.|model\.layers\.)(\d+)\.")
+
+NOT_WEIGHTS = ".rotary_emb.inv_freq"  # old files carry the angles
+
+# A part of transformers' names of weights -> the fields of GPTConfig that make their shapes.
+MADE_OF = {
+    "attn.": ("n_embd", "n_head", "n_kv_head", "head_size"),
+    "mlp.": ("n_embd", "n_inner"),
+    "wpe.": ("block_size", "n_embd"),
+    "norm.": ("n_embd",),
+    "ln_": ("n_embd",),
+    "": ("vocab_size", "n_embd"),
+}
+
+
+def usual_names(theirs, family):
+    """
+    Plain {transformers' name: tensor} without what is no weight, and with the prefix `transformer.` that old
+    files of GPT-2 lack.
+    """
+    usual = {name: tensor for name, tensor in theirs.items() if not name.endswith(NOT_WEIGHTS)}
+    if family is not GPT2:
+        return usual
+    whole = ("transformer.", "lm_head.")
+    return {name if name.startswith(whole) else f"transformer.{name}": usual[name] for name in usual}
+
+
+def require_shapes(theirs, config, keys, source):
+    """
+    Raise UserError unless {transformers' usual name: tensor} are the weights, of the right shapes, of a model
+    of that GPTConfig. `keys`: fields of it -> (keys of config.json, ...), for the message. A tied model may
+    have a head, too.
+    """
+    layers = {match[2] for match in map(IN_LAYER.match, theirs) if match}
+    if len(layers) != config.n_layer:
+        key = keys["n_layer"][0][0]
+        raise UserError(f"{source} has {key}={config.n_layer}, but weights of {key}={len(layers)}")
+    planned = their_weights(size.plan(config, n_layer=1).state_dict(), config)
+    first = {name: tuple(tensor.shape) for name, tensor in planned.items()}
+    in_layer = {name for name in first if IN_LAYER.match(name)}
+    needed = first.keys() - in_layer
+    needed |= {IN_LAYER.sub(rf"\g<1>{layer}.", name) for name in in_layer for layer in range(config.n_layer)}
+    found = theirs.keys() - ({"lm_head.weight"} if config.tied_head else set())
+    if missing := sorted(needed - found):
+        raise UserError(f"{source} lacks the weight {missing[0]}, which its config.json means it to have")
+    if others := sorted(found - needed):
+        raise UserError(
+            f"{source} has a weight {others[0]}, which no model has that is as its config.json says"
+        )
+    for name in found:
+        shape, wanted = tuple(theirs[name].shape), first[IN_LAYER.sub(r"\g<1>0.", name)]
+        if shape != wanted:
+            fields = next(MADE_OF[part] for part in MADE_OF if part in name)
+            says = ", ".join(
+                f"{keys[field][0][0]}={getattr(config, field)}" for field in fields if field in keys
+            )
+            raise UserError(
+                f"{source} has a weight {name} of shape {shape}, but its config.json has {says}, "
+                f"which make it {wanted}: they belong to different models"
+            )
 
 
 def our_weights(theirs, family):
     """
-    Plain {transformers' name: tensor} -> {our name: tensor}. Names that are none of the family's stay. Old
-    files of GPT-2 lack the prefix `transformer.`.
+    {transformers' usual name: tensor} -> {our name: tensor}. Weights that the family doesn't have keep their
+    names. Raises ValueError where a layer lacks a part of Q, K and V.
     """
+    if family is GPT2:
+        return {
+            name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+            for name, tensor in theirs.items()
+        }
     ours, rows = {}, {}
     for name, tensor in theirs.items():
         part, _, kind = name.rpartition(".")
         block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
-        if family is GPT2:
-            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            ours[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-        elif block and block[2] in Q_K_V:
+        if block and block[2] in Q_K_V:
             rows.setdefault(f"transformer.h.{block[1]}.attn.c_attn.{kind}", {})[block[2]] = tensor
         elif block and block[2] in IN_BLOCK:
             ours[f"transformer.h.{block[1]}.{IN_BLOCK[block[2]]}.{kind}"] = tensor
-        elif not name.endswith(FREQUENCIES):
+        else:
             ours[f"{OUTSIDE.get(part, part)}.{kind}"] = tensor
     for name, parts in rows.items():
         if missing := set(Q_K_V) - parts.keys():
             raise ValueError(f"it has no {min(missing)} for {name}")
-        ours[name] = torch.cat([parts[part] for part in Q_K_V])
+        ours[name] = torch.cat([parts[part] for part in Q_K_V])  # ((nh + 2 nkv) hs, C), or without C: a bias
     return ours
 
 
 def their_weights(ours, config):
-    """The inverse: {our name: tensor} -> {transformers' name: tensor}, without a tied head."""
+    """
+    The inverse: {our name: tensor} of a GPTConfig -> {transformers' name: tensor}, without a tied head.
+    Raises UserError where no family has that shape.
+    """
     if config.tied_head:
         ours = {name: tensor for name, tensor in ours.items() if name != "lm_head.weight"}
     if family_of(config) is GPT2:
@@ -116,7 +183,10 @@ def for_gguf(ours, config):
 
 
 def interleaved(rows, size):
-    """Rows of heads of `size` rows: the halves of a head, one after the other -> row by row in turn."""
+    """
+    Rows of heads (nh hs, ...) of `size` = hs rows each, whose rows i and i + hs / 2 rotate together -> the
+    same rows in the order 0, hs / 2, 1, hs / 2 + 1, ...: neighbours rotate together, as in Su et al. 2021.
+    """
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -126,7 +196,7 @@ def in_halves(rows, size):
 
 
 def q_k_v(rows, config):
-    """The rows of attn.c_attn, a weight or a bias -> those of Q, K and V."""
+    """The rows of attn.c_attn, ((nh + 2 nkv) hs, ...) -> those of Q (nh hs, ...), K and V (nkv hs, ...)."""
     heads = config.n_head, config.kv_heads, config.kv_heads
     return rows.split([count * config.head_channels for count in heads])
 
