@@ -38,6 +38,8 @@ IN_BLOCK = {
 
 Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # together attn.c_attn
 
+HEAD = {"lm_head.weight"}
+
 IN_LAYER = re.compile(r"^(transformer\.h\.|model\.layers\.)(\d+)\.")
 
 NOT_WEIGHTS = ".rotary_emb.inv_freq"  # old files carry the angles
@@ -68,8 +70,8 @@ def usual_names(theirs, family):
 def require_shapes(theirs, config, keys, source):
     """
     Raise UserError unless {transformers' usual name: tensor} are the weights, of the right shapes, of a model
-    of that GPTConfig. `keys`: fields of it -> (keys of config.json, ...), for the message. A tied model may
-    have a head, too.
+    of that GPTConfig. `keys`: fields of it -> (keys of config.json, ...), for the message. Whether
+    there is a head is left to `tie_head`.
     """
     layers = {match[2] for match in map(IN_LAYER.match, theirs) if match}
     if len(layers) != config.n_layer:
@@ -80,14 +82,13 @@ def require_shapes(theirs, config, keys, source):
     in_layer = {name for name in first if IN_LAYER.match(name)}
     needed = first.keys() - in_layer
     needed |= {IN_LAYER.sub(rf"\g<1>{layer}.", name) for name in in_layer for layer in range(config.n_layer)}
-    found = theirs.keys() - ({"lm_head.weight"} if config.tied_head else set())
-    if missing := sorted(needed - found):
+    if missing := sorted(needed - theirs.keys() - HEAD):
         raise UserError(f"{source} lacks the weight {missing[0]}, which its config.json means it to have")
-    if others := sorted(found - needed):
+    if others := sorted(theirs.keys() - needed - HEAD):
         raise UserError(
             f"{source} has a weight {others[0]}, which no model has that is as its config.json says"
         )
-    for name in found:
+    for name in theirs.keys() & needed:
         shape, wanted = tuple(theirs[name].shape), first[IN_LAYER.sub(r"\g<1>0.", name)]
         if shape != wanted:
             fields = next(MADE_OF[part] for part in MADE_OF if part in name)
@@ -156,29 +157,32 @@ def their_weights(ours, config):
 
 def for_gguf(ours, config):
     """
-    {our name: tensor} -> {transformers' name: tensor} as llama.cpp computes with them. Its `llama` rotates
-    neighbouring channels of a head, so the rows of Q and K are put in that order; its `gpt2` keeps matrices
-    as torch does. Raises UserError for a scaling of rotary positions that llama.cpp has for `llama` alone.
+    {our name: tensor} of a GPTConfig -> {transformers' name: tensor} as llama.cpp computes with them. Its
+    `llama` and `arcee` rotate neighbouring channels of a head, so the rows of Q and K are put in that order.
+    Its `gpt2` keeps matrices as torch does. Raises UserError where llama.cpp has no scaling of rotary
+    positions, and where no family has that shape.
     """
     family = family_of(config)
     if family is GPT2:
-        kept = {name: tensor for name, tensor in with_biases(ours).items() if name != "lm_head.weight"}
-        return kept if config.tied_head else {**kept, "lm_head.weight": ours["lm_head.weight"]}
+        left_out = HEAD if config.tied_head else ()
+        return {name: tensor for name, tensor in with_biases(ours).items() if name not in left_out}
     theirs = their_weights(ours, config)
     if family in (LLAMA, ARCEE):
         for name, tensor in theirs.items():
             if name.rpartition(".")[0].endswith(Q_K_V[:2]):
                 theirs[name] = interleaved(tensor, config.head_channels)
     if config.rope_factor != 1:
-        if family is not LLAMA:
+        if family not in (LLAMA, ARCEE):
             raise UserError(
-                f"llama.cpp scales rotary positions (rope_factor={config.rope_factor}) of a llama alone, "
-                f"and this is a {family.name}: export with --format=hf"
+                f"llama.cpp has no {family.name} with scaled rotary positions "
+                f"(rope_factor={config.rope_factor:g}): export with --format=hf"
             )
         one = torch.ones(1)  # the position at which an angle is its frequency
-        shapes = replace(config, rope_factor=1.0), config
-        plain, scaled = (angles_of(one, config.head_channels, shape)[0] for shape in shapes)
-        theirs["rope_freqs.weight"] = plain / scaled
+        plain, scaled = (
+            angles_of(one, config.head_channels, shape)[0]  # (hs / 2,)
+            for shape in (replace(config, rope_factor=1.0), config)
+        )
+        theirs["rope_freqs.weight"] = plain / scaled  # what llama.cpp divides frequencies by
     return theirs
 
 

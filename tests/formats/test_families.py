@@ -95,6 +95,17 @@ def ours_of(folder):
     return loading.model_of(huggingface.load(str(folder)), folder)
 
 
+def in_full(model_args):
+    """The GPTConfig, with numbers where 0 stands for one."""
+    config = GPTConfig(**model_args)
+    numbers = {
+        "n_kv_head": config.kv_heads,
+        "head_size": config.head_channels,
+        "n_inner": config.inner_channels,
+    }
+    return replace(config, **numbers)
+
+
 def written(path, gpt, *options):
     """The folder that export.py writes of a GPT."""
     run = path.with_name(f"{path.name}-run")
@@ -141,7 +152,7 @@ def test_what_came_in_goes_out_and_in_again_bit_for_bit(name, tmp_path):
     gpt = loading.model_of(first, folder)
     huggingface.save(tmp_path / "hf", "it", gpt, ByteTokenizer(), "f32", {})
     second = huggingface.load(str(tmp_path / "hf"))
-    assert first["model_args"] == second["model_args"]
+    assert in_full(first["model_args"]) == in_full(second["model_args"])
     assert first["model"].keys() == second["model"].keys()
     assert all(torch.equal(second["model"][key], weight) for key, weight in first["model"].items())
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -241,9 +252,9 @@ def test_transformers_before_5_finds_its_keys():
     }
     for left in ("rope_parameters", "rope_scaling"):  # after the one version, and before
         part = {key: value for key, value in written.items() if key != left}
-        assert GPTConfig(**families.model_args_of(part, "it")) == replace(
-            scaled, n_kv_head=4, head_size=8, n_inner=128
-        )
+        assert families.model_args_of(part, "it") == {
+            name: value for name, value in vars(in_full(vars(scaled))).items() if name != "dropout"
+        }
 
 
 # The whole chain
