@@ -70,8 +70,8 @@ def usual_names(theirs, family):
 def require_shapes(theirs, config, keys, source):
     """
     Raise UserError unless {transformers' usual name: tensor} are the weights, of the right shapes, of a model
-    of that GPTConfig. `keys`: fields of it -> (keys of config.json, ...), for the message. Whether
-    there is a head is left to `tie_head`.
+    of that GPTConfig. `keys` are those of its family, for the message. Whether there is a head is left to
+    `checkpoint.tie_head`.
     """
     layers = {match[2] for match in map(IN_LAYER.match, theirs) if match}
     if len(layers) != config.n_layer:
@@ -88,9 +88,9 @@ def require_shapes(theirs, config, keys, source):
         raise UserError(
             f"{source} has a weight {others[0]}, which no model has that is as its config.json says"
         )
-    for name in theirs.keys() & needed:
-        shape, wanted = tuple(theirs[name].shape), first[IN_LAYER.sub(r"\g<1>0.", name)]
-        if shape != wanted:
+    for name, tensor in theirs.items():
+        shape, wanted = tuple(tensor.shape), first.get(IN_LAYER.sub(r"\g<1>0.", name))
+        if wanted and shape != wanted:
             fields = next(MADE_OF[part] for part in MADE_OF if part in name)
             says = ", ".join(
                 f"{keys[field][0][0]}={getattr(config, field)}" for field in fields if field in keys

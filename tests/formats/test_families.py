@@ -489,6 +489,69 @@ def test_what_the_others_here_do_not_do_is_refused_by_name(cli, tmp_path, name, 
     assert_one_line(cli(sample.main, "--init_from=hf", "--device=cpu"), "hf", *changes)
 
 
+VALUES = {  # keys of config.json, and what they may be changed to
+    "num_attention_heads": [4, 2, 8],
+    "num_key_value_heads": [2, 1, 4, None, "missing"],
+    "head_dim": [8, 16, None, "missing"],
+    "hidden_size": [32, "missing"],
+    "hidden_act": ["silu", "swish", "gelu", "relu2", "missing"],
+    "rms_norm_eps": [1e-6, 1e-2, "missing"],
+    "rope_theta": [10000.0, 500, 5e5],
+    "rope_scaling": [
+        None,
+        {},
+        LLAMA3,
+        {"type": "default"},
+        {**LLAMA3, "type": "llama3"},
+        {"rope_type": "linear"},
+    ],
+    "rope_parameters": ["missing", None, {"rope_type": "default"}, {**LLAMA3, "rope_theta": 5e5}],
+    "partial_rotary_factor": [1.0, 0.5],
+    "tie_word_embeddings": [True, False, "missing"],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "sliding_window": [None, 4, 128],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 2],
+    "layer_types": [["full_attention"] * 2, ["sliding_attention", "full_attention"], None],
+    "original_max_position_embeddings": [64],
+    "max_position_embeddings": [64, 128],
+    "model_type": ["llama", "mistral", "qwen2", "qwen3", "arcee", "missing"],
+    "architectures": [["LlamaForCausalLM"], ["Qwen2ForCausalLM"], None],
+    "pretraining_tp": [1, 2],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3", "qwen2, tied", "arcee"])
+def test_a_config_gives_the_logits_of_transformers_or_is_refused(tmp_path, name):
+    changed(model_and_folder(name)[1], tmp_path / "hf")
+    good = json.loads((tmp_path / "hf/config.json").read_text("utf-8"))
+    idx, taken = random_ids(2, 24, below=257), []
+    change = st.sampled_from([(key, value) for key, values in VALUES.items() for value in values])
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(st.lists(change, min_size=1, max_size=3).map(dict))
+    def check(changes):
+        given = {"rope_parameters": None} if {"rope_theta", "rope_scaling"} & changes.keys() else {}
+        config = {key: value for key, value in {**good, **given, **changes}.items() if value != "missing"}
+        write_json(tmp_path / "hf/config.json", config)
+        try:
+            gpt = ours_of(tmp_path / "hf")
+        except UserError as error:
+            assert str(tmp_path) in str(error) and "\n" not in str(error)
+            return
+        try:
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+        except (TypeError, ValueError):  # it takes fewer configs: no head_dim=null in a qwen3
+            return
+        assert_same_logits(gpt, theirs, idx)
+        taken.append(changes)
+
+    check()
+    assert len(taken) > 10
+
+
 def test_a_mistral_that_does_not_speak_of_its_window_has_one():
     with pytest.raises(UserError, match="sliding_window.*4096"):
         families.model_args_of({"model_type": "mistral"}, "it")
