@@ -227,7 +227,10 @@ def model_args_of(config, source):
 
 
 def value_of(config, family, ours, source):
-    """What a config.json's content says of one field of GPTConfig. Raises UserError."""
+    """
+    What a config.json's content says of one field of GPTConfig, `ours`. Raises UserError where that is no
+    value for it, and where two keys for it differ.
+    """
     names, value = family.keys[ours]
     given = {name: config[name] for name in names if name in config}
     for name, other in given.items():
@@ -269,7 +272,7 @@ def rope_of(config, source):
     wanted = sorted(ROPE_SCALING.values()) if kind == "llama3" else []
     if kind not in ("default", "llama3") or sorted(given) != wanted:
         raise UserError(
-            f"{source} has rope_type={shown(kind)} with {', '.join(sorted(given)) or 'nothing else'} in its "
+            f"{source} has rope_type={shown(kind)} with {shown(sorted(given))} in its "
             f"config.json, but kqv has 'default' alone and 'llama3' with {', '.join(ROPE_SCALING.values())}"
         )
     values = {"rope_theta": theta, **{ours: given[key] for ours, key in ROPE_SCALING.items() if given}}

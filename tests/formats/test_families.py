@@ -142,6 +142,16 @@ def test_greedy_text_is_that_of_transformers(name):
     ]
 
 
+def test_weights_in_parts_are_read(tmp_path):
+    theirs, _ = model_and_folder("qwen3")
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len([*tmp_path.glob("model-*.safetensors")]) > 2
+    assert_same_logits(ours_of(tmp_path), theirs, random_ids(1, 20, below=257))
+    next(tmp_path.glob("model-00002-*")).unlink()
+    with pytest.raises(UserError, match="lacks model-00002.*index"):
+        ours_of(tmp_path)
+
+
 # Out
 
 
@@ -428,6 +438,7 @@ OF_LLAMA = [
     {"head_dim": 6},
     {"hidden_size": [32]},
     {"hidden_size": 64},
+    {"hidden_size": 2**31 - 4},
     {"intermediate_size": 48},
     {"num_hidden_layers": 3},
     {"num_hidden_layers": 10**30},

@@ -120,6 +120,7 @@ FAMILIES = {  # name: (the family in GGUF, fields of a GPTConfig beside the fami
     "gpt2": ("gpt2", {"bias": True, "tied_head": False, "norm_eps": 1e-3}),
     "llama": ("llama", {"n_kv_head": 2, "tied_head": False, "norm_eps": 1e-6}),
     "llama, tied, one head of keys": ("llama", {"n_kv_head": 1, "head_size": 24}),
+    "llama, channels not divisible by heads": ("llama", {"n_embd": 68, "n_head": 3, "head_size": 16}),
     "llama 3": ("llama", {"n_kv_head": 2, "rope_theta": 5e5, "rope_factor": 8.0, "rope_original": 32}),
     "qwen2": ("qwen2", {"n_kv_head": 2, "tied_head": False}),
     "qwen2, tied": ("qwen2", {}),
