@@ -13,11 +13,10 @@ from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.files import read_json, require_file
 from kqv.formats import families, renaming, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
-from kqv.formats.checkpoint import plain_weights, tie_head
+from kqv.formats.checkpoint import plain_weights, shape_in, tie_head
 from kqv.formats.precision import require_held
 from kqv.formats.tensors import dense
 from kqv.text.tokenizer import END
-from model import GPTConfig
 
 HELP = "a Hugging Face folder"
 
@@ -63,7 +62,7 @@ def load(source):
         model_args = families.model_args_of(config, source)
         family = families.family_in(config, source)
         theirs = renaming.usual_names(plain_weights(read_weights(folder, source), source), family)
-        renaming.require_shapes(theirs, GPTConfig(**model_args), family.keys, source)
+        renaming.require_shapes(theirs, shape_in(model_args), family.keys, source)
         weights = renaming.our_weights(theirs, family)
         tie_head(weights, source, model_args["tied_head"])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:

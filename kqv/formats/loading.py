@@ -37,9 +37,7 @@ class WeightsSettings:
         "best", "best (lowest validation loss), newest, or the path of a file", path=True
     )
     init_from: str = setting(
-        "resume",
-        "resume: from out_dir; or a Hugging Face folder, ORG/NAME or gpt2 on the hub, a run",
-        path=True,
+        "resume", "resume: from out_dir; or gpt2, gpt2-medium|large|xl, a Hugging Face folder", path=True
     )
 
 
@@ -114,8 +112,8 @@ def load_chosen(config):
 
 def load_start(source, words=("resume",)):
     """
-    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder of
-    one of families.FAMILIES, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
+    The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a Hugging Face folder with
+    GPT-2's architecture, or a model on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl or
     ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
     path = Path(source)

@@ -23,8 +23,8 @@ class RunSettings:
     out_dir: str = setting("out", "folder for checkpoints and metrics.jsonl", path=True)
     init_from: str = setting(
         "scratch",
-        "scratch, resume, auto (resume if there is a checkpoint, else scratch), a run, a "
-        "checkpoint, a Hugging Face folder, or gpt2, gpt2-medium|large|xl or ORG/NAME on the hub",
+        "scratch, resume, auto (resume if there is a checkpoint, else scratch), gpt2, gpt2-medium|large|xl, "
+        "a checkpoint or a Hugging Face folder",
         path=True,
     )
     seed: int = setting(
