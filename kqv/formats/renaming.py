@@ -164,8 +164,8 @@ def for_gguf(ours, config):
     """
     family = family_of(config)
     if family is GPT2:
-        left_out = HEAD if config.tied_head else ()
-        return {name: tensor for name, tensor in with_biases(ours).items() if name not in left_out}
+        kept = {name: tensor for name, tensor in with_biases(ours).items() if name not in HEAD}
+        return kept if config.tied_head else {**kept, "lm_head.weight": ours["lm_head.weight"]}
     theirs = their_weights(ours, config)
     if family in (LLAMA, ARCEE):
         for name, tensor in theirs.items():
