@@ -704,11 +704,7 @@ class LateSaver(Saver):
 def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     """Weights change while the thread writes, and tied ones are stored once."""
     weight = torch.zeros(100_000)
-    contents = {
-        "model": {"transformer.wte.weight": weight, "lm_head.weight": weight},
-        "model_args": {},
-        "optimizer": [weight + 5],
-    }
+    contents = {"model": {"transformer.wte.weight": weight, "lm_head.weight": weight}, "model_args": {}, "optimizer": [weight + 5]}
     saver = LateSaver(tmp_path)
     for step in range(2):
         saver.begin.clear()
