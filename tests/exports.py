@@ -89,24 +89,32 @@ class Exported:
         self.gpt = save_run(self.run, self.tokenizer)
         export.main([f"--out_dir={self.run}", f"--to={self.folder}"])
 
-    @torch.no_grad()
     def greedy(self, ids, count):
-        """(the `count` likeliest ids after `ids`, fewer if one ends the text; the smallest lead of one)"""
-        new, leads = [], []
-        while len(new) < count and (not new or new[-1] != self.tokenizer.separator):
-            x = self.gpt.hidden(torch.tensor([[*ids, *new]]))[0, -1]  # (C,)
-            (first, second), best = self.gpt.lm_head(x)[: self.tokenizer.vocab_size].topk(2)
-            new.append(best[0].item())
-            leads.append((first - second).item())
-        return new, min(leads)
+        return greedy(self.gpt, self.tokenizer, ids, count)
 
     def clear(self, count, least):
-        """(prompt, continuation) of ids: at least `least` follow, each clearly the likeliest."""
-        for seed in range(200):
-            ids = random_ids(20, below=self.tokenizer.vocab_size - 4, seed=seed).tolist()
-            new, lead = self.greedy(ids, count)
-            if lead > 2e-4 and len(new) >= least:
-                yield ids, new
+        return clear(self.gpt, self.tokenizer, count, least)
+
+
+@torch.no_grad()
+def greedy(gpt, tokenizer, ids, count):
+    """(the `count` likeliest ids after `ids`, fewer if one ends the text; the smallest lead of one)"""
+    new, leads = [], []
+    while len(new) < count and (not new or new[-1] != tokenizer.separator):
+        x = gpt.hidden(torch.tensor([[*ids, *new]]))[0, -1]  # (C,)
+        (first, second), best = gpt.lm_head(x)[: tokenizer.vocab_size].topk(2)
+        new.append(best[0].item())
+        leads.append((first - second).item())
+    return new, min(leads)
+
+
+def clear(gpt, tokenizer, count, least):
+    """(prompt, continuation) of ids: at least `least` follow, each clearly the likeliest."""
+    for seed in range(200):
+        ids = random_ids(20, below=tokenizer.vocab_size - 4, seed=seed).tolist()
+        new, lead = greedy(gpt, tokenizer, ids, count)
+        if lead > 2e-4 and len(new) >= least:
+            yield ids, new
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from kqv.formats.families import family_of
 from kqv.formats.tokenizer_json import base_of
 from kqv.printable import one_line
 
@@ -18,7 +19,7 @@ def card(name, gpt, tokenizer, contents):
     The text of a model card: what the model is, and how it was trained, from a checkpoint's `contents`.
     Settings that are text are left out, since they may be paths; a data set is named without its folder.
     """
-    shape = asdict(gpt.config)
+    shape, family = asdict(gpt.config), family_of(gpt.config)
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     config = contents.get("config", {})
     numbers = {
@@ -34,7 +35,7 @@ def card(name, gpt, tokenizer, contents):
         "",
         f"# {as_markdown(name)}",
         "",
-        f"A GPT of GPT-2's architecture with {size}, trained with kqv.",
+        f"A {family.architecture} (the {family.name} family) with {size}, trained with kqv.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

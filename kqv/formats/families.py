@@ -1,15 +1,19 @@
 """
-Model families as other programs know them: what transformers' config.json says of a model, and what of it
-ours can be. One table for each family. Their weights are in renaming.py.
+Model families as other programs know them: transformers' config.json <-> our GPTConfig, one table for each
+family. Their weights are in renaming.py.
+
+A config.json is read as transformers reads it: a key that is missing has the value that it has there. What
+changes the numbers that a model computes is known here or refused, never ignored.
 """
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from kqv.errors import UserError
+from kqv.forms import Numbers, described, fits, shown
 from model import GPTConfig
 
-# What the settings of all families after GPT-2 share.
+# What the shapes of all families after GPT-2 have in common; Llama's is just this.
 MODERN = {
     "bias": False,
     "norm": "rmsnorm",
@@ -19,8 +23,6 @@ MODERN = {
     "qk_norm": False,
 }
 
-ROPE = ("rope_theta", "rope_factor", "rope_slow", "rope_fast", "rope_original")
-
 ROPE_SCALING = {  # our field: the key in `rope_scaling` and `rope_parameters`
     "rope_factor": "factor",
     "rope_slow": "low_freq_factor",
@@ -28,13 +30,24 @@ ROPE_SCALING = {  # our field: the key in `rope_scaling` and `rope_parameters`
     "rope_original": "original_max_position_embeddings",
 }
 
+ROPE = ("rope_theta", *ROPE_SCALING)  # they mean something with rotary positions alone
+
+# What a value in config.json must be, by the type of its field.
+FORMS = {int: range(1, 2**31), float: Numbers(0, 2**31 - 1), bool: bool}
+
+OPTIONAL = ("n_kv_head", "head_size", "n_inner")  # null for them means what 0 means in GPTConfig
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
     """
-    Models that transformers has one class for. `shape`: fields of GPTConfig that they share. `keys`: other
-    fields -> (keys of config.json, the usual one first; the value where none is there). `fixed`: keys ->
-    the values, the usual one first, with which our model computes the same.
+    Models that transformers has one class for.
+
+    `shape`: fields of GPTConfig that all of them have in common.
+    `keys`: other fields -> (keys of config.json, the usual one first; the value where none is there).
+    `fixed`: keys -> the values, the usual one first, with which our model computes the same.
+    `missing`: keys -> what transformers takes where they are missing, if that is not what our model does.
+    `inert`: keys that change nothing, though COMPUTING finds their names.
     """
 
     name: str  # `model_type` in config.json, `general.architecture` in GGUF
@@ -42,23 +55,26 @@ class Family:
     shape: dict
     keys: dict
     fixed: dict
+    missing: dict = field(default_factory=dict)
+    inert: tuple = ()
 
     def lacks(self, config):
-        """The fields of a GPTConfig that a model of this family can't have so, {name: value}."""
-        usual = {field.name: field.default for field in fields(GPTConfig)} | self.shape
-        known = {*self.keys, "dropout", *(ROPE if self.shape.get("positions") == "rotary" else ())}
-        if self is GPT2:
-            known.add("bias")  # without biases it is the same model as with zeros
-        found = {name: getattr(config, name) for name in usual if name not in known}
-        if "n_kv_head" in found and config.kv_heads == config.n_head:
-            del found["n_kv_head"]
-        if "head_size" in found and config.head_channels * config.n_head == config.n_embd:
-            del found["head_size"]
+        """The fields of a GPTConfig with which it is no model of this family, {name: value}."""
+        free = {*self.keys, *ROPE, "dropout"}
+        usual = {field.name: field.default for field in fields(GPTConfig) if field.name not in free}
+        usual |= self.shape
+        same = {  # a field with which the model computes as without it
+            "n_kv_head": config.kv_heads == config.n_head,
+            "head_size": config.head_channels * config.n_head == config.n_embd,
+            "bias": self is GPT2,  # without biases it is the same as with zeros
+            "qkv_bias": self is GPT2,
+        }
+        found = {name: getattr(config, name) for name in usual if not same.get(name)}
         return {name: value for name, value in found.items() if value != usual[name]}
 
 
 def modern_keys(vocab, layers, heads, kv_heads, width, inner, context, eps, head_size=0):
-    """The `keys` of a family after GPT-2; the arguments are transformers' values where a key is missing."""
+    """The `keys` of a family after GPT-2; the arguments are the values without them."""
     return {
         "vocab_size": (("vocab_size",), vocab),
         "block_size": (("max_position_embeddings",), context),
@@ -73,9 +89,8 @@ def modern_keys(vocab, layers, heads, kv_heads, width, inner, context, eps, head
     }
 
 
-NO_BIAS = {"attention_bias": (False,), "mlp_bias": (False,)}
-
 SILU = {"hidden_act": ("silu", "swish")}
+QWENS = ("sliding_window", "max_window_layers")  # what use_sliding_window would do, which is refused
 
 GPT2 = Family(
     "gpt2",
@@ -94,10 +109,8 @@ GPT2 = Family(
     fixed={
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),  # one function, two names
         "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "pruned_heads": (None, {}),
     },
+    inert=("attn_pdrop",),
 )
 
 LLAMA = Family(
@@ -105,16 +118,16 @@ LLAMA = Family(
     "LlamaForCausalLM",
     MODERN,
     modern_keys(32000, 32, 32, 0, 4096, 11008, 2048, 1e-6),
-    {**SILU, **NO_BIAS},
+    SILU,
 )
 
-# Read as Llama; written as Llama, too.
-MISTRAL = Family(
+MISTRAL = Family(  # without a window it is a Llama, and is written as one
     "mistral",
     "MistralForCausalLM",
     MODERN,
     modern_keys(32000, 32, 32, 8, 4096, 14336, 131072, 1e-6),
-    {**SILU, "sliding_window": (None,)},
+    SILU,
+    missing={"sliding_window": 4096},
 )
 
 QWEN2 = Family(
@@ -123,6 +136,7 @@ QWEN2 = Family(
     {**MODERN, "qkv_bias": True},
     modern_keys(151936, 32, 32, 32, 4096, 22016, 32768, 1e-6),
     SILU,
+    inert=QWENS,
 )
 
 QWEN3 = Family(
@@ -130,7 +144,8 @@ QWEN3 = Family(
     "Qwen3ForCausalLM",
     {**MODERN, "qk_norm": True},
     modern_keys(151936, 32, 32, 32, 4096, 22016, 32768, 1e-6, head_size=128),
-    {**SILU, "attention_bias": (False,)},
+    SILU,
+    inert=QWENS,
 )
 
 ARCEE = Family(
@@ -138,47 +153,50 @@ ARCEE = Family(
     "ArceeForCausalLM",
     {**MODERN, "activation": "relu2"},
     modern_keys(32000, 32, 32, 0, 2560, 18432, 4096, 1e-5),
-    {"hidden_act": ("relu2",), **NO_BIAS},
+    {"hidden_act": ("relu2",)},
 )
 
 FAMILIES = {family.name: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, ARCEE)}
 
-DROPOUTS = ("attn_pdrop", "embd_pdrop", "resid_pdrop")  # of GPT-2: three rates there, one here
+WRITTEN = [family for family in FAMILIES.values() if family is not MISTRAL]
 
-# Keys that change what some model computes. Where a family does not know one, it must say "none".
+# Names of keys that change what some model computes. Where they are none of the family's own, the value must
+# be one that changes nothing: null, false, an empty list or dict, 0, or 1 for what is multiplied with.
 COMPUTING = re.compile(
-    r"window|expert|moe|softcap|rotary|rope|alibi|bias|quantization|sparse|multiplier|residual|"
-    r"logit.*scal|logits_.*|attn_.*|attention_.*|.*_norm$|norm_type|layer_types|n_group|mtp|parallel_attn"
+    r"window|expert|moe|softcap|rotary|rope|original_max|alibi|bias|quantization|sparse|multiplier|residual|"
+    r"logit.*scal|logits_|attn_|attention_|_norm$|norm_type|layer_types|per_layer|n_group|mtp|parallel_attn|"
+    r"pruned|clip|encoder_decoder|cross_attention"
 )
 
-INERT = (*DROPOUTS, "attention_dropout", "max_window_layers", "attn_implementation", "_attn_implementation")
+FACTORS = re.compile(r"multiplier|scal|factor")
 
-NONE = (None, False, 0, 1, {}, [], "eager", "sdpa", "flash_attention_2")
+INERT = ("attention_dropout", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset")
 
 
 def family_in(config, source):
-    """The Family that a config.json's content names. Raises UserError for another one."""
-    name = config.get("model_type")
+    """
+    The Family that a config.json's content, a dict, names by `model_type`, else by `architectures`; GPT-2 if
+    it names none. Raises UserError for another one, and for a model with another head.
+    """
+    name, architectures = config.get("model_type"), config.get("architectures")
+    what = f"model_type={shown(name)}, architectures={shown(architectures)}"
+    named = architectures if isinstance(architectures, list) else [architectures] if architectures else []
     by_class = {family.architecture: family for family in FAMILIES.values()}
-    architectures = config.get("architectures") or ()
-    named = [by_class.get(architecture) for architecture in architectures]
-    family = FAMILIES.get(name, named[0] if named and name is None else GPT2 if name is None else None)
-    if family is None or any(other not in (family, None) for other in named):
-        what = f"model_type={name!r}, architectures={list(architectures)!r}"
+    of_classes = [by_class.get(architecture) for architecture in map(str, named)]
+    of_name = FAMILIES.get(str(name)) if name else next(iter(of_classes), GPT2)
+    if of_name is None or any(other not in (None, of_name) for other in of_classes):
         raise UserError(f"{source} is of another family ({what}): use a model of {', '.join(FAMILIES)}")
-    if named and None in named:
+    if None in of_classes:
         raise UserError(
-            f"{source} is a {architectures[0]}, which is not {family.architecture}: use a model that "
-            "predicts the next token"
+            f"{source} is no {of_name.architecture} ({what}): use a model that predicts the next token"
         )
-    return family
+    return of_name
 
 
 def family_of(config):
     """The Family of a GPTConfig. Raises UserError, which names the fields, where there is none."""
-    written = [family for family in FAMILIES.values() if family is not MISTRAL]
-    lacking = {family: family.lacks(config) for family in written}
-    nearest = min(written, key=lambda family: len(lacking[family]))
+    lacking = {family: family.lacks(config) for family in WRITTEN}
+    nearest = min(WRITTEN, key=lambda family: len(lacking[family]))
     if lacking[nearest]:
         what = ", ".join(f"{name}={value}" for name, value in lacking[nearest].items())
         raise UserError(
@@ -189,126 +207,144 @@ def family_of(config):
 
 def model_args_of(config, source):
     """
-    A config.json's content -> the `model_args` of a GPT. Raises UserError, which names `source`, for another
-    architecture and for a shape that is none, and TypeError or AttributeError for what is no config.
+    A config.json's content -> the `model_args` of a GPT. Raises UserError, which names `source` and the key,
+    for another architecture, for a shape that is none, and for what is no config.
     """
+    if not isinstance(config, dict):
+        raise UserError(f"{source} has in its config.json {shown(config)}, not {described(dict)}")
     family = family_in(config, source)
+    require_known({**family.missing, **config}, family, source)
     args = {**family.shape, **{ours: value_of(config, family, ours, source) for ours in family.keys}}
-    for name, allowed in family.fixed.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise UserError(
-                f"{source} has {name}={config[name]!r} in its config.json, but kqv's {family.name} computes "
-                f"as with {allowed[0]!r}: use a model with that"
-            )
     if family.shape.get("positions") == "rotary":
         args |= rope_of(config, source)
-    require_known(config, family, source)
     try:
         whole = asdict(GPTConfig(**args))
     except ValueError as error:
-        raise UserError(f"{source} has in its config.json a shape that can't be: {error}") from None
+        theirs = {ours: names[0] for ours, (names, _) in family.keys.items()}
+        why = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), str(error))
+        raise UserError(f"{source} has in its config.json a shape that can't be: {why}") from None
     return {name: value for name, value in whole.items() if name != "dropout"}
 
 
 def value_of(config, family, ours, source):
-    """What a config.json's content says of one field of GPTConfig. Raises UserError."""
-    names, default = family.keys[ours]
+    """
+    What a config.json's content says of one field of GPTConfig, `ours`. Raises UserError where that is no
+    value for it, and where two keys for it differ.
+    """
+    names, value = family.keys[ours]
     given = {name: config[name] for name in names if name in config}
-    given = {name: value for name, value in given.items() if value is not None or default != 0}
-    for name, value in given.items():
-        if type(default) is float and type(value) is int:
-            value = given[name] = float(value)
-        if type(value) is not type(default) or type(default) is int and value < 1 or value < 0:
-            what = {int: "a whole number above 0", float: "a number", bool: "true or false"}[type(default)]
-            raise UserError(f"{source} has {name}={value!r} in its config.json, not {what}")
-    if len(set(given.values())) > 1:
-        both = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise UserError(f"{source} has {both} in its config.json, two names of one number: keep one of them")
-    return next(iter(given.values()), default)
+    for name, other in given.items():
+        value = 0 if other is None and ours in OPTIONAL else number(name, other, type(value), source)
+        if value != next(iter(given.values())) and len(given) > 1:
+            both = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise UserError(
+                f"{source} has {both} in its config.json, two names of one number: keep one of them"
+            )
+    return value
+
+
+def number(name, value, kind, source):
+    """A value of config.json as `kind`: int, float (it may be whole there) or bool. Raises UserError."""
+    if not fits(value, FORMS[kind]):
+        raise UserError(
+            f"{source} has {name}={shown(value)} in its config.json, not {described(FORMS[kind])}"
+        )
+    return kind(value)
 
 
 def rope_of(config, source):
-    """The rotary positions in a config.json, as transformers 5 writes them or as those before it."""
-    given = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    kind = given.pop("rope_type", given.pop("type", "default")) or "default"
-    given.pop("type", None)
-    theta = given.pop("rope_theta", config.get("rope_theta", 10000.0))
-    if "rope_theta" in config and config["rope_theta"] != theta:
-        raise UserError(f"{source} has two values of rope_theta in its config.json: keep one of them")
-    if given.get("partial_rotary_factor") in NONE:
+    """
+    The rotary positions in a config.json -> fields of GPTConfig. Before transformers 5 they are in
+    `rope_theta` and `rope_scaling`, since then in `rope_parameters`; where both are, they must agree.
+    """
+    given = {"rope_theta": config["rope_theta"]} if "rope_theta" in config else {}
+    for part in ("rope_scaling", "rope_parameters"):
+        values = config.get(part) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{source} has {part}={shown(values)} in its config.json, not {described(dict)}")
+        for name, value in values.items():
+            name = "rope_type" if name == "type" else name
+            if given.setdefault(name, value) != value:
+                raise UserError(f"{source} has two values of {name} in its config.json: keep one of them")
+    kind, theta = given.pop("rope_type", "default"), given.pop("rope_theta", 10000.0)
+    if given.get("partial_rotary_factor") in (None, 1):
         given.pop("partial_rotary_factor", None)
     wanted = sorted(ROPE_SCALING.values()) if kind == "llama3" else []
     if kind not in ("default", "llama3") or sorted(given) != wanted:
         raise UserError(
-            f"{source} has rope_type={kind!r} with {', '.join(sorted(given)) or 'nothing'} in its "
-            "config.json, but kqv knows 'default' and 'llama3' with all four of its numbers"
+            f"{source} has rope_type={shown(kind)} with {shown(sorted(given))} in its "
+            f"config.json, but kqv has 'default' alone and 'llama3' with {', '.join(ROPE_SCALING.values())}"
         )
-    args = {"rope_theta": theta, **{ours: given[key] for ours, key in ROPE_SCALING.items() if given}}
-    for name, value in args.items():
-        if type(value) not in (int, float) or not 0 < value < 2**31:
-            raise UserError(f"{source} has {ROPE_SCALING.get(name, name)}={value!r}, not a number above 0")
-        args[name] = int(value) if name == "rope_original" else float(value)
+    values = {"rope_theta": theta, **{ours: given[key] for ours, key in ROPE_SCALING.items() if given}}
+    args = {}
+    for ours, value in values.items():
+        name = ROPE_SCALING.get(ours, ours)
+        args[ours] = number(name, value, type(getattr(GPTConfig, ours)), source)
+        if not args[ours]:
+            raise UserError(f"{source} has {name}={value} in its config.json, but it must be above 0")
+    if given and args["rope_slow"] >= args["rope_fast"]:
+        raise UserError(
+            f"{source} has a low_freq_factor that is not below its high_freq_factor in its config.json"
+        )
     return args
 
 
 def require_known(config, family, source):
-    """Raise UserError for a key of config.json that changes what is computed, in a way that we don't know."""
-    known = {name for names, _ in family.keys.values() for name in names} | {*family.fixed, *INERT}
-    rope = ("rope_theta", "rope_scaling", "rope_parameters")
-    known |= set(rope) if family.shape.get("positions") == "rotary" else set()
-    if family in (QWEN2, QWEN3) and not config.get("use_sliding_window", False):
-        known.add("sliding_window")
+    """Raise UserError for a key of config.json that changes what is computed, in a way that we don't have."""
+    known = {name for names, _ in family.keys.values() for name in names} | {*INERT, *family.inert}
+    if family.shape.get("positions") == "rotary":
+        known |= {"rope_theta", "rope_scaling", "rope_parameters"}
     for name, value in config.items():
-        full = name == "layer_types" and set(value or ()) <= {"full_attention"}
-        if name not in known and COMPUTING.search(name) and value not in NONE and not full:
+        if name in family.fixed:
+            right = value in family.fixed[name]
+        else:
+            right = name in known or not COMPUTING.search(name) or changes_nothing(name, value)
+        if not right:
             raise UserError(
-                f"{source} has {name}={value!r} in its config.json, which kqv's {family.name} does not have: "
-                "use a model without"
+                f"{source} has {name}={shown(value)} in its config.json, which kqv's {family.name} does not "
+                "have: use a model without"
             )
 
 
-def require_shape(weights, args, config, source):
-    """Raise UserError, which names the key of config.json, where our weights are not of the shape `args`."""
-    embedding = weights["transformer.wte.weight"]
-    blocks = {name.split(".")[2] for name in weights if name.startswith("transformer.h.")}
-    sizes = {"vocab_size": len(embedding), "n_embd": embedding.size(-1), "n_layer": len(blocks)}
-    if "transformer.wpe.weight" in weights:
-        sizes["block_size"] = len(weights["transformer.wpe.weight"])
-    if inner := {len(weights[name]) for name in weights if name.endswith("mlp.c_fc.weight")}:
-        sizes["n_inner"] = max(inner)
-    args = {**args, "n_inner": GPTConfig(**args).inner_channels}
-    family = family_in(config, source)
-    for ours, size in sizes.items():
-        names, _ = family.keys[ours]
-        name = next((name for name in names if name in config), None)
-        if args[ours] != size:
-            says = f"{name}={args[ours]}" if name else f"no {names[0]}, which means {args[ours]},"
-            raise UserError(f"{source} has {says} in its config.json, but weights of {names[0]}={size}")
+def changes_nothing(name, value):
+    """Whether a model computes with this value of the key `name`, which COMPUTING finds, as without it."""
+    if name == "layer_types" and isinstance(value, list):
+        return all(kind == "full_attention" for kind in value)
+    if type(value) in (int, float):
+        return value == (1 if FACTORS.search(name) else 0)
+    return value is None or value is False or value in ([], {})
 
 
 def config_of(config):
-    """The inverse: a GPTConfig -> the architecture's part of config.json. Raises UserError."""
+    """
+    The inverse of `model_args_of`: a GPTConfig -> the architecture's part of config.json, as transformers 5
+    and those before it read it. Raises UserError where no family has that shape.
+    """
     family = family_of(config)
     found = {
         "architectures": [family.architecture],
         "model_type": family.name,
-        **{name: allowed[0] for name, allowed in family.fixed.items() if allowed[0] is not None},
+        **{name: allowed[0] for name, allowed in family.fixed.items()},
         **{names[0]: getattr(config, ours) for ours, (names, _) in family.keys.items()},
     }
     if family is GPT2:
-        return {**found, "n_inner": config.n_inner or None, **dict.fromkeys(DROPOUTS, config.dropout)}
-    sizes = {
+        dropouts = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout)
+        return {**found, "n_inner": config.n_inner or None, **dropouts}
+    if family in (LLAMA, ARCEE) and config.n_embd % config.n_head:
+        raise UserError(
+            f"transformers has no {family.name} whose n_embd={config.n_embd} is not divisible by "
+            f"n_head={config.n_head}, whatever its head_size: export with --format=gguf"
+        )
+    scaling = None
+    if config.rope_factor != 1:
+        scaling = {key: getattr(config, ours) for ours, key in ROPE_SCALING.items()} | {"rope_type": "llama3"}
+    return {
+        **found,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_channels,
         "intermediate_size": config.inner_channels,
         "attention_dropout": config.dropout,
-    }
-    scaling = None
-    if config.rope_factor != 1:
-        scaling = {key: getattr(config, ours) for ours, key in ROPE_SCALING.items()} | {"rope_type": "llama3"}
-    rope = {
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
     }
-    return {**found, **sizes, **rope}

@@ -1,6 +1,6 @@
 """
 A model as a Hugging Face folder, on disk or on the hub: read as the contents of a checkpoint, and written for
-transformers. What differs between their weights and ours is in families.py.
+transformers. What differs there is in families.py (config.json) and renaming.py (weights).
 """
 
 import re
@@ -13,7 +13,7 @@ from kqv.errors import UserError, first_line, is_out_of_memory
 from kqv.files import read_json, require_file
 from kqv.formats import families, renaming, tokenizer_json, tokenizer_reading, torch_files
 from kqv.formats.card import card
-from kqv.formats.checkpoint import plain_weights, tie_head
+from kqv.formats.checkpoint import plain_weights, shape_in, tie_head
 from kqv.formats.precision import require_held
 from kqv.formats.tensors import dense
 from kqv.text.tokenizer_files import FILES as OF_TOKENIZER
@@ -53,7 +53,8 @@ def load(source):
     The contents of a checkpoint (`model`, `model_args`, `tokenizer`) from a Hugging Face folder or a model on
     the hub: one of NAMES, or ORG/NAME.
 
-    Raises UserError if a package is missing, the hub is out of reach, or the architecture is another one.
+    Raises UserError if a package is missing, the hub is out of reach, the family is none of ours, or weights
+    and config.json don't belong together.
     """
     try:
         from safetensors import SafetensorError
@@ -66,9 +67,10 @@ def load(source):
         config = read_json(folder / "config.json")
         model_args = families.model_args_of(config, source)
         family = families.family_in(config, source)
-        weights = renaming.our_weights(plain_weights(read_weights(folder, source), source), family)
+        theirs = renaming.usual_names(plain_weights(read_weights(folder, source), source), family)
+        renaming.require_shapes(theirs, shape_in(model_args), family.keys, source)
+        weights = renaming.our_weights(theirs, family)
         tie_head(weights, source, model_args["tied_head"])
-        families.require_shape(weights, model_args, config, source)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
@@ -111,7 +113,8 @@ def local_folder(source):
         ) from None
     if not (folder / "config.json").exists():
         raise UserError(
-            f"{source} on the Hugging Face hub has no config.json: use a model in GPT-2's architecture"
+            f"{source} on the Hugging Face hub has no config.json: use a model of "
+            f"{', '.join(families.FAMILIES)}"
         )
     return folder
 
@@ -122,7 +125,7 @@ def read_weights(folder, source):
     if found is None:
         raise UserError(
             f"{source} has no {WEIGHTS[0]}, nor the weights in another form: load it with transformers' "
-            "GPT2LMHeadModel.from_pretrained and save it with save_pretrained"
+            "AutoModelForCausalLM.from_pretrained and save it with save_pretrained"
         )
     if not found.endswith(".json"):
         return read_part(folder / found, source)

@@ -1,8 +1,10 @@
 """
-The names and the order of weights in transformers -> ours, and back.
+The names and the order of weights in transformers -> ours, and back; and as llama.cpp computes with them.
 
 Our names are those of GPT-2 there. The families that came after it have names in common, and keep the rows of
 Q, K and V in three matrices.
+
+Shapes: C = n_embd channels, nh heads of queries, nkv heads of keys and values, hs head size.
 """
 
 import re
@@ -11,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from kqv.errors import UserError
+from kqv.formats import size
 from kqv.formats.families import ARCEE, GPT2, LLAMA, family_of
 from model import angles_of
 
@@ -35,36 +38,101 @@ IN_BLOCK = {
 
 Q_K_V = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # together attn.c_attn
 
-FREQUENCIES = ".rotary_emb.inv_freq"  # not weights: old files carry them
+HEAD = {"lm_head.weight"}
+
+IN_LAYER = re.compile(r"^(transformer\.h\.|model\.layers\.)(\d+)\.")
+
+NOT_WEIGHTS = ".rotary_emb.inv_freq"  # old files carry the angles
+
+# A part of transformers' names of weights -> the fields of GPTConfig that make their shapes.
+MADE_OF = {
+    "attn.": ("n_embd", "n_head", "n_kv_head", "head_size"),
+    "mlp.": ("n_embd", "n_inner"),
+    "wpe.": ("block_size", "n_embd"),
+    "norm.": ("n_embd",),
+    "ln_": ("n_embd",),
+    "": ("vocab_size", "n_embd"),
+}
+
+
+def usual_names(theirs, family):
+    """
+    Plain {transformers' name: tensor} without what is no weight, and with the prefix `transformer.` that old
+    files of GPT-2 lack.
+    """
+    usual = {name: tensor for name, tensor in theirs.items() if not name.endswith(NOT_WEIGHTS)}
+    if family is not GPT2:
+        return usual
+    whole = ("transformer.", "lm_head.")
+    return {name if name.startswith(whole) else f"transformer.{name}": usual[name] for name in usual}
+
+
+def require_shapes(theirs, config, keys, source):
+    """
+    Raise UserError unless {transformers' usual name: tensor} are the weights, of the right shapes, of a model
+    of that GPTConfig. `keys` are those of its family, for the message. Whether there is a head is left to
+    `checkpoint.tie_head`.
+    """
+    layers = {match[2] for match in map(IN_LAYER.match, theirs) if match}
+    if len(layers) != config.n_layer:
+        key = keys["n_layer"][0][0]
+        raise UserError(f"{source} has {key}={config.n_layer}, but weights of {key}={len(layers)}")
+    planned = their_weights(size.plan(config, n_layer=1).state_dict(), config)
+    first = {name: tuple(tensor.shape) for name, tensor in planned.items()}
+    in_layer = {name for name in first if IN_LAYER.match(name)}
+    needed = first.keys() - in_layer
+    needed |= {IN_LAYER.sub(rf"\g<1>{layer}.", name) for name in in_layer for layer in range(config.n_layer)}
+    if missing := sorted(needed - theirs.keys() - HEAD):
+        raise UserError(f"{source} lacks the weight {missing[0]}, which its config.json means it to have")
+    if others := sorted(theirs.keys() - needed - HEAD):
+        raise UserError(
+            f"{source} has a weight {others[0]}, which no model has that is as its config.json says"
+        )
+    for name, tensor in theirs.items():
+        shape, wanted = tuple(tensor.shape), first.get(IN_LAYER.sub(r"\g<1>0.", name))
+        if wanted and shape != wanted:
+            fields = next(MADE_OF[part] for part in MADE_OF if part in name)
+            says = ", ".join(
+                f"{keys[field][0][0]}={getattr(config, field)}" for field in fields if field in keys
+            )
+            raise UserError(
+                f"{source} has a weight {name} of shape {shape}, but its config.json has {says}, "
+                f"which make it {wanted}: they belong to different models"
+            )
 
 
 def our_weights(theirs, family):
     """
-    Plain {transformers' name: tensor} -> {our name: tensor}. Names that are none of the family's stay. Old
-    files of GPT-2 lack the prefix `transformer.`.
+    {transformers' usual name: tensor} -> {our name: tensor}. Weights that the family doesn't have keep their
+    names. Raises ValueError where a layer lacks a part of Q, K and V.
     """
+    if family is GPT2:
+        return {
+            name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+            for name, tensor in theirs.items()
+        }
     ours, rows = {}, {}
     for name, tensor in theirs.items():
         part, _, kind = name.rpartition(".")
         block = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
-        if family is GPT2:
-            name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            ours[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-        elif block and block[2] in Q_K_V:
+        if block and block[2] in Q_K_V:
             rows.setdefault(f"transformer.h.{block[1]}.attn.c_attn.{kind}", {})[block[2]] = tensor
         elif block and block[2] in IN_BLOCK:
             ours[f"transformer.h.{block[1]}.{IN_BLOCK[block[2]]}.{kind}"] = tensor
-        elif not name.endswith(FREQUENCIES):
+        else:
             ours[f"{OUTSIDE.get(part, part)}.{kind}"] = tensor
     for name, parts in rows.items():
         if missing := set(Q_K_V) - parts.keys():
             raise ValueError(f"it has no {min(missing)} for {name}")
-        ours[name] = torch.cat([parts[part] for part in Q_K_V])
+        ours[name] = torch.cat([parts[part] for part in Q_K_V])  # ((nh + 2 nkv) hs, C), or without C: a bias
     return ours
 
 
 def their_weights(ours, config):
-    """The inverse: {our name: tensor} -> {transformers' name: tensor}, without a tied head."""
+    """
+    The inverse: {our name: tensor} of a GPTConfig -> {transformers' name: tensor}, without a tied head.
+    Raises UserError where no family has that shape.
+    """
     if config.tied_head:
         ours = {name: tensor for name, tensor in ours.items() if name != "lm_head.weight"}
     if family_of(config) is GPT2:
@@ -89,13 +157,14 @@ def their_weights(ours, config):
 
 def for_gguf(ours, config):
     """
-    {our name: tensor} -> {transformers' name: tensor} as llama.cpp computes with them. Its `llama` rotates
-    neighbouring channels of a head, so the rows of Q and K are put in that order; its `gpt2` keeps matrices
-    as torch does. Raises UserError for a scaling of rotary positions that llama.cpp has for `llama` alone.
+    {our name: tensor} of a GPTConfig -> {transformers' name: tensor} as llama.cpp computes with them. Its
+    `llama` and `arcee` rotate neighbouring channels of a head, so the rows of Q and K are put in that order.
+    Its `gpt2` keeps matrices as torch does. Raises UserError where llama.cpp has no scaling of rotary
+    positions, and where no family has that shape.
     """
     family = family_of(config)
     if family is GPT2:
-        kept = {name: tensor for name, tensor in with_biases(ours).items() if name != "lm_head.weight"}
+        kept = {name: tensor for name, tensor in with_biases(ours).items() if name not in HEAD}
         return kept if config.tied_head else {**kept, "lm_head.weight": ours["lm_head.weight"]}
     theirs = their_weights(ours, config)
     if family in (LLAMA, ARCEE):
@@ -103,15 +172,17 @@ def for_gguf(ours, config):
             if name.rpartition(".")[0].endswith(Q_K_V[:2]):
                 theirs[name] = interleaved(tensor, config.head_channels)
     if config.rope_factor != 1:
-        if family is not LLAMA:
+        if family not in (LLAMA, ARCEE):
             raise UserError(
-                f"llama.cpp scales rotary positions (rope_factor={config.rope_factor}) of a llama alone, "
-                f"and this is a {family.name}: export with --format=hf"
+                f"llama.cpp has no {family.name} with scaled rotary positions "
+                f"(rope_factor={config.rope_factor:g}): export with --format=hf"
             )
         one = torch.ones(1)  # the position at which an angle is its frequency
-        shapes = replace(config, rope_factor=1.0), config
-        plain, scaled = (angles_of(one, config.head_channels, shape)[0] for shape in shapes)
-        theirs["rope_freqs.weight"] = plain / scaled
+        plain, scaled = (
+            angles_of(one, config.head_channels, shape)[0]  # (hs / 2,)
+            for shape in (replace(config, rope_factor=1.0), config)
+        )
+        theirs["rope_freqs.weight"] = plain / scaled  # what llama.cpp divides frequencies by
     return theirs
 
 
@@ -142,7 +213,10 @@ def from_gguf(theirs, config):
 
 
 def interleaved(rows, size):
-    """Rows of heads of `size` rows: the halves of a head, one after the other -> row by row in turn."""
+    """
+    Rows of heads (nh hs, ...) of `size` = hs rows each, whose rows i and i + hs / 2 rotate together -> the
+    same rows in the order 0, hs / 2, 1, hs / 2 + 1, ...: neighbours rotate together, as in Su et al. 2021.
+    """
     return rows.unflatten(0, (-1, 2, size // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
@@ -152,7 +226,7 @@ def in_halves(rows, size):
 
 
 def q_k_v(rows, config):
-    """The rows of attn.c_attn, a weight or a bias -> those of Q, K and V."""
+    """The rows of attn.c_attn, ((nh + 2 nkv) hs, ...) -> those of Q (nh hs, ...), K and V (nkv hs, ...)."""
     heads = config.n_head, config.kv_heads, config.kv_heads
     return rows.split([count * config.head_channels for count in heads])
 

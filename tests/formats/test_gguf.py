@@ -18,6 +18,7 @@ from exports import (
     another_tokenizer,
     as_dicts,
     assert_one_line,
+    clear,
     exported,
     save_run,
 )
@@ -25,7 +26,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import export
-from kqv.formats import gguf, loading
+from kqv.formats import families, gguf, loading
 from kqv.text.added import AddedTokenizer
 from kqv.text.tokenizers import ByteTokenizer
 
@@ -113,6 +114,43 @@ def test_llama_cpp_stops_at_the_end_of_a_text():
     ours = exported("chat-char")
     ids, expected = next((ids, new) for ids, new in ours.clear(100, least=1) if len(new) < 100)
     assert in_llama_cpp("chat-char").greedy(ids, 100) == expected and expected[-1] == ours.tokenizer.separator
+
+
+FAMILIES = {  # name: (the family in GGUF, fields of a GPTConfig beside the family's)
+    "gpt2": ("gpt2", {"bias": True, "tied_head": False, "norm_eps": 1e-3}),
+    "llama": ("llama", {"n_kv_head": 2, "tied_head": False, "norm_eps": 1e-6}),
+    "llama, tied, one head of keys": ("llama", {"n_kv_head": 1, "head_size": 24}),
+    "llama, channels not divisible by heads": ("llama", {"n_embd": 68, "n_head": 3, "head_size": 16}),
+    "llama 3": ("llama", {"n_kv_head": 2, "rope_theta": 5e5, "rope_factor": 8.0, "rope_original": 32}),
+    "qwen2": ("qwen2", {"n_kv_head": 2, "tied_head": False}),
+    "qwen2, tied": ("qwen2", {}),
+    "qwen3": ("qwen3", {"n_kv_head": 2, "head_size": 32, "tied_head": False}),
+    "qwen3, tied": ("qwen3", {"n_kv_head": 1, "head_size": 8, "norm_eps": 1e-2}),
+    "arcee": ("arcee", {"n_kv_head": 2, "tied_head": False, "n_inner": 96}),
+    "arcee, scaled": ("arcee", {"rope_factor": 8.0, "rope_original": 32}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_goes_on_with_the_same_ids_in_every_family(tmp_path, name):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    family, changes = FAMILIES[name]
+    shape = {"vocab_size": 257, "block_size": 128, "n_embd": 64, "n_head": 4}
+    gpt = random_gpt(std=0.2, **{**shape, **families.FAMILIES[family].shape, **changes})
+    save_run(tmp_path / "run", ByteTokenizer(), gpt)
+    export.main([f"--out_dir={tmp_path / 'run'}", f"--to={tmp_path / 'it.gguf'}"])
+    other = LlamaCpp(tmp_path / "it.gguf")
+    for ids, expected in islice(clear(gpt, ByteTokenizer(), 80, least=64), 2):
+        assert other.greedy(ids, 80) == expected
+
+
+def test_scaled_positions_that_llama_cpp_lacks_are_refused(cli, tmp_path):
+    shape = {**families.QWEN3.shape, "rope_factor": 8.0}
+    save_run(tmp_path / "run", ByteTokenizer(), random_gpt(vocab_size=257, **shape))
+    assert_one_line(
+        cli(export.main, "--out_dir=run", "--to=it.gguf"), "qwen3", "rope_factor=8", "--format=hf"
+    )
 
 
 def read_gguf(path):

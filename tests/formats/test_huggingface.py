@@ -97,7 +97,9 @@ def test_the_names_of_old_files_are_read_too():
     old["h.0.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
     old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
     ours, expected = (
-        renaming.our_weights(checkpoint.plain_weights(old, "it"), families.GPT2),
+        renaming.our_weights(
+            renaming.usual_names(checkpoint.plain_weights(old, "it"), families.GPT2), families.GPT2
+        ),
         renaming.our_weights(theirs, families.GPT2),
     )
     checkpoint.tie_head(ours, "it", True)
