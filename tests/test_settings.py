@@ -224,7 +224,7 @@ def test_what_is_no_text_to_give_many_times_is_refused(refusal, tmp_path):
     assert "--stop=text" in refused("--stop", "--seed=3")
     assert "did you mean stop?" in refused("--stops=a")
     for saved in (["a"], ("a", 3), None, True):
-        with pytest.raises(UsageError, match="stop"):
+        with pytest.raises(UserError, match="stop"):
             parse(sample.SampleSettings, [], {"stop": saved})
 
 
