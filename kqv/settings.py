@@ -218,8 +218,8 @@ def require_no_setting(argument, types_of):
 
 def check_bounds(field, value):
     """Raise UsageError for a value outside the bounds of its setting."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        raise UsageError(f"{field.name} has {len(str(abs(value)))} digits, but it must be below 2**63")
+    if isinstance(value, int) and abs(value) >= 10**100:  # past 10**308 it can't be compared with a float
+        raise UsageError(f"{field.name} has {len(str(abs(value)))} digits: give a smaller number")
     at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
     if at_least is not None and not value >= at_least:  # `not`, since NaN fails every comparison
         raise UsageError(f"{field.name} is {value}, but it must be at least {at_least}")

@@ -288,7 +288,7 @@ def test_the_help_names_every_source_and_setting(cli):
         ("text.txt --unknown=ignore", ["--unknown=ignore", "error|skip"]),
         ("text.txt --tokeniser=byte", ["--tokeniser", "did you mean tokenizer?"]),
         ("text.txt --tokenizer=", ["--tokenizer is empty"]),
-        ("text.txt --tokenizer=data/nope", ["--tokenizer=data/nope is none of", "nor a prepared set"]),
+        ("text.txt --tokenizer=data/nope", ["--tokenizer=data/nope is none of", "a prepared set"]),
         ("text.txt hf:org/set", ["several files", "--name="]),
         ("text.txt openwebtext", ["openwebtext is a whole set by itself", "text.txt", "--name"]),
         ("-", ["standard input", "--name="]),

@@ -338,7 +338,7 @@ def test_a_resumed_run_with_no_step_left_says_so(run):
 
 def test_a_start_that_is_misspelt_names_those_there_are(run, cli):
     status, _, err = cli(train.main, *TINY, "--init_from=resum")
-    assert status == 1 and "nor one of scratch, resume, auto, gpt2," in err
+    assert status == 1 and "nor one of scratch, resume, auto, smollm2, gpt2," in err
     status, _, err = cli(sample.main, "--init_from=resum")
     assert status == 1 and "nor one of resume, gpt2," in err
 

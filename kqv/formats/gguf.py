@@ -53,8 +53,9 @@ def save(path, name, gpt, tokenizer, dtype, contents):
     writer.add_file_type(gguf.LlamaFileType[DTYPES[dtype]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_shape(writer, family, config)
-    if tokenizer.kind == "huggingface":
-        gguf_tokenizer.add_whole(writer, tokenizer, config.vocab_size)
+    whole = tokenizer.base if tokenizer.stores_marks else tokenizer  # of texts and of conversations alike
+    if whole.kind == "huggingface":
+        gguf_tokenizer.add_whole(writer, whole, config.vocab_size, [*tokenizer.ends][:1])
     else:
         writer.add_string(gguf_tokenizer.OURS, json.dumps(tokenizer.to_json()))
         add_tokenizer(writer, tokenizer, gguf.TokenType)

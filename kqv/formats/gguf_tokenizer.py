@@ -111,14 +111,13 @@ def whole(given, template, rows):
     ]
     parts["model"]["vocab"] = {name: number for number, name in enumerate(tokens[:count])}
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added} | parts
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(given.get("add_bos_token", pre in WHOLE_WORDS)),
-    }
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for role, name in ROLES.items():
         if f"{name}_token_id" in given:
             settings[f"{role}_token"] = tokens[number_in(tokens, given, f"{name}_token_id")]
+    if given.get("add_bos_token", pre in WHOLE_WORDS) and "bos_token" in settings:
+        number = number_in(tokens, given, "bos_token_id")
+        content["post_processor"] = beginning_with(settings["bos_token"], number)
     if template is not None:
         if not isinstance(template, str):
             raise ValueError(f"its chat_template is {template!r}, no text")
@@ -132,6 +131,17 @@ def whole(given, template, rows):
     ends += [names[name] for name in ENDS if name in names]
     files = {"tokenizer.json": json.dumps(content), "tokenizer_config.json": json.dumps(settings)}
     return {"kind": "huggingface", "files": files, "ends": list(dict.fromkeys(ends))}
+
+
+def beginning_with(name, number):
+    """The post_processor that puts a special id before a text."""
+    first, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }
 
 
 def number_in(tokens, given, key):
@@ -200,10 +210,11 @@ def sentence_pieces(given, kinds):
 # Out
 
 
-def add_whole(writer, tokenizer, rows):
+def add_whole(writer, tokenizer, rows, ends):
     """
-    Write a tokenizer of another program, of the kind "huggingface", with a name for each of `rows` ids.
-    Raises UserError where llama.cpp has none like it, or its pre-tokeniser is not known.
+    Write a tokenizer of another program, of the kind "huggingface", with a name for each of `rows` ids. A
+    text, or an answer, ends in the first of `ends`. Raises UserError where llama.cpp has no such tokenizer,
+    or its pre-tokeniser is not known.
     """
     content, model = tokenizer.content, tokenizer.content["model"]
     pre = pre_of(content)
@@ -221,7 +232,7 @@ def add_whole(writer, tokenizer, rows):
     writer.add_token_merges(merges or ["  "])
     names = {name: number for number, name in numbers.items()}
     ids = {role: names.get(tokenizer.roles.get(f"{role}_token")) for role in ROLES}
-    ids["eos"] = tokenizer.separator if tokenizer.separator is not None else ids["eos"]
+    ids["eos"] = ends[0] if ends else ids["eos"]
     for role, name in ROLES.items():
         if ids[role] is not None:
             writer.add_uint32(f"{KEYS}{name}_token_id", ids[role])

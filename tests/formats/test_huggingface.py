@@ -451,9 +451,9 @@ def test_old_weights_run_no_code(cli, tmp_path, content):
 
 
 def test_a_local_folder_needs_no_transformers(cli, monkeypatch):
+    folder = exported("bpe").folder
     for name in ("transformers", "tokenizers", "huggingface_hub"):
         monkeypatch.setitem(sys.modules, name, None)
-    folder = exported("bpe").folder
     status, out, err = cli(sample.main, f"--init_from={folder}", "--max_new_tokens=3", "--device=cpu")
     assert status == 0, err
     status, _, err = cli(export.main, f"--init_from={folder}", "--to=again")
