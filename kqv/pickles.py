@@ -125,13 +125,15 @@ def add(whole, parts, name):
     """Add what stands for parts to what stands for their whole. Raises UnpicklingError past a limit."""
     if name in KEYS and any(part[WIDE] for part in parts[:: KEYS[name]]):
         refuse("it has a number of more than 64 bits in a key")  # such numbers can all have one hash
-    if whole[USED]:
+    if whole[USED]:  # before anything is added: what stands for a leaf is shared by all
         refuse("it changes an object that another one holds already")
     for part in parts:
         whole[SIZE] += part[SIZE]
         whole[DEPTH] = max(whole[DEPTH], 1 + part[DEPTH])
         whole[WIDE] |= part[WIDE]
         part[USED] = True
+    if whole[USED]:
+        refuse("it holds itself")
     if whole[SIZE] > MOST_VALUES:
         refuse(f"it holds more than {MOST_VALUES} values, each counted as often as it is reached")
     if whole[DEPTH] > DEEPEST:

@@ -90,7 +90,6 @@ class CharTokenizer(Tokenizer):
 
     kind = spelling = "char"
     help = "one id a character of the text"
-    is_ours = True  # whether the ids, and how many rows of weights they need, are for us to say
     learns_from = "all"
 
     def __init__(self, chars):
