@@ -318,7 +318,7 @@ def test_a_whole_tokenizer_gives_llama_cpps_ids_in_and_out(tmp_path, pre):
             assert tokenizer.decode(ids) == text
     marked = "a<|im_end|>two words<|end|>"
     found = other.ask("/tokenize", content=marked, parse_special=True)["tokens"]
-    assert found == tokenizer.encode_marked(marked).tolist()
+    assert found == tokenizer.base.encode_marked(marked).tolist()
 
 
 def pieces_with_scores():
