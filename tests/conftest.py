@@ -36,6 +36,13 @@ LEARNT_FROM = [
     "for key in keys:\n    print(key)\n" * 5,
 ]
 SMALL = {"block_size": 8, "vocab_size": 19, "n_layer": 2, "n_head": 2, "n_embd": 16}  # a GPTConfig
+MODERN = {"bias": False, "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "n_kv_head": 1}
+SHAPES = {  # what makes a small GPT one of these families
+    "gpt2": {},
+    "llama": {**MODERN, "n_inner": 24, "tied_head": False},
+    "qwen3": {**MODERN, "n_inner": 40, "head_size": 12, "qk_norm": True},
+}
+USUAL = {}  # of random_gpt, while a test with the fixture `every_shape` runs
 
 # A test that goes wrong and wants all memory gets an error, and the machine stays usable.
 resource.setrlimit(resource.RLIMIT_DATA, (10 << 30, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -45,7 +52,18 @@ torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 def random_gpt(seed=0, std=0.3, **shape):
     """A small GPT whose every number is random, LayerNorms and biases too, so that none hides a fault."""
     torch.manual_seed(seed)
-    return randomise(GPT(GPTConfig(**{**SMALL, **shape})), std).eval()
+    return randomise(GPT(GPTConfig(**{**SMALL, **USUAL, **shape})), std).eval()
+
+
+@pytest.fixture(params=SHAPES, scope="module")
+def every_shape(request):
+    """
+    A test with this fixture runs for each of SHAPES: its models of random_gpt have that shape. It gives the
+    settings of train.py for that.
+    """
+    USUAL.update(SHAPES[request.param])
+    yield [f"--{name}={value}" for name, value in USUAL.items()]
+    USUAL.clear()
 
 
 @torch.no_grad()

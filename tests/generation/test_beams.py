@@ -16,6 +16,8 @@ from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate
 
+pytestmark = pytest.mark.usefixtures("every_shape")
+
 
 def plain_beams(
     gpt, text, max_new_tokens, beams, length_penalty=0.0, ends=lambda ids: False, vocab_size=None

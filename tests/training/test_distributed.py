@@ -118,6 +118,15 @@ def test_many_processes_train_as_one(here, parallel, count, node_size):
     assert Path("out/ckpt.pt").is_dir() == Path("out/best.pt").is_dir() == (parallel == "fsdp")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_train_any_family_as_one(here, every_shape, parallel):
+    shaped = [*RUN, *every_shape, "--dropout=0.1", "--max_iters=3"]
+    train_in(here, *shaped[len(TINY_RUN) + 1 :], "--out_dir=one")
+    run_ranks(2, *shaped, f"--parallel={parallel}", "--out_dir=two", "--activation_checkpointing=True")
+    assert_same_run("two", "one")
+    assert_close(moments("two"), moments("one"))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sharded_processes_train_in_lower_precision(here, dtype):
     run_ranks(2, *RUN, "--dropout=0.1", "--parallel=fsdp", f"--dtype={dtype}", "--out_dir=low")

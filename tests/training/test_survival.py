@@ -719,6 +719,15 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     assert (tmp_path / "best.pt").stat().st_size < 500_000  # 100,000 numbers, not twice that
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_of_any_family_goes_on_bit_for_bit(cli, tiny_set, every_shape, dtype):
+    run = [*RUN, *every_shape, f"--dtype={dtype}"]
+    assert cli(train.main, *run, "--out_dir=straight")[0] == 0
+    assert cli(train.main, *run, "--out_dir=parts", "--max_iters=3")[0] == 0
+    assert cli(train.main, "--init_from=resume", "--out_dir=parts", "--max_iters=6")[0] == 0
+    assert same(weights("parts"), weights("straight"))
+
+
 def test_saves_at_every_step_are_logged_and_change_nothing(cli, tiny_set):
     often = ["--checkpoint_interval=1", "--eval_interval=1000", "--max_iters=5"]
     assert cli(train.main, *RUN, *often, "--out_dir=often")[0] == 0
