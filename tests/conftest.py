@@ -55,7 +55,7 @@ def random_gpt(seed=0, std=0.3, **shape):
     return randomise(GPT(GPTConfig(**{**SMALL, **USUAL, **shape})), std).eval()
 
 
-@pytest.fixture(params=SHAPES, scope="module")
+@pytest.fixture(params=SHAPES)
 def every_shape(request):
     """
     A test with this fixture runs for each of SHAPES: its models of random_gpt have that shape. It gives the

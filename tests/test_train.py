@@ -340,7 +340,7 @@ def test_a_start_that_is_misspelt_names_those_there_are(run, cli):
     status, _, err = cli(train.main, *TINY, "--init_from=resum")
     assert status == 1 and "nor one of scratch, resume, auto, smollm2, gpt2," in err
     status, _, err = cli(sample.main, "--init_from=resum")
-    assert status == 1 and "nor one of resume, gpt2," in err
+    assert status == 1 and "nor one of resume, smollm2, gpt2," in err
 
 
 def test_a_new_run_that_ends_before_it_saves_leaves_all_as_it_was(run, cli):

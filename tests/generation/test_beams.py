@@ -16,8 +16,6 @@ from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate
 
-pytestmark = pytest.mark.usefixtures("every_shape")
-
 
 def plain_beams(
     gpt, text, max_new_tokens, beams, length_penalty=0.0, ends=lambda ids: False, vocab_size=None
@@ -78,6 +76,7 @@ def at_id_2(ids):
 @pytest.mark.parametrize("ends", [never, at_id_2])
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6, 1.0, 2.0])
 @pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.usefixtures("every_shape")
 def test_enough_beams_find_the_likeliest_of_all_texts(count, length_penalty, ends):
     gpt = random_gpt(vocab_size=5, std=0.2)
     texts = [*texts_of(3, 1, 5, below=5), [4, 4, 4]]
@@ -112,6 +111,7 @@ def test_beams_are_those_of_a_plain_search_for_each_text(lengths, count, beams, 
         assert_found(hypotheses, plain_beams(gpt, text, count, beams, length_penalty, ends))
 
 
+@pytest.mark.usefixtures("every_shape")
 def test_one_beam_is_greedy():
     gpt, texts = random_gpt(), texts_of(1, 4, 8)
     greedy = generate(Engine(gpt), texts, 20, sampling=Sampling(temperature=0))

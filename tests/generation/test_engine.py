@@ -108,7 +108,6 @@ def test_a_cropped_model_writes_past_its_new_block_size():
     seed=st.integers(0, 2**63 - 1),
 )
 @example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0)
-@pytest.mark.usefixtures("every_shape")
 def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampling, seed):
     gpt, texts = exact_gpt(n_layer=1), texts_of(*lengths)
     options = {"sampling": sampling, "seed": seed}
