@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kqv.device import find_dtype, has_compiler
 from model import KVCache
 
+FEWEST_SLOTS = 1024  # of a cache where the model is compiled, if block_size is not less
+
 COMPILE_FROM = 2000  # decoding steps from which compiling saves more time than it takes
 
 
@@ -99,8 +101,8 @@ class Engine:
     Runs a GPT: plain, or compiled, which pays for many tokens. Dropout is off, also in training mode.
 
     Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step. A graph
-    needs the same shapes and addresses again, so the cache always has block_size slots, and lengths are
-    rounded up to powers of two. Compiled on a CPU, only decoding differs.
+    needs the same shapes and addresses again, so the slots of a cache and the lengths are rounded up to
+    powers of two. Compiled on a CPU, only decoding differs.
     """
 
     def __init__(self, gpt, compiled=False):
@@ -130,13 +132,15 @@ class Engine:
 
     def new_cache(self, batch_size, slots):
         """An empty KVCache for texts of at most `slots` tokens."""
-        if self.compile_for_cpu:
-            slots = None  # block_size: the compiler takes the shape of a cache for a constant
+        if self.compile_for_cpu or self.use_cuda_graphs:
+            # A compiler takes the shape of a cache for a constant, so there are few: a power of two.
+            slots = max(FEWEST_SLOTS, 1 << (slots - 1).bit_length())
+        size = self.gpt.config, batch_size, slots, self.device, self.dtype
         if not self.use_cuda_graphs:
-            return KVCache(self.gpt.config, batch_size, slots, self.device, self.dtype)
-        if batch_size not in self.caches:  # kept for the next texts, since a graph knows addresses
-            self.caches[batch_size] = KVCache(self.gpt.config, batch_size, None, self.device, self.dtype)
-        return self.caches[batch_size]
+            return KVCache(*size)
+        if (batch_size, slots) not in self.caches:  # kept for the next texts, since a graph knows addresses
+            self.caches[batch_size, slots] = KVCache(*size)
+        return self.caches[batch_size, slots]
 
     def fill(self, cache, texts):
         """Prefill: make the cache hold the B lists of ids `texts`, and nothing else."""

@@ -418,6 +418,14 @@ def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
     assert not any(isinstance(module, MatVec) for module in gpt.modules())
 
 
+def test_a_compiled_cache_follows_the_text_in_powers_of_two():
+    """A model with a long context does not take memory for all of it."""
+    engine = Engine(random_gpt(block_size=8192, positions="rotary"))
+    engine.compile_for_cpu = True
+    slots = [engine.new_cache(1, needed).layers[0].k.size(1) for needed in (10, 1025, 8192)]
+    assert slots == [1024, 2048, 8192]
+
+
 def test_shapes_repeat_where_each_costs_a_graph():
     """As on a GPU, but for the compiler."""
     shape, spans = {"n_layer": 1, "block_size": 600}, []
@@ -435,7 +443,10 @@ def test_shapes_repeat_where_each_costs_a_graph():
         texts = texts_of(*lengths)
         assert generate(engine, texts, 12, seed=3) == generate(eager, texts, 12, seed=3)
     assert {T for _, T in shapes} == {1, 256, 512, 600} and set(spans) == {256, 512, 600}
-    assert sorted(engine.caches) == [1, 2, 3] and engine.caches[2].layers[0].k.numel() == 2 * 600 * 16
+    assert (
+        sorted(engine.caches) == [(1, 1024), (2, 1024), (3, 1024)]
+        and engine.caches[2, 1024].layers[0].k.numel() == 2 * 600 * 16
+    )
 
 
 @pytest.mark.parametrize("mode", ["greedy", "all"])
