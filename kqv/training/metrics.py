@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kqv.errors import UserError, first_line, warn
+from kqv.files import replacing
 from kqv.printable import printable
 from kqv.training.folder import METRICS, OLDER_METRICS
 
@@ -145,9 +146,8 @@ def open_file(out_dir, step, evaluated, resumed):
         before_save = kind == "evaluation" and at == evaluated or kind == "save"
         if at < step or at == step and before_save:
             kept.append(line)
-    beside = path.with_name(".metrics.jsonl.new")
-    beside.write_text("".join(kept), "utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text("".join(kept), "utf-8")
     return open(path, "a+b", buffering=0)
 
 
