@@ -166,7 +166,8 @@ def measure_decoding(engine, texts, max_new_tokens, machine):
 def bytes_of_step(gpt, batch_size, length):
     """Bytes that a decoding step must read: the weights, and the keys and values of `length` tokens a row."""
     dtype = gpt.lm_head.weight.dtype
-    weights = gpt.num_parameters() * dtype.itemsize  # without positions, of which one is read
+    looked_up = 0 if gpt.config.tied_head else gpt.transformer.wte.weight.numel()  # of which one row is read
+    weights = (gpt.num_parameters() - looked_up) * dtype.itemsize  # without positions, as well
     one_slot = KVCache(gpt.config, 1, slots=1, device="meta", dtype=dtype)
     a_token = sum(buffer.nbytes for buffer in one_slot.buffers() if buffer.is_floating_point())
     return weights + batch_size * length * a_token

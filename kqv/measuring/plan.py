@@ -36,7 +36,10 @@ MOST_BLOCKS = 10**4  # that are counted in a few seconds
 class PresetSettings:
     """Model"""
 
-    preset: str = setting("124M", "124M, 350M, 774M, 1.5B, 2.7B, 7B; the settings below replace its own")
+    preset: str = setting(
+        "124M",
+        "124M, 350M, 774M, 1.5B, 2.7B, 7B, smollm2-135M, qwen3-0.6B; the settings below replace its own",
+    )
 
 
 PlannedShapeSettings = group(

@@ -14,6 +14,8 @@ class Preset:
     batch_sizes: tuple[int, ...]
 
 
+MODERN = {"bias": False, "norm": "rmsnorm", "positions": "rotary", "activation": "swiglu"}
+
 PRESETS = {
     "tiny": Preset(GPTConfig(64, 65, 4, 4, 128, bias=False), (12,)),  # nanoGPT's recipe for a CPU
     "baby": Preset(GPTConfig(256, 65, 6, 6, 384, bias=False), (64,)),  # its recipe for tiny Shakespeare
@@ -21,6 +23,15 @@ PRESETS = {
     "350M": Preset(GPTConfig(1024, 50304, 24, 16, 1024, bias=False), (8, 16, 32)),
     "774M": Preset(GPTConfig(1024, 50304, 36, 20, 1280, bias=False), (4, 8, 16)),
     "1.5B": Preset(GPTConfig(1024, 50304, 48, 25, 1600, bias=False), (2, 4, 8)),
+    "smollm2-135M": Preset(
+        GPTConfig(2048, 49152, 30, 9, 576, n_kv_head=3, n_inner=1536, **MODERN), (4, 8, 16)
+    ),
+    "qwen3-0.6B": Preset(
+        GPTConfig(
+            2048, 151936, 28, 16, 1024, n_kv_head=8, head_size=128, n_inner=3072, qk_norm=True, **MODERN
+        ),
+        (1, 2, 4),
+    ),
 }
 
 

@@ -33,7 +33,7 @@ class TrainingSettings:
 
     presets: str = setting(
         "auto",
-        "models, with commas between: tiny, baby, 124M, 350M, 774M, 1.5B; auto: what the device is for",
+        "models, with commas between: tiny, baby, 124M, 350M, 774M, 1.5B, smollm2-135M, qwen3-0.6B; auto",
     )
     batch_sizes: str = setting("auto", "micro-batches, with commas between; auto: the preset's own")
     steps: int = setting(10, "training steps in a measurement", at_least=1)
