@@ -74,7 +74,7 @@ class FailureDetector:
             self.store.set("error", message)
             already_reported = self.store.add(f"reports of {message}", 1) > 1
         except RuntimeError:  # the store has ended
-            return False
+            return self.first_error == message
         if self.hosts_store:
             time.sleep(GRACE)  # for the others to read it
         return already_reported
