@@ -40,7 +40,7 @@ def require_contents(contents, source):
         contents.pop(name, None)
     for name in (name.removesuffix("?") for name in NUMBERS):
         value = contents.get(name)
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and is_readable(value):
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
             contents[name] = value.item()
     try:
         require_form(contents, FORM)
@@ -48,11 +48,6 @@ def require_contents(contents, source):
         raise UserError(f"{source} is damaged or not a checkpoint of kqv or nanoGPT: {error}") from None
     if "tokenizer" in contents:
         tokenizers.require_definition(contents["tokenizer"])
-
-
-def is_readable(tensor):
-    """Whether a tensor's numbers are in memory, one after the other."""
-    return tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def require_agreement(contents, source, rows, ids):

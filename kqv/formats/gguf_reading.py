@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from kqv.device import out_of_memory_as
 from kqv.errors import UserError
 from kqv.formats import families, gguf_tokenizer, renaming, size
 from kqv.formats.gguf_file import GGUFFile
-from model import GPTConfig, angles_of
+from model import GPTConfig
 
 SUFFIX = ".gguf"
 
@@ -52,9 +51,7 @@ def load(path):
         config = shape_of(file, family)
     except ValueError as error:
         raise UserError(f"{path} has in its metadata a shape that can't be: {error}") from None
-    if excess := size.excess(config):
-        raise UserError(f"{path} is too large: {excess}: take a smaller model, or a larger machine")
-    with out_of_memory_as(f"{path} does not fit into the memory that is free: end other programs"):
+    with size.fitting(config, path):
         weights = weights_of(file, family, config)
     model_args = {name: value for name, value in asdict(config).items() if name != "dropout"}
     contents = {"model": weights, "model_args": model_args, "tokenizer": definition}
@@ -151,11 +148,8 @@ def scaled(config, file):
     if config.positions != "rotary" or place.shape != (config.head_channels // 2,):
         raise refusal
     factors = torch.from_numpy(file.array(FREQUENCIES))
-    one = torch.ones(1)
-    plain = angles_of(one, config.head_channels, config)[0]
-    for candidate in candidates(factors.double(), plain.double(), config):
-        found = plain / angles_of(one, config.head_channels, candidate)[0]
-        if torch.allclose(found, factors, rtol=1e-5, atol=0):
+    for candidate in candidates(factors.double(), renaming.frequencies(config).double(), config):
+        if torch.allclose(renaming.frequency_factors(candidate), factors, rtol=1e-5, atol=0):
             return candidate
     raise refusal
 

@@ -8,7 +8,6 @@ All weights come in one form, the contents of a checkpoint: a dict with `model` 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kqv.device import out_of_memory_as
 from kqv.errors import UserError, warn
 from kqv.formats import gguf_reading, huggingface, size
 from kqv.formats.checkpoint import (
@@ -121,7 +120,7 @@ def load_start(source, words=("resume",)):
     folder, a built-in model (smollm2), or one on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl
     or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
     """
-    path = model_file(source) if source in MODELS else Path(source)
+    path = place_of(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
     if on_hub or (path / "config.json").exists():
         return huggingface.load(source)
@@ -135,16 +134,23 @@ def load_start(source, words=("resume",)):
 
 def tokenizer_at(source):
     """The tokenizer of what `load_start` takes; of a GGUF file without its weights. Raises UserError."""
-    path = model_file(source) if source in MODELS else Path(source)
+    path = place_of(source)
     if is_gguf(path):
         return tokenizers.from_json(gguf_reading.tokenizer_in(GGUFFile(path)))
     return tokenizer_of(load_start(source))
 
 
+def place_of(source):
+    """The path that a user names, or that of a built-in model's file."""
+    return model_file(source) if source in MODELS else Path(source)
+
+
 def is_gguf(path):
     """Whether a file is in GGUF: by its name, or by its first bytes."""
-    if path.suffix == gguf_reading.SUFFIX or not path.is_file():
-        return path.suffix == gguf_reading.SUFFIX
+    if path.suffix == gguf_reading.SUFFIX:
+        return True
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return file.read(4) == b"GGUF"
 
@@ -159,9 +165,7 @@ def model_of(contents, path, dropout=None):
         if dropout is not None:
             config = replace(config, dropout=dropout)
         size.require_names(config, contents["model"])
-        if excess := size.excess(config):
-            raise UserError(f"{path} is too large: {excess}: take a smaller model, or a larger machine")
-        with out_of_memory_as(f"{path} does not fit into the memory that is free: end other programs"):
+        with size.fitting(config, path):
             return GPT.from_weights(config, contents["model"], copy=False)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None

@@ -177,13 +177,19 @@ def for_gguf(ours, config):
                 f"llama.cpp has no {family.name} with scaled rotary positions "
                 f"(rope_factor={config.rope_factor:g}): export with --format=hf"
             )
-        one = torch.ones(1)  # the position at which an angle is its frequency
-        plain, scaled = (
-            angles_of(one, config.head_channels, shape)[0]  # (hs / 2,)
-            for shape in (replace(config, rope_factor=1.0), config)
-        )
-        theirs["rope_freqs.weight"] = plain / scaled  # what llama.cpp divides frequencies by
+        theirs["rope_freqs.weight"] = frequency_factors(config)
     return theirs
+
+
+def frequency_factors(config):
+    """What a GPTConfig's scaling of rotary positions divides each frequency by, (hs / 2,)."""
+    plain, scaled = (frequencies(shape) for shape in (replace(config, rope_factor=1.0), config))
+    return plain / scaled
+
+
+def frequencies(config):
+    """The angles (hs / 2,) by which the pairs of channels turn from one position to the next."""
+    return angles_of(torch.ones(1), config.head_channels, config)[0]
 
 
 def named_for_gguf(ours, config):

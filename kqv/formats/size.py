@@ -1,11 +1,13 @@
 """How large a model is, before it is built."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from kqv.device import machine_memory
+from kqv.device import machine_memory, out_of_memory_as
+from kqv.errors import UserError
 from model import GPT
 
 
@@ -23,6 +25,18 @@ def excess(shape):
         f"n_layer={shape.n_layer} and n_embd={shape.n_embd} make {count:.1e} parameters, more than the "
         f"{memory / 2**30:.0f} GiB of this machine hold"
     )
+
+
+@contextmanager
+def fitting(shape, source):
+    """
+    A context in which the weights of a GPT of that GPTConfig are made from `source`. Raises UserError where
+    the machine has too little memory for them, before the block or in it.
+    """
+    if found := excess(shape):
+        raise UserError(f"{source} is too large: {found}: take a smaller model, or a larger machine")
+    with out_of_memory_as(f"{source} does not fit into the memory that is free: end other programs"):
+        yield
 
 
 def require_names(shape, weights):

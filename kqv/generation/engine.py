@@ -96,6 +96,11 @@ def evaluating(gpt):
             module.training = True
 
 
+def power_of_two(number):
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 class Engine:
     """
     Runs a GPT: plain, or compiled, which pays for many tokens. Dropout is off, also in training mode.
@@ -127,14 +132,14 @@ class Engine:
         if self.compile_for_cpu:
             length = max(length, 2)  # one slot alone has no mask, which would be one more shape to compile
         elif self.use_cuda_graphs:
-            length = max(256, 1 << (length - 1).bit_length())
+            length = max(256, power_of_two(length))
         return min(length, self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
         """An empty KVCache for texts of at most `slots` tokens."""
         if self.compile_for_cpu or self.use_cuda_graphs:
             # A compiler takes the shape of a cache for a constant, so there are few: a power of two.
-            slots = max(FEWEST_SLOTS, 1 << (slots - 1).bit_length())
+            slots = max(FEWEST_SLOTS, power_of_two(slots))
         size = self.gpt.config, batch_size, slots, self.device, self.dtype
         if not self.use_cuda_graphs:
             return KVCache(*size)

@@ -72,10 +72,10 @@ def decode_utf8(content, name):
 
 def completed(text, tokenizer):
     """
-    The text that the model continues where the user gave `text`. An empty text becomes a newline, or the
-    tokenizer's first character where it has no newline; one that begins each text with an id of its own
-    begins with that. An empty message to a model of conversations stays
-    empty. Where the tokenizer has no newline, one at the end of the text is removed.
+    The text that the model continues where the user gave `text`. Where the tokenizer has no newline, one at
+    the end of the text is removed. An empty text becomes a newline, or the tokenizer's first character where
+    it has no newline. It stays empty if the tokenizer puts an id of its own before every text, and if it is a
+    message to a model of conversations.
     """
     has_newline = tokenizer.encode("\n", "skip").size > 0
     if not has_newline:

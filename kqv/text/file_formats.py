@@ -236,9 +236,8 @@ def rows_of(batches, columns, text_column, name, most):
 
 class Format(NamedTuple):
     help: str  # one line
-    documents: Callable | None = (
-        None  # (file, its name, text_column, most bytes of a row) -> its documents; None: one text
-    )
+    # (file, its name, text_column, most bytes of a row) -> its documents; None: the file is one text
+    documents: Callable | None = None
     is_text: bool = True  # whether it may be compressed, and in any encoding of Unicode
 
 

@@ -13,8 +13,6 @@ LONGEST = 500  # tokens of a document that are shown, at most
 
 COLOUR, PLAIN = "\x1b[32m", "\x1b[0m"  # green, on a terminal
 
-ESCAPES = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
-
 
 def show(data, count):
     """
@@ -56,4 +54,4 @@ def token_text(tokenizer, names, number):
     if number in names:
         return names[number]
     text = tokenizer.decode_bytes([number]).decode("utf-8", errors="backslashreplace")
-    return printable(text.translate(ESCAPES))
+    return printable(text, stays="")

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -66,27 +67,23 @@ class TemplatedTokenizer(Tokenizer):
         special = {*self.names.values()}
         return self.base.decode_bytes([number for number in map(int, ids) if number not in special])
 
-    @property
+    @cached_property
     def ends(self):
         """The ids that end an answer: what the template ends a turn in, and what the model ends a text in."""
-        turn = self.find_turn()
-        return tuple(dict.fromkeys(([turn.end] if turn else []) + [*self.base.ends]))
+        return tuple(dict.fromkeys(([self.turn.end] if self.turn else []) + [*self.base.ends]))
 
     def message_of(self, answer):
         """The text of the message that the template makes an answer of: without what it adds itself."""
-        turn = self.find_turn()
-        return answer.removeprefix(turn.gap) if turn else answer
+        return answer.removeprefix(self.turn.gap) if self.turn else answer
 
     # What the template does
 
-    def find_turn(self):
-        """The Turn; None where the template has none that can be found."""
-        if "turn" not in self.__dict__:
-            self.__dict__["turn"] = self.probed()
-        return self.__dict__["turn"]
-
-    def probed(self):
-        """Find out what stands around an answer, with texts that can't be in the template."""
+    @cached_property
+    def turn(self):
+        """
+        The Turn: what stands around an answer, found with texts that can't be in the template. None where
+        there is none that can be found.
+        """
         ask, answer, again, last = (secrets.token_hex(16) for _ in range(4))
         asked = self.template.render([("user", ask)], add_generation_prompt=True)
         not_yet = self.template.render([("user", ask)])
@@ -164,7 +161,7 @@ class TemplatedTokenizer(Tokenizer):
         what opens a turn, up to and with the special id that ends it.
         """
         said = [words for role, words in messages if role == "assistant"]
-        turn = self.find_turn()
+        turn = self.turn
         if not turn:
             raise self.not_found("an assistant's turn")
         if not said:

@@ -202,8 +202,8 @@ def require_tokenizer(config, contents, gpt, tokenizer):
     weights = config.out_dir if config.init_from == "resume" else config.init_from
     if base and known == base:
         torch.manual_seed(config.seed)
-        known, needed = gpt.config.vocab_size, tokenizer.vocab_size
-        resize.grow_vocab_size(gpt, known if needed <= known else padded(needed))
+        rows, needed = gpt.config.vocab_size, tokenizer.vocab_size
+        resize.grow_vocab_size(gpt, rows if needed <= rows else padded(needed))
     elif known != definition:
         theirs = known["kind"]
         raise UserError(
