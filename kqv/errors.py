@@ -9,7 +9,7 @@ import errno
 import os
 import sys
 
-from kqv.printable import one_line, printable, without_orders
+from kqv.printable import one_line, printable, without_commands
 
 REQUIRED = ("torch", "numpy", "tiktoken", "tqdm", "wandb")
 
@@ -122,7 +122,7 @@ def run(main):
     open_streams()
     before = sys.stdout, sys.stderr
     sys.stdout = Output(sys.stdout, needed=True)
-    sys.stderr = Output(sys.stderr, needed=False, show=without_orders)
+    sys.stderr = Output(sys.stderr, needed=False, show=without_commands)
     try:
         output = sys.stdout
         status, message = outcome(lambda: main(sys.argv[1:]))

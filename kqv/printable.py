@@ -1,6 +1,7 @@
 """
-Text as it can be shown. Names in files of strangers may hold characters that a terminal obeys (ESC moves its
-cursor, U+202E turns a line around) or that nobody sees. They are written out, as in Python: \\x1b, \\u202e.
+Text as it can be shown. Names in files of strangers may hold characters that a terminal takes for commands
+(ESC moves its cursor, U+202E reverses a line) or that nobody sees. They are written out, as in Python:
+\\x1b, \\u202e.
 """
 
 LONGEST = 2000  # characters of a message: a value in it may have many more
@@ -46,10 +47,10 @@ def is_seen(char, before):
     return not any(first <= char <= last for first, last in HIDDEN)
 
 
-def without_orders(text, before=""):
+def without_commands(text, before=""):
     """
-    `printable` for what libraries write on standard error: they draw progress bars, and their orders to go to
-    the beginning of a line, or to an earlier line, stay. Colours are left out.
+    `printable` for what libraries write on standard error: they draw progress bars, and their commands to
+    move to the beginning of a line, or to an earlier line, stay. Colours are left out.
     """
     if "\x1b" not in text and "\r" not in text:
         return printable(text, before=before)

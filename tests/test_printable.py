@@ -20,7 +20,7 @@ import prepare
 import sample
 import train
 from kqv.errors import Output, say
-from kqv.printable import one_line, printable, without_orders
+from kqv.printable import one_line, printable, without_commands
 from kqv.text.tokenizers import ByteTokenizer
 
 EVIL = "a\x1b]0;title\x07\x1b[31m\r\nb\u202ec\u200b\u2028\x9bd\ufeff\u2066"
@@ -74,9 +74,9 @@ def test_a_stream_shows_pieces_as_the_whole_text(pieces):
 
 def test_libraries_may_draw_progress_bars_and_give_no_other_orders():
     for drawn in ("\r 10% left", "\r     ", "\r", "\n\n\x1b[A\x1b[A", "\r\x1b[Am\x1b[2K\r"):
-        assert without_orders(drawn) == drawn
-    assert without_orders("\x1b[34mwandb\x1b[0m: a\n") == "wandb: a\n"
-    assert without_orders("\rname\x1b]0;a\x07 b\rc\x1b[2J") == "\rname" + r"\x1b]0;a\x07 b\rc\x1b[2J"
+        assert without_commands(drawn) == drawn
+    assert without_commands("\x1b[34mwandb\x1b[0m: a\n") == "wandb: a\n"
+    assert without_commands("\rname\x1b]0;a\x07 b\rc\x1b[2J") == "\rname" + r"\x1b]0;a\x07 b\rc\x1b[2J"
 
 
 # What strangers name

@@ -1,7 +1,7 @@
 """
-What a GGUF file says of itself: its metadata, and where its tensors are. Nothing in it is believed: each
-count and place is compared with the size of the file before it is used. The format is described in ggml's
-docs/gguf.md.
+What a GGUF file says of itself: its metadata, and where its tensors are. The file may be a stranger's: each
+count and place in it is compared with the size of the file before it is used. The format is described in
+ggml's docs/gguf.md.
 """
 
 import math

@@ -25,7 +25,7 @@ BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")  # a piece that is one byte, where the
 
 LETTERS = bytes_of_letters()
 
-PATIENCE = 120  # seconds for about a megabyte of text, which takes less than one
+TIME_LIMIT = 120  # seconds for about a megabyte of text, which takes less than one
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -183,10 +183,10 @@ def encodings(encode, texts):
     each id stands in its text. Raises UserError.
     """
     try:
-        return within(PATIENCE, lambda: encode(texts, add_special_tokens=False))
+        return within(TIME_LIMIT, lambda: encode(texts, add_special_tokens=False))
     except TimeoutError:
         raise UserError(
-            f"the tokenizer took more than {PATIENCE} s for {sum(map(len, texts)):,} characters: its "
+            f"the tokenizer took more than {TIME_LIMIT} s for {sum(map(len, texts)):,} characters: its "
             "tokenizer.json cuts words by an expression that some texts take for ever"
         ) from None
     except (KeyboardInterrupt, MemoryError):
@@ -208,7 +208,7 @@ def loaded(content, encodes_special):
     except ImportError:
         raise UserError("this model's tokenizer needs: pip install tokenizers") from None
     try:
-        tokenizer = within(PATIENCE, lambda: Tokenizer.from_str(content))
+        tokenizer = within(TIME_LIMIT, lambda: Tokenizer.from_str(content))
     except (KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:  # the package raises Exception itself, and panics

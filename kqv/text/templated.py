@@ -102,10 +102,10 @@ class TemplatedTokenizer(Tokenizer):
         gap = parts[1].removeprefix(asked.partition(ask)[2])
         return Turn(opening, closing, self.names[name], gap) if parts[4].startswith(closing) else None
 
-    def shielded(self, text):
+    def with_names_cut(self, text):
         """
-        A text in which no name of a special id is whole: a border is inside of each, and behind the beginning
-        of one at its end.
+        The text with `border` inside of each name of a special id, so that none is whole, and behind what may
+        be the beginning of one at the end of the text.
         """
         utf8(text)
         cuts = {found.start() + 1 for found in self.inside.finditer(text)}
@@ -138,7 +138,7 @@ class TemplatedTokenizer(Tokenizer):
 
     def written(self, messages, learn=False):
         """((T,) ids, where each begins in the text that the template writes, where what is learnt stands)."""
-        messages = [(role, self.shielded(text)) for role, text in messages]
+        messages = [(role, self.with_names_cut(text)) for role, text in messages]
         asks = messages[-1][0] == "user"
         text = self.template.render(messages, asks)
         spans = self.spans(text, messages, asks) if learn else []

@@ -10,10 +10,11 @@ from kqv.formats.checkpoint import BEST, NEWEST, REST, read
 
 def adopt_best(state, config, world):
     """
-    Let the state of a resumed run say about the best what best.pt in its folder holds. Where the checkpoint
-    is of another opinion, because a process was killed between the two files, or one of them failed, or a
-    user has removed best.pt: best.pt is right, and a step that was evaluated last is evaluated again, so that
-    its weights become best.pt if they are the best. Returns a line if the best begins anew.
+    Let the state of a resumed run say about the best what best.pt in its folder holds. The checkpoint
+    may say something else: a process was killed between the two files, one of them was not written, or a user
+    has removed best.pt. Then best.pt counts. If the checkpoint's step is the one that was evaluated last, it
+    is evaluated again, so that its weights become best.pt if they are the best. Returns a line if the best
+    begins anew.
     """
     path = Path(config.out_dir) / BEST
     found, problem = world.share(held_in(path) if world.is_main else None)

@@ -209,7 +209,7 @@ def test_a_definition_that_is_none_is_refused(files, ends):
 
 
 def test_a_text_that_takes_too_long_is_refused(monkeypatch):
-    monkeypatch.setattr(huggingface, "PATIENCE", 0.2)
+    monkeypatch.setattr(huggingface, "TIME_LIMIT", 0.2)
     content = json.loads(qwen2().to_str())
     slow = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
     words = {"type": "Sequence", "pretokenizers": [slow, content["pre_tokenizer"]]}

@@ -1,4 +1,7 @@
-"""A save is struck at each of its moments, one after the other: a resumed run ends as one never stopped."""
+"""
+A save is killed, or fails, at each of its system calls, one after the other: a resumed run ends as one that
+was never stopped.
+"""
 
 import builtins
 import errno
