@@ -26,10 +26,11 @@ def adopt_best(state, config, world):
     if loss == state.best_val_loss or not found and never_saved:
         return None
     is_here = state.evaluated == state.step  # so the best, if it was that step, is found again
+    is_known = state.best_step is not None  # an older file may mean the loss of another step
     state.best_val_loss, state.best_step = loss, step
     if is_here:
         state.evaluated = -1
-    if found or is_here:
+    if found or is_here and is_known:
         return None
     return f"{path} {problem}, which {NEWEST} names as the best so far: the best begins anew"
 

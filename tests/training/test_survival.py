@@ -719,6 +719,17 @@ def test_what_is_written_beside_training_is_the_state_of_its_step(tmp_path):
     assert (tmp_path / "best.pt").stat().st_size < 500_000  # 100,000 numbers, not twice that
 
 
+def test_an_older_checkpoint_whose_best_is_not_there_says_that_the_best_begins_anew(cli, tiny_set):
+    assert cli(train.main, *RUN, "--max_iters=3")[0] == 0
+    older = torch.load("out/ckpt.pt", weights_only=True)
+    del older["best_step"]  # the best may be that of step 0, which is never saved
+    torch.save({**older, "best_val_loss": 0.5}, "out/ckpt.pt")
+    Path("out/best.pt").unlink()
+    status, _, err = cli(train.main, "--init_from=resume", "--max_iters=4")
+    assert status == 0 and "out/best.pt is not there" in err and "the best begins anew" in err
+    assert loading.load(Path("out/best.pt"))["best_val_loss"] > 0.5
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_of_any_family_goes_on_bit_for_bit(cli, tiny_set, every_shape, dtype):
     run = [*RUN, *every_shape, f"--dtype={dtype}"]
