@@ -165,7 +165,7 @@ class Source:
             yield Piece(self.split_of(question), True, document)
             return
         document = self.with_newlines(document or "")
-        if document and (cut or len(document) > utf8.PIECE):
+        if document and (cut or len(document) > utf8.PIECE and document.strip()):
             content = document.encode("utf-8")
             yield from self.text_pieces(io.BytesIO(content), "text", len(content) if cut else None)
         elif document:

@@ -49,7 +49,7 @@ class Saver:
         copy = self.stage(contents)
         if any(tensor.is_pinned() for tensor in self.copies.values()):
             torch.cuda.synchronize()
-        thread = threading.Thread(target=self.write, args=(copy, best))
+        thread = threading.Thread(target=self.write, args=(copy, best), name="saver")
         try:
             thread.start()
             self.thread = thread

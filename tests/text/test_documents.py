@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import prepare
@@ -88,6 +88,7 @@ def test_a_line_may_be_a_list_of_messages_or_a_text(tmp_path):
 
 @UNHURRIED
 @given(texts=st.lists(WORDS, min_size=1, max_size=5), size=st.integers(1, 9), indent=st.none() | st.just(1))
+@example(texts=["a", "  "], size=1, indent=None)  # a document of blanks, longer than what is read at once
 @pytest.mark.parametrize("kind", ["list", "lines"])
 def test_a_json_file_is_a_list_or_objects_one_after_another(kind, texts, size, indent, tmp_path):
     rows = [{"text": text, "more": [{"a": 1.5}, None]} for text in texts]
