@@ -5,6 +5,7 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
+import functools
 import math
 import signal
 import sys
@@ -22,15 +23,17 @@ from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
-from kqv.training.loss import next_token_loss
+from kqv.training.loss import LossSettings, next_token_loss
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
-from kqv.training.optimizer import OptimizerSettings, learning_rate_at, step_unless
+from kqv.training.optimizer import OptimizerSettings, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
+from kqv.training.schedule import ScheduleSettings
 from kqv.training.sharding import full_tensor, is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ActivationSettings,
+    InitSettings,
     ModelSettings,
     RunSettings,
     build_model,
@@ -54,7 +57,10 @@ class TrainSettings(
     SaveSettings,
     EvaluationSettings,
     OptimizerSettings,
+    ScheduleSettings,
+    LossSettings,
     ActivationSettings,
+    InitSettings,
     ModelSettings,
     DataSettings,
     RunSettings,
@@ -102,16 +108,16 @@ def train(run, stop):
             run.save(stopping)
         if run.finished or stopping:
             break
-        learning_rate = learning_rate_at(run.state.step, run.config)
+        learning_rate = set_learning_rates(run.state.optimizer, run.state.step, run.config)
         numbers = train_step(
-            run.parallel_model, run.state, run.batches(), learning_rate, run.config, run.world, run.autocast
+            run.parallel_model, run.state, run.batches(), run.config, run.world, run.autocast
         )
         run.end_step(numbers, learning_rate)
     run.close(stopping, stop)
     return stopping
 
 
-def train_step(model, state, batches, learning_rate, config, world, autocast):
+def train_step(model, state, batches, config, world, autocast):
     """
     One optimizer step over this process's micro-batches. `model` gives the loss of state.model, and its
     backward pass averages gradients over the processes. A step whose gradient is not finite is skipped, and
@@ -139,8 +145,6 @@ def train_step(model, state, batches, learning_rate, config, world, autocast):
     grad_norm = full_tensor(grad_norm)
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
     step_unless(bad, state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
@@ -167,10 +171,11 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
-    objective = NextToken(gpt, next_token_loss, data.tokenizer.vocab_size)
+    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
+    objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
-    state = start_state(config, gpt, start_checkpoint, dtype)
+    state = start_state(config, gpt, start_checkpoint, dtype, world)
     if config.init_from == "resume" and (line := adopt_best(state, config, world)):
         errors.warn(line)
     evaluated = state.evaluated

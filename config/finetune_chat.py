@@ -10,7 +10,6 @@ gradient_accumulation_steps = 1
 # a row holds one exchange or a few; the CPU's model sees each of its 5,700 rows 4 times
 batch_size = 32
 max_iters = 700
-lr_decay_iters = max_iters
 learning_rate = 1e-3  # a sixth of what the model was trained with
 min_lr = 1e-5
 warmup_iters = 50

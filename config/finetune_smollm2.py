@@ -15,7 +15,6 @@ batch_size = 4
 gradient_accumulation_steps = 2  # 2,048 tokens a step
 
 max_iters = 200
-lr_decay_iters = max_iters
 learning_rate = 1e-4  # more makes it forget what it knew
 min_lr = 0.0
 warmup_iters = 10

@@ -12,7 +12,6 @@ block_size = 15
 batch_size = 64
 
 max_iters = 2500
-lr_decay_iters = max_iters
 learning_rate = 1e-3
 min_lr = 1e-5
 warmup_iters = 50

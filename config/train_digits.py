@@ -14,7 +14,6 @@ batch_size = 32
 
 # 67 passes over 1,427 images; dropout and weight decay are high, since so few images are soon overfitted
 max_iters = 3000
-lr_decay_iters = max_iters
 learning_rate = 1.5e-3
 min_lr = 1e-5
 warmup_iters = 50

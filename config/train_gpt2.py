@@ -11,7 +11,6 @@ gradient_accumulation_steps = 5 * 8
 
 # 600,000 steps = 295 billion tokens
 max_iters = 600000
-lr_decay_iters = max_iters
 weight_decay = 1e-1
 
 eval_interval = 1000

@@ -30,5 +30,3 @@ else:  # 0.8M parameters, a minute or two on two CPU cores
     min_lr = 1e-4
     eval_interval = 300
     eval_iters = 30
-
-lr_decay_iters = max_iters

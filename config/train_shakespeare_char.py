@@ -23,6 +23,5 @@ gradient_accumulation_steps = 1
 max_iters = 5000
 learning_rate = 1e-3
 warmup_iters = 100
-lr_decay_iters = max_iters
 min_lr = learning_rate / 10
 beta2 = 0.99  # a bit larger, since a step sees few tokens

@@ -14,7 +14,6 @@ batch_size = 16
 
 # 15 passes over 1,585 rows; with more the model overfits
 max_iters = 1500
-lr_decay_iters = max_iters
 learning_rate = 2e-3
 min_lr = 1e-5
 warmup_iters = 100

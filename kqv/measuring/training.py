@@ -161,7 +161,7 @@ def own_step(settings, shape, machine, compiled, train_step):
     data = dataset.Dataset(settings.dataset)
     torch.manual_seed(settings.seed)
     gpt = GPT(shape).to(machine.device)
-    state = start_state(settings, gpt, None, machine.dtype)
+    state = start_state(settings, gpt, None, machine.dtype, world)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
     objective = NextToken(gpt, next_token_loss)
@@ -171,7 +171,7 @@ def own_step(settings, shape, machine, compiled, train_step):
     def step():
         set_precision(settings, machine.device)
         batches = micro_batches(data, settings, world, state.step)
-        numbers = train_step(model, state, batches, 1e-4, settings, world, autocast)
+        numbers = train_step(model, state, batches, settings, world, autocast)
         state.step += 1
         return numbers["loss"]
 

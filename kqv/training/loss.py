@@ -10,24 +10,44 @@ Shapes: N tokens, C channels, V vocabulary.
 """
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from kqv.settings import setting
+
 LOGITS_AT_ONCE = 2**28  # 512 MB in bfloat16, and enough tokens to keep a GPU's matrix units busy
 
 
-def next_token_loss(x, head, targets, vocab_size=None):
+@dataclass(frozen=True)
+class LossSettings:
+    """Loss"""
+
+    label_smoothing: float = setting(
+        0.0, "share of each target that goes to all ids alike, in training alone", at_least=0.0, below=1.0
+    )
+
+
+def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0):
     """
     x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count -> the mean cross-entropy of the
     logits x @ head.T, in nats. It is model.py's function of the same name with less memory.
+
+    With `label_smoothing` (Szegedy et al. 2016) the right answer is not the id alone: so large a share goes
+    to all ids alike. Where no gradient is computed, as in an evaluation, it does not count.
     """
     chunks, bias = -(-x.size(0) * head.size(0) // LOGITS_AT_ONCE), without_padding(head, vocab_size)
+    smoothing = label_smoothing if torch.is_grad_enabled() else 0.0
+    if chunks == 1 and smoothing:  # it would be infinite with the bias
+        logits = F.linear(x, head)[:, :vocab_size]
+        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing)
     if chunks == 1:
         return F.cross_entropy(F.linear(x, head, bias), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return in_chunks(x, head, bias, targets, chunks, torch.compiler.is_compiling())
+    smooth = smoothing, vocab_size or head.size(0)
+    return in_chunks(x, head, bias, targets, chunks, smooth, torch.compiler.is_compiling())
 
 
 def without_padding(head, vocab_size):
@@ -45,9 +65,10 @@ def without_padding(head, vocab_size):
 # The compiler would unroll the loop, and keep several chunks in memory. This is torch.compiler.disable, but
 # imports the compiler at the first call, not at the start of train.py, where that takes a second.
 @torch._disable_dynamo
-def in_chunks(x, head, bias, targets, chunks, compiled):
+def in_chunks(x, head, bias, targets, chunks, smooth, compiled):
     """ChunkedCrossEntropy; if the model is compiled, so is the work on the logits of one chunk."""
     loss_of_chunk = compiled_cross_entropy() if compiled else cross_entropy
+    loss_of_chunk = functools.partial(loss_of_chunk, smooth=smooth)
     return ChunkedCrossEntropy.apply(x, head, bias, targets, chunks, loss_of_chunk, torch.is_grad_enabled())
 
 
@@ -85,18 +106,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x * scale, grad_head * scale, None, None, None, None, None
 
 
-def cross_entropy(logits, targets, with_gradient):
+def cross_entropy(logits, targets, with_gradient, smooth=(0.0, 1)):
     """
     The summed loss of logits (n, V), and its gradient (n, V) or None. The logits may be overwritten.
+    `smooth`: the share of a target that goes to all ids, and how many ids there are; the columns after them
+    are padding.
     """
+    share, ids = smooth
     counts = (targets >= 0)[:, None]  # (n, 1)
     targets = targets.clamp(min=0)[:, None]  # (n, 1)
     scores = logits.float()  # (n, V)
     normaliser = scores.logsumexp(dim=-1, keepdim=True)  # (n, 1)
-    loss = ((normaliser - scores.gather(1, targets)) * counts).sum()
+    expected = (1 - share) * scores.gather(1, targets)
+    if share:
+        expected = expected + share * scores[:, :ids].mean(dim=-1, keepdim=True)
+    loss = ((normaliser - expected) * counts).sum()
     if not with_gradient:
         return loss, None
     is_target = torch.arange(logits.size(1), device=logits.device) == targets  # (n, V)
-    # softmax(logits), less 1 at the target; in place, since this is what is large
-    grad_scores = scores.sub_(normaliser).exp_().add_(is_target, alpha=-1).mul_(counts)
-    return loss, grad_scores.to(logits.dtype)
+    # softmax(logits), less what is expected; in place, since this is what is large
+    grad_scores = scores.sub_(normaliser).exp_().add_(is_target, alpha=share - 1)
+    if share:
+        grad_scores[:, :ids] -= share / ids
+    return loss, grad_scores.mul_(counts).to(logits.dtype)

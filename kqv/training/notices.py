@@ -1,11 +1,15 @@
 """What a run says when it begins: what became of its settings, what it forgets and what it replaces."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from kqv.formats import checkpoint
-from kqv.training.optimizer import last_learning_rate
+from kqv.training.optimizer import OptimizerSettings
+from kqv.training.schedule import last_learning_rate
 from kqv.training.start import saved_settings, unlike
+
+# The settings of Muon.
+MUON = tuple(field.name for field in fields(OptimizerSettings) if "muon:" in field.metadata["help"])
 
 
 def start_lines(config, given, world, start_checkpoint, names):
@@ -36,7 +40,10 @@ def changed_settings(config, start_checkpoint):
 def unused_settings(config, given, world):
     """The settings that were given but that this run has no use for, as "name (why)" each."""
     uses = {
-        "decay_lr is False": (config.decay_lr, ("warmup_iters", "lr_decay_iters", "min_lr")),
+        "decay_lr is False": (config.decay_lr, ("schedule", "warmup_iters", "lr_decay_iters", "min_lr")),
+        f"schedule is {config.schedule}": (config.schedule == "wsd", ("cooldown_iters",)),
+        "optimizer is adamw": (config.optimizer == "muon", MUON),
+        "the head is the embedding": (not config.tied_head, ("head_learning_rate",)),
         "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
         "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
     }
@@ -86,8 +93,9 @@ def odd_learning_rates(config):
         return
     if config.warmup_iters > config.max_iters > 0:
         yield (
-            f"the learning rate never reaches {config.learning_rate}: warmup_iters={config.warmup_iters} is "
-            f"longer than the run, max_iters={config.max_iters}: try --warmup_iters={config.max_iters // 10}"
+            f"the learning rate never reaches {config.learning_rate}: warmup_iters={config.warmup_iters:g} "
+            f"is longer than the run, max_iters={config.max_iters}: try --warmup_iters="
+            f"{config.max_iters // 10}"
         )
     elif last_learning_rate(config) > config.learning_rate:
         yield (

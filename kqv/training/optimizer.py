@@ -1,49 +1,64 @@
 """
-The optimizer: its settings, how it is made, its learning rate, the steps that it skips, its saved state.
+The optimizer: its settings, how it is made, the steps that it skips, its saved state.
 
 To use another optimizer, change `make_optimizer`: the other functions work with any torch.optim.Optimizer.
 """
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from kqv.errors import UserError
 from kqv.formats.tensors import dense
 from kqv.settings import setting
+from kqv.training.muon import Muon, muon_groups
+from kqv.training.schedule import learning_rate_at, momentum_at
 from kqv.training.sharding import shard_like
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Optimizer (AdamW) and learning rate"""
+    """Optimizer"""
 
-    learning_rate: float = setting(6e-4, "the largest learning rate", at_least=0.0)
-    max_iters: int = setting(600000, "training steps", at_least=0)
-    weight_decay: float = setting(1e-1, "on matrices and embeddings", at_least=0.0)
-    beta1: float = setting(0.9, "momentum", at_least=0.0, below=1.0)
-    beta2: float = setting(0.95, "momentum of the squares", at_least=0.0, below=1.0)
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the others"
+    )
+    weight_decay: float = setting(1e-1, "AdamW's, on matrices and embeddings", at_least=0.0)
+    beta1: float = setting(0.9, "AdamW's momentum", at_least=0.0, below=1.0)
+    beta2: float = setting(0.95, "AdamW's momentum of the squares", at_least=0.0, below=1.0)
+    embedding_learning_rate: float = setting(
+        None, "muon: the largest learning rate of embeddings; not given: learning_rate", at_least=0.0
+    )
+    head_learning_rate: float = setting(
+        None, "muon: the same of a head that is not tied; not given: learning_rate", at_least=0.0
+    )
+    muon_learning_rate: float = setting(0.02, "muon: the same of the blocks' matrices", at_least=0.0)
+    muon_weight_decay: float = setting(0.0, "muon: on the blocks' matrices", at_least=0.0)
+    muon_momentum: float = setting(0.95, "muon: momentum", at_least=0.0, below=1.0)
+    momentum_warmup_iters: float = setting(
+        300, "muon: steps in which the momentum rises from 0.85; below 1: a share of max_iters", at_least=0.0
+    )
     max_bad_steps: int = setting(
         20, "skipped steps in a row (non-finite gradient) that end the run", at_least=1
     )
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", at_least=0.0)
-    decay_lr: bool = setting(True, "warm up, then decay along a cosine; False: constant")
-    warmup_iters: int = setting(2000, "steps to warm up for", at_least=0)
-    lr_decay_iters: int = setting(600000, "the step at which min_lr is reached", at_least=0)
-    min_lr: float = setting(
-        None, "the learning rate at the end of the decay; not given: learning_rate / 10", at_least=0.0
-    )
 
 
-def make_optimizer(gpt, config):
-    """AdamW (Loshchilov & Hutter 2017), whose fused kernel updates all weights at once."""
+def make_optimizer(gpt, config, spread):
+    """
+    AdamW (Loshchilov & Hutter 2017), whose fused kernel updates all weights at once, or Muon. `spread` is
+    World.spread.
+    """
+    betas = config.beta1, config.beta2
+    if config.optimizer == "muon":
+        return Muon(muon_groups(gpt, config), betas, spread)
     groups = parameter_groups(gpt, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
 
 def parameter_groups(gpt, weight_decay):
-    """For an optimizer: matrices and embeddings decay, biases and the weights of norms (1-D) do not."""
+    """For AdamW: matrices and embeddings decay, biases and the weights of norms (1-D) do not."""
     parameters = [parameter for parameter in gpt.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -51,43 +66,24 @@ def parameter_groups(gpt, weight_decay):
     ]
 
 
-def training_bytes(num_parameters):
-    """Bytes of float32 that training holds of a model: weights, gradients and AdamW's two moments."""
-    return 4 * num_parameters * (1 + 1 + 2)
+def training_bytes(num_parameters, of_muon=0):
+    """
+    Bytes of float32 that training holds of a model: weights, gradients, and AdamW's two moments or, of so
+    many of the parameters, Muon's one mean.
+    """
+    return 4 * (num_parameters * (1 + 1 + 2) - of_muon)
 
 
 # The learning rate
 
 
-def cosine(progress):
-    """Half a period of a cosine (Loshchilov & Hutter 2016): slow, fast, slow."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-# A schedule turns the share of the decay that is done (0 to 1) into a learning rate between learning_rate (1)
-# and min_lr (0).
-SCHEDULES = {"cosine": cosine}
-
-
-def last_learning_rate(config):
-    """The learning rate at the end of the decay."""
-    return config.learning_rate / 10 if config.min_lr is None else config.min_lr
-
-
-def learning_rate_at(step, config, schedule="cosine"):
-    """
-    The learning rate of a step: linear warm-up to learning_rate, then the schedule down to min_lr, which it
-    reaches at step lr_decay_iters. Constant without decay_lr.
-    """
-    if not config.decay_lr:
-        return config.learning_rate
-    last = last_learning_rate(config)
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    if step >= config.lr_decay_iters:
-        return last
-    progress = (step - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    return last + SCHEDULES[schedule](progress) * (config.learning_rate - last)
+def set_learning_rates(optimizer, step, config):
+    """Set each group's learning rate, and momentum, to that of the step. Returns the rate to log."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, config, group.get("peak"))
+        if group.get("rows"):
+            group["momentum"] = momentum_at(step, config)
+    return learning_rate_at(step, config)
 
 
 # Bad steps

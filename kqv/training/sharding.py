@@ -1,4 +1,7 @@
-"""Sharded tensors: of each parameter every process holds a part (FSDP)."""
+"""Sharded tensors: of each parameter every process holds a part (FSDP), some of its rows."""
+
+import torch
+import torch.distributed as dist
 
 
 def is_sharded(model):
@@ -11,6 +14,11 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_part(tensor):
+    """This process's part of a tensor that may be sharded, in the same memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def shard_like(parameter, tensor):
     """This process's part of a full tensor if the parameter is sharded, else the tensor itself."""
     if not hasattr(parameter, "device_mesh"):
@@ -18,3 +26,40 @@ def shard_like(parameter, tensor):
     from torch.distributed.tensor import distribute_tensor  # slow import: only when sharding
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def work_on_some(work, stack, rank, size):
+    """
+    work(stack) for a stack (n, rows, cols) that every process has, where each does n / size of the matrices.
+    `work` gives a stack of the same shape. Every process gets all of it.
+    """
+    share = -(-len(stack) // size)
+    mine = stack[rank * share : (rank + 1) * share]
+    done = stack.new_zeros(share, *stack.shape[1:])
+    if len(mine):
+        done[: len(mine)] = work(mine)
+    every = stack.new_empty(size * share, *stack.shape[1:])
+    dist.all_gather_into_tensor(every, done)
+    return every[: len(stack)]
+
+
+def work_on_whole(work, stack, parameter):
+    """
+    The same where each process has only its rows of the n matrices, sharded as `parameter` is: a stack
+    (n, its rows, cols). The processes exchange rows, so that each has n / size whole matrices, and back.
+    """
+    dim = next(dim for dim, placement in enumerate(parameter.placements) if placement.is_shard())
+    group, size = parameter.device_mesh.get_group(dim), parameter.device_mesh.size(dim)
+    rows, cols = parameter.shape
+    share, most = -(-len(stack) // size), -(-rows // size)  # matrices and rows of a process, at most
+    parts = stack.new_zeros(size * share, most, cols)
+    parts[: len(stack), : stack.size(1)] = stack
+    arrived = torch.empty_like(parts)
+    dist.all_to_all_single(
+        arrived, parts, group=group
+    )  # (size, share, most, cols): rows of my matrices, by process
+    whole = arrived.view(size, share, most, cols).transpose(0, 1).reshape(share, size * most, cols)
+    whole[:, :rows] = work(whole[:, :rows])
+    parts = whole.view(share, size, most, cols).transpose(0, 1).reshape(size * share, most, cols)
+    dist.all_to_all_single(arrived, parts, group=group)
+    return arrived[: len(stack), : stack.size(1)]

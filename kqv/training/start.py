@@ -41,6 +41,14 @@ ModelSettings = group(
 
 
 @dataclass(frozen=True)
+class InitSettings:
+    """Initial weights"""
+
+    zero_projections: bool = setting(False, "each block begins by adding nothing to the residual stream")
+    embedding_std: float = setting(0.02, "standard deviation of the token embeddings", at_least=0.0)
+
+
+@dataclass(frozen=True)
 class ActivationSettings:
     """Activations"""
 
@@ -160,9 +168,20 @@ def new_model(config, vocab_size):
         if excess := size.excess(shape):
             raise ValueError(f"{excess}: make one of them smaller")
         torch.manual_seed(config.seed)
-        return GPT(shape)
+        return initialised(GPT(shape), config)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
+
+
+@torch.no_grad()
+def initialised(gpt, config):
+    """The GPT, whose initial weights are GPT-2's, with those that the settings ask for."""
+    if config.embedding_std != 0.02:
+        gpt.transformer.wte.weight.mul_(config.embedding_std / 0.02)
+    for name, parameter in gpt.named_parameters():
+        if config.zero_projections and name.endswith("c_proj.weight"):
+            parameter.zero_()
+    return gpt
 
 
 def model_of_checkpoint(config, contents):

@@ -124,7 +124,7 @@ def belongs_to(data, config):
     }
 
 
-def start_state(config, gpt, start_checkpoint, dtype):
+def start_state(config, gpt, start_checkpoint, dtype, world):
     """
     The state before the run's first step: new, or on resume as `start_checkpoint`, a checkpoint's contents,
     has it. Raises UserError where that does not fit the model.
@@ -132,7 +132,7 @@ def start_state(config, gpt, start_checkpoint, dtype):
     device = gpt.lm_head.weight.device
     state = TrainingState(
         model=gpt,
-        optimizer=make_optimizer(gpt, config),
+        optimizer=make_optimizer(gpt, config, world.spread),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         bad_steps=torch.zeros((), dtype=torch.int64, device=device),
     )

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kqv.errors import UserError
 from kqv.training.optimizer import training_bytes
-from kqv.training.sharding import is_sharded
+from kqv.training.sharding import is_sharded, work_on_some, work_on_whole
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,15 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
+
+    def spread(self, work, stack, parameter):
+        """
+        work(stack), where `stack` (n, rows, cols) is of n parameters like this one and `work` treats each by
+        itself: processes share the work. Where parameters are sharded, it is this process's part of both.
+        """
+        if hasattr(parameter, "device_mesh"):
+            return work_on_whole(work, stack, parameter)
+        return work(stack) if self.size == 1 else work_on_some(work, stack, self.rank, self.size)
 
     def require_same(self, values):
         """Raise UserError, in every process, if {name: plain value} is not the same in all of them."""

@@ -56,7 +56,7 @@ def training(job, world):
     gpt = GPT(job.shape)
     objective = NextToken(gpt, loss.next_token_loss)
     objective = world.place(objective, gpt.transformer.h, "fsdp" if job.sharded else "ddp", dtype)
-    state = start_state(config, gpt, None, dtype)
+    state = start_state(config, gpt, None, dtype, world)
     if job.checkpointing:
         checkpoint_activations(gpt)
     model = world.wrap(torch.compile(objective) if job.compiled else objective)
@@ -65,7 +65,7 @@ def training(job, world):
     def step():
         idx = torch.randint(job.shape.vocab_size, (job.batch_size, job.shape.block_size))
         batches = [((idx, idx), 1.0, 0)] * job.accumulation
-        train.train_step(model, state, batches, 1e-4, config, world, autocast)
+        train.train_step(model, state, batches, config, world, autocast)
 
     return step, state
 

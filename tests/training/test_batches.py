@@ -61,7 +61,7 @@ def gradient_and_loss(data, batch_size, accumulation, size, dtype=torch.float64)
     for rank in range(size):
         gpt = random_gpt(**SHAPE).to(dtype)
         world = World(torch.device("cpu"), rank)
-        state = start_state(config, gpt, None, torch.float32)
+        state = start_state(config, gpt, None, torch.float32, world)
         learnt = []
         state.optimizer.register_step_pre_hook(
             lambda *_, gpt=gpt, learnt=learnt: learnt.append([p.grad.clone() for p in gpt.parameters()])
@@ -69,7 +69,7 @@ def gradient_and_loss(data, batch_size, accumulation, size, dtype=torch.float64)
         batches = micro_batches(data, config, World(torch.device("cpu"), rank, size), 0)
         share = train.TrainSettings(**{**vars(config), "gradient_accumulation_steps": accumulation // size})
         model = NextToken(gpt, next_token_loss)
-        numbers = train.train_step(model, state, batches, 1e-3, share, world, nullcontext())
+        numbers = train.train_step(model, state, batches, share, world, nullcontext())
         assert state.bad_steps == 0
         gradients += learnt
         losses.append(numbers["loss"])

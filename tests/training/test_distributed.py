@@ -169,11 +169,11 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
     with fake_world(2, rank) as world:
         gpt = GPT(GPTConfig(16, 66, 2, 2, 32))
         model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", dtype)
-        state = start_state(config, gpt, None, dtype)
+        state = start_state(config, gpt, None, dtype, world)
         idx = torch.zeros(4, 16, dtype=torch.long)
         batches = [((idx, idx), 1.0, 0)] * (accumulation // 2)
         with Collectives() as sent:
-            train.train_step(world.wrap(model), state, batches, 1e-3, config, world, nullcontext())
+            train.train_step(world.wrap(model), state, batches, config, world, nullcontext())
         moments = [value for values in state.optimizer.state.values() for value in values.values()]
         held = sum(getattr(value, "_local_tensor", value).numel() for value in moments)
         assert held == pytest.approx(gpt.num_parameters(without_positions=False), rel=0.02)  # half of twice

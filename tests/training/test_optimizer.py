@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,19 +13,29 @@ from torch.nn import functional as F
 
 from kqv.errors import UserError
 from kqv.settings import parse
+from kqv.training.muon import directions, orthogonalise
 from kqv.training.optimizer import (
     OptimizerSettings,
-    learning_rate_at,
     limit_bad_steps,
     load_optimizer,
     make_optimizer,
     parameters_of,
+    set_learning_rates,
     step_unless,
 )
+from kqv.training.schedule import ScheduleSettings, learning_rate_at, momentum_at
+from kqv.training.world import World
+
+ONE = World(torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Settings(ScheduleSettings, OptimizerSettings):
+    pass
 
 
 def settings(**values):
-    return parse(OptimizerSettings, [f"--{name}={value}" for name, value in values.items()])
+    return parse(Settings, [f"--{name}={value}" for name, value in values.items()])
 
 
 # The learning rate
@@ -75,10 +86,151 @@ def test_learning_rate_is_nanogpts(step, warmup, decay, peak, end):
     assert learning_rate_at(step, config) == pytest.approx(nanogpt_learning_rate(step, config), abs=1e-12)
 
 
+SCHEDULES = ["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_warms_up_and_never_rises_again(schedule):
+    config = settings(schedule=schedule, learning_rate=1.0, warmup_iters=4, max_iters=20, min_lr=0.1)
+    rates = [learning_rate_at(step, config) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    ends = {"inverse_sqrt": 0.1 + 0.9 * math.sqrt(4 / 20), "constant": 1.0}
+    assert rates[20] == pytest.approx(ends.get(schedule, 0.1))
+
+
+def test_schedules_by_hand():
+    linear = settings(schedule="linear", learning_rate=1.0, warmup_iters=0, max_iters=10, min_lr=0)
+    assert [learning_rate_at(step, linear) for step in (0, 1, 5, 10, 11)] == [1, 0.9, 0.5, 0, 0]
+    wsd = settings(
+        schedule="wsd", learning_rate=1.0, warmup_iters=0, cooldown_iters=4, max_iters=10, min_lr=0
+    )
+    assert [learning_rate_at(step, wsd) for step in (0, 6, 7, 9, 10)] == [1, 1, 0.75, 0.25, 0]
+    paper = settings(schedule="inverse_sqrt", learning_rate=1.0, warmup_iters=4, max_iters=10)
+    assert [learning_rate_at(step, paper) for step in (4, 16, 100)] == [1, 0.5, 0.2]
+
+
+@given(step=st.integers(0, 200), schedule=st.sampled_from(SCHEDULES))
+def test_a_share_of_the_run_is_as_many_steps(step, schedule):
+    shares = settings(schedule=schedule, warmup_iters=0.25, cooldown_iters=0.5, max_iters=160)
+    steps = settings(schedule=schedule, warmup_iters=40, cooldown_iters=80, max_iters=160)
+    assert learning_rate_at(step, shares) == learning_rate_at(step, steps)
+
+
+@given(step=st.integers(0, 200), schedule=st.sampled_from(SCHEDULES), peak=st.floats(0, 10))
+def test_all_groups_follow_one_schedule(step, schedule, peak):
+    config = settings(schedule=schedule, learning_rate=0.5, min_lr=0.1, warmup_iters=10, max_iters=160)
+    share = learning_rate_at(step, config) / 0.5
+    assert learning_rate_at(step, config, peak) == pytest.approx(share * peak)
+
+
+def test_momentum_warms_up():
+    config = settings(muon_momentum=0.95, momentum_warmup_iters=10)
+    assert [momentum_at(step, config) for step in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    assert momentum_at(0, settings(muon_momentum=0.5, momentum_warmup_iters=10)) == 0.5
+
+
+# Muon
+
+
+@given(
+    rows=st.integers(1, 24),
+    cols=st.integers(1, 24),
+    n=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-4, 1.0, 1e4]),
+)
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths(rows, cols, n, seed, scale):
+    stack = scale * torch.randn(n, rows, cols, generator=torch.Generator().manual_seed(seed))
+    U, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+    lengths = U.mT @ orthogonalise(stack) @ Vh.mT  # (n, k, k): the new singular values on the diagonal
+    diagonal = lengths.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(lengths, torch.diag_embed(diagonal), atol=1e-3)
+    assert (diagonal < 1.3).all()
+    assert (diagonal[S > 0.02 * S.square().sum(dim=1, keepdim=True).sqrt()] > 0.6).all()
+
+
+def test_muon_is_torchs_muon(monkeypatch):
+    """All but Q, K and V, which ours orthogonalises apart. Theirs is in float32 here, as ours is on a CPU."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    gpt, other = (random_gpt(n_layer=2, activation="swiglu", tied_head=False) for _ in range(2))
+    config = settings(
+        optimizer="muon", muon_learning_rate=0.02, muon_weight_decay=0.1, learning_rate=0.01, decay_lr=False
+    )
+    ours = make_optimizer(gpt, config, ONE.spread)
+    blocks = {
+        name: p for name, p in other.named_parameters() if name.startswith("transformer.h.") and p.dim() > 1
+    }
+    rest = [p for name, p in other.named_parameters() if name not in blocks]
+    muon = torch.optim.Muon(list(blocks.values()), lr=0.02, weight_decay=0.1, momentum=0.95)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        betas=(0.9, 0.95),
+    )
+    start = copy.deepcopy(gpt.state_dict())
+    for seed in range(3):
+        for model in (gpt, other):
+            idx, targets = random_ids(2, 8, seed=seed), random_ids(2, 8, seed=seed + 100)
+            F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()).backward()
+        for p, q in zip(gpt.parameters(), other.parameters(), strict=True):
+            p.grad.copy_(q.grad)
+        set_learning_rates(ours, 10**6, config)  # after the warm-up of the momentum
+        ours.step()
+        muon.step()
+        adamw.step()
+        gpt.zero_grad()
+        other.zero_grad()
+    expected = other.state_dict()
+    for name, weight in gpt.state_dict().items():
+        moved, wanted = weight - start[name], expected[name] - start[name]
+        if name in blocks and "c_attn" not in name:
+            assert (moved - wanted).norm() < 1e-4 * wanted.norm(), name
+        elif name not in blocks:
+            assert torch.allclose(weight, expected[name], atol=1e-6), name
+
+
+def test_queries_keys_and_values_are_orthogonalised_apart(every_shape):
+    gpt = random_gpt()
+    rows = [heads * gpt.config.head_channels for heads in gpt.transformer.h[0].attn.heads]
+    stack = torch.randn(2, sum(rows), gpt.config.n_embd)
+    steps = directions(stack, rows)
+    for part, step in zip(stack.split(rows, dim=1), steps.split(rows, dim=1), strict=True):
+        longer = max(1, part.size(1) / part.size(2)) ** 0.5
+        assert torch.allclose(step, orthogonalise(part) * longer)
+    (group,) = [
+        g
+        for g in make_optimizer(gpt, settings(optimizer="muon"), ONE.spread).param_groups
+        if g["rows"] == rows
+    ]
+    assert group["params"] == [block.attn.c_attn.weight for block in gpt.transformer.h]
+
+
+def test_every_parameter_of_every_shape_is_in_one_group(every_shape):
+    gpt = random_gpt()
+    config = settings(
+        optimizer="muon", embedding_learning_rate=0.3, head_learning_rate=0.2, learning_rate=0.1
+    )
+    optimizer = make_optimizer(gpt, config, ONE.spread)
+    found = [id(parameter) for parameter in parameters_of(optimizer)]
+    assert sorted(found) == sorted(map(id, gpt.parameters())) and len(set(found)) == len(found)
+    peaks = {id(p): group["peak"] for group in optimizer.param_groups for p in group["params"]}
+    assert peaks[id(gpt.transformer.wte.weight)] == 0.3
+    assert peaks[id(gpt.lm_head.weight)] == (0.3 if gpt.config.tied_head else 0.2)
+    assert peaks[id(gpt.transformer.ln_f.weight)] == 0.1
+    assert peaks[id(gpt.transformer.h[0].mlp.c_proj.weight)] == 0.02
+
+
 # Any optimizer
 
 OPTIMIZERS = {
-    "the default": lambda gpt: make_optimizer(gpt, settings(learning_rate=0.01)),
+    "the default": lambda gpt: make_optimizer(gpt, settings(learning_rate=0.01), ONE.spread),
+    "our Muon": lambda gpt: make_optimizer(
+        gpt, settings(optimizer="muon", muon_weight_decay=0.1), ONE.spread
+    ),
     "AdamW fused": lambda gpt: torch.optim.AdamW(gpt.parameters(), lr=0.01, fused=True),
     "AdamW foreach": lambda gpt: torch.optim.AdamW(gpt.parameters(), lr=0.01, foreach=True),
     "AdamW plain": lambda gpt: torch.optim.AdamW(gpt.parameters(), lr=0.01, foreach=False),
@@ -149,7 +301,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(make):
     again = make(resumed)
     load_optimizer(again, {"optimizer": copy.deepcopy(optimizer.state_dict())})
     assert same(state_of(gpt, optimizer), state_of(resumed, again))
-    assert again.param_groups[0]["lr"] == 0.01
+    assert [group["lr"] for group in again.param_groups] == [g["lr"] for g in optimizer.param_groups]
     step(gpt, optimizer, 2)
     step(resumed, again, 2)
     assert same(state_of(gpt, optimizer), state_of(resumed, again))
@@ -164,9 +316,9 @@ def test_an_optimizer_saved_before_its_first_update_begins_anew(make):
 
 def test_settings_are_the_runs_and_not_the_checkpoints():
     gpt = random_gpt(n_layer=1)
-    optimizer = make_optimizer(gpt, settings(beta2=0.9))
+    optimizer = make_optimizer(gpt, settings(beta2=0.9), ONE.spread)
     step(gpt, optimizer, 0)
-    again = make_optimizer(gpt, settings(beta2=0.8))
+    again = make_optimizer(gpt, settings(beta2=0.8), ONE.spread)
     load_optimizer(again, {"optimizer": optimizer.state_dict()})
     assert again.param_groups[0]["betas"] == (0.9, 0.8)
 

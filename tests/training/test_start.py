@@ -24,6 +24,8 @@ from kqv.training.state import start_state
 from kqv.training.world import World
 from model import NextToken
 
+ONE = World(torch.device("cpu"))
+
 
 def settings(*argv, **values):
     return parse(train.TrainSettings, [*argv, *(f"--{name}={value}" for name, value in values.items())])
@@ -34,8 +36,7 @@ def settings(*argv, **values):
 
 def resolved(argv):
     """(settings, start_checkpoint) of a command line."""
-    world = World(torch.device("cpu"))
-    return resolve_start(settings(*argv), read_given(train.TrainSettings, argv), world)
+    return resolve_start(settings(*argv), read_given(train.TrainSettings, argv), ONE)
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_weights_that_the_machine_can_not_hold_are_refused_before_they_are_made(
 
 
 def test_a_loss_that_is_no_number_is_never_the_best():
-    state = start_state(settings(), random_gpt(), None, torch.float32)
+    state = start_state(settings(), random_gpt(), None, torch.float32, ONE)
     best = []
     for step, loss in enumerate([float("nan"), 2.0, float("nan"), 2.0, 1.0]):
         state.step = step
@@ -182,16 +183,16 @@ def test_a_loss_that_is_no_number_is_never_the_best():
 
 def test_the_state_goes_through_a_checkpoint():
     config = settings(init_from="resume")
-    state = start_state(settings(), random_gpt(), None, torch.float16)
+    state = start_state(settings(), random_gpt(), None, torch.float16, ONE)
     state.step, state.evaluated, state.best_val_loss = 7, 6, 1.5
     state.bad_steps += 2
     saved = copy.deepcopy(state.state_dict())
-    again = start_state(config, random_gpt(), saved, torch.float16)
+    again = start_state(config, random_gpt(), saved, torch.float16, ONE)
     assert (again.step, again.evaluated, again.best_val_loss, int(again.bad_steps)) == (7, 6, 1.5, 2)
     assert again.scaler.state_dict() == state.scaler.state_dict()
     saved["best_val_loss"] = None
     with pytest.raises(UserError, match="out/ckpt.pt can't be resumed: "):
-        start_state(config, random_gpt(), saved, torch.float16)
+        start_state(config, random_gpt(), saved, torch.float16, ONE)
 
 
 # How it computes

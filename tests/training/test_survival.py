@@ -554,12 +554,12 @@ def test_a_skipped_step_changes_no_weight_and_no_moment(cli, tiny_set):
     config = parse(train.TrainSettings, [*RUN, "--dropout=0.0"])
     data = Dataset("tiny")
     config, gpt = build_model(config, None, data)
-    state = start_state(config, gpt, None, torch.float32)
     world = World(torch.device("cpu"))
+    state = start_state(config, gpt, None, torch.float32, world)
 
     def step(number):
         batches = micro_batches(data, config, world, number)
-        train.train_step(NextToken(gpt), state, batches, 1e-3, config, world, nullcontext())
+        train.train_step(NextToken(gpt), state, batches, config, world, nullcontext())
         return [p.detach().clone() for p in gpt.parameters()], state.optimizer.state_dict()["state"][0][
             "step"
         ].clone()
