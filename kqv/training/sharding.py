@@ -38,9 +38,9 @@ def work_on_some(work, stack, rank, size):
     done = stack.new_zeros(share, *stack.shape[1:])
     if len(mine):
         done[: len(mine)] = work(mine)
-    every = stack.new_empty(size * share, *stack.shape[1:])
-    dist.all_gather_into_tensor(every, done)
-    return every[: len(stack)]
+    every = stack.new_empty(size, *done.shape)
+    dist.all_gather(list(every), done)
+    return every.flatten(0, 1)[: len(stack)]
 
 
 def work_on_whole(work, stack, parameter):
@@ -52,14 +52,17 @@ def work_on_whole(work, stack, parameter):
     group, size = parameter.device_mesh.get_group(dim), parameter.device_mesh.size(dim)
     rows, cols = parameter.shape
     share, most = -(-len(stack) // size), -(-rows // size)  # matrices and rows of a process, at most
-    parts = stack.new_zeros(size * share, most, cols)
-    parts[: len(stack), : stack.size(1)] = stack
-    arrived = torch.empty_like(parts)
-    dist.all_to_all_single(
-        arrived, parts, group=group
-    )  # (size, share, most, cols): rows of my matrices, by process
-    whole = arrived.view(size, share, most, cols).transpose(0, 1).reshape(share, size * most, cols)
-    whole[:, :rows] = work(whole[:, :rows])
-    parts = whole.view(share, size, most, cols).transpose(0, 1).reshape(size * share, most, cols)
-    dist.all_to_all_single(arrived, parts, group=group)
-    return arrived[: len(stack), : stack.size(1)]
+    parts = stack.new_zeros(size, share, most, cols)  # for each process the rows of its matrices
+    parts.flatten(0, 1)[: len(stack), : stack.size(1)] = stack
+    whole = exchange(parts, group).transpose(0, 1).flatten(1, 2)  # (share, size * most, cols)
+    done = torch.zeros_like(whole)
+    done[:, :rows] = work(whole[:, :rows])
+    parts = exchange(done.unflatten(1, (size, most)).transpose(0, 1), group)
+    return parts.flatten(0, 1)[: len(stack), : stack.size(1)]
+
+
+def exchange(parts, group):
+    """parts[i] goes to process i of the group; what comes from process i is parts[i] of the result."""
+    arrived = torch.empty_like(parts, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(arrived, parts.contiguous(), group=group)
+    return arrived

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, TINY_RUN, process_environment, results, train_in
+from conftest import ROOT, SHAPES, TINY_RUN, process_environment, results, train_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ranks import WAIT, Process, Ranks, elastic, run_ranks, train_and_save_late
@@ -125,6 +125,19 @@ def test_processes_train_any_family_as_one(here, every_shape, parallel):
     run_ranks(2, *shaped, f"--parallel={parallel}", "--out_dir=two", "--activation_checkpointing=True")
     assert_same_run("two", "one")
     assert_close(moments("two"), moments("one"))
+
+
+@pytest.mark.parametrize("parallel, count, node_size", [("ddp", 2, 2), ("fsdp", 4, 2), ("fsdp", 3, 3)])
+def test_processes_share_muons_work(here, cli, parallel, count, node_size):
+    """They do not divide the three blocks, nor the rows of a matrix; and the run goes on in one process."""
+    shape = [f"--{name}={value}" for name, value in (SHAPES["qwen3"] | {"n_layer": 3}).items()]
+    steps = [*RUN, *shape, "--gradient_accumulation_steps=12", "--optimizer=muon", "--muon_weight_decay=0.1"]
+    assert cli(train.main, *steps, "--out_dir=one")[0] == 0
+    how = f"--parallel={parallel}", "--max_iters=3", "--out_dir=many"
+    run_ranks(count, *steps, *how, "--lr_decay_iters=6", node_size=node_size)
+    assert cli(train.main, "--init_from=resume", "--max_iters=6", "--out_dir=many")[0] == 0
+    assert_same_run("many", "one")
+    assert_close(moments("many"), moments("one"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
