@@ -161,8 +161,8 @@ class CausalSelfAttention(nn.Module):
         # Q, K and V of all heads in one product.
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * hs, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.bias)  # mixes what heads found
-        self.q_norm = make_norm(hs, config) if config.qk_norm else None
-        self.k_norm = make_norm(hs, config) if config.qk_norm else None
+        self.q_norm = make_norm(hs, config) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(hs, config) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
@@ -174,18 +174,18 @@ class CausalSelfAttention(nn.Module):
         T, dropout_p = x.size(1), self.resid_dropout.p if self.training else 0.0
         # (B, T, C) -> (B, T, (nh + 2 nkv) hs) -> (B, T, nh, hs) and 2 x (B, T, nkv, hs)
         q, k, v = self.c_attn(x).unflatten(2, (-1, self.head_size)).split(self.heads, dim=2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # 2 x (B, S, nkv, hs)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), 2 x (B, nkv, S, hs)
+        if T == 1 and not torch.compiler.is_compiling():  # faster: a group's queries as rows of one product
+            q = q.reshape(len(x), k.size(1), -1, self.head_size)  # (B, nkv, nh / nkv, hs)
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-        )
-        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, nh hs): the heads side by side
+        how = {"is_causal": mask is None, "enable_gqa": q.size(1) != k.size(1)}
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **how)  # as q
+        y = y.reshape(len(x), -1, T, self.head_size).transpose(1, 2).flatten(2)  # (B, T, nh hs): side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 

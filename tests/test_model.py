@@ -148,6 +148,23 @@ def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengt
         torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
+def test_a_new_token_asks_with_all_queries_of_a_group_at_once(monkeypatch, n_kv_head):
+    shapes, attend = [], F.scaled_dot_product_attention
+
+    def recorded(q, *arguments, **options):
+        shapes.append((tuple(q.shape), options["enable_gqa"]))
+        return attend(q, *arguments, **options)
+
+    gpt, idx = random_gpt(n_head=6, n_kv_head=n_kv_head, n_embd=24, n_layer=1), random_ids(2, 8)
+    cache, whole = KVCache(gpt.config, 2), logits_of(gpt, idx)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    for t in range(8):
+        logits = read(gpt, cache, idx[:, t : t + 1], narrow=True)  # of the first token, there is no mask
+        torch.testing.assert_close(logits, whole[:, t : t + 1], atol=1e-5, rtol=1e-5)
+    assert shapes == [((2, n_kv_head, 6 // n_kv_head, 4), False)] * 8
+
+
 def test_what_older_texts_left_in_a_cache_is_never_looked_at():
     gpt, idx = random_gpt(), random_ids(2, 5)
     cache = KVCache(gpt.config, 2)
@@ -438,13 +455,16 @@ def test_weights_of_another_shape_are_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("n_kv_head", [0, 2])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_model_equals_the_eager_one(backend):
+def test_a_compiled_model_equals_the_eager_one(backend, n_kv_head):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
-    gpt, idx, targets = random_gpt(n_layer=1), random_ids(2, 8), random_ids(2, 8, seed=1)
+    gpt = random_gpt(n_layer=1, n_head=4, n_kv_head=n_kv_head)
+    idx, targets = random_ids(2, 8), random_ids(2, 8, seed=1)
     compiled = torch.compile(gpt, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(idx), gpt(idx), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(idx[:, :1]), gpt(idx[:, :1]), atol=1e-5, rtol=1e-5)
     loss = torch.compile(NextToken(gpt), backend=backend, fullgraph=True)(idx, targets)
     expected_loss = NextToken(gpt)(idx, targets)
     torch.testing.assert_close(loss, expected_loss)
