@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, logits_of, random_gpt, random_ids, randomise
+from conftest import FAMILIES, SHAPES, SMALL, logits_of, random_gpt, random_ids, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -82,9 +82,9 @@ def test_logits_equal_hugging_faces_gpt2(size):
 
 
 @settings(deadline=None, max_examples=40)
-@given(changed=st.integers(0, 7), seed=st.integers(0, 9), new_seed=st.integers(10, 19))
-def test_later_tokens_never_change_earlier_logits(changed, seed, new_seed):
-    gpt, idx = random_gpt(), random_ids(2, 8, seed=seed)
+@given(changed=st.integers(0, 7), seed=st.integers(0, 9), new_seed=st.integers(10, 19), family=FAMILIES)
+def test_later_tokens_never_change_earlier_logits(changed, seed, new_seed, family):
+    gpt, idx = random_gpt(**SHAPES[family]), random_ids(2, 8, seed=seed)
     other = torch.cat([idx[:, :changed], random_ids(2, 8 - changed, seed=new_seed)], dim=1)
     assert torch.equal(logits_of(gpt, idx)[:, :changed], logits_of(gpt, other)[:, :changed])
 
@@ -117,9 +117,10 @@ def read(gpt, cache, idx, narrow=False):
     chunks=st.lists(st.integers(1, 8), min_size=1, max_size=8),
     batch_size=st.integers(1, 3),
     narrow=st.booleans(),
+    family=FAMILIES,
 )
-def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size, narrow):
-    gpt, idx, seen = random_gpt(), random_ids(batch_size, 8), 0
+def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size, narrow, family):
+    gpt, idx, seen = random_gpt(**SHAPES[family]), random_ids(batch_size, 8), 0
     cache = KVCache(gpt.config, batch_size)
     for chunk in chunks:
         if seen + chunk <= 8:
@@ -132,10 +133,13 @@ def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_si
 
 @settings(deadline=None, max_examples=40)
 @given(
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), chunk=st.integers(1, 2), narrow=st.booleans()
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    chunk=st.integers(1, 2),
+    narrow=st.booleans(),
+    family=FAMILIES,
 )
-def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengths, chunk, narrow):
-    gpt, idx = random_gpt(), random_ids(len(lengths), 8)
+def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengths, chunk, narrow, family):
+    gpt, idx = random_gpt(**SHAPES[family]), random_ids(len(lengths), 8)
     cache = KVCache(gpt.config, len(lengths))
     if any(lengths):
         # The shorter ones are padded on the right, here with any ids.

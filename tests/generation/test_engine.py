@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt, random_ids
+from conftest import FAMILIES, SHAPES, random_gpt, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_models import gpt_of
@@ -106,10 +106,13 @@ def test_a_cropped_model_writes_past_its_new_block_size():
     count=st.integers(0, 20),
     sampling=samplings,
     seed=st.integers(0, 2**63 - 1),
+    family=FAMILIES,
 )
-@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0)
-def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampling, seed):
-    gpt, texts = exact_gpt(n_layer=1), texts_of(*lengths)
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="gpt2")
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="llama")
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="qwen3")
+def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampling, seed, family):
+    gpt, texts = exact_gpt(n_layer=1, **SHAPES[family]), texts_of(*lengths)
     options = {"sampling": sampling, "seed": seed}
     alone = [generate(Engine(gpt), [text], count, rows=[row], **options)[0] for row, text in enumerate(texts)]
     assert generate(Engine(gpt), texts, count, **options) == alone
