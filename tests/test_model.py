@@ -374,11 +374,47 @@ def test_the_model_learns_a_batch_by_heart():
         ({"n_embd": 17}, "n_embd=17 .*n_head=2"),
         ({"n_embd": 2, "n_head": 3}, "n_embd=2 .*n_head=3"),
         *(({name: value}, f"{name}.*{value}") for name in SMALL for value in (0, -4)),
+        *(({"n_kv_head": count}, f"n_kv_head.*{count}") for count in (3, 4, -1)),
+        ({"positions": "rotary", "head_size": 5}, "rotary .*even.*5"),
+        *(
+            ({"rope_theta": theta}, f"rope_theta.*{theta}")
+            for theta in (0, 1.0, -1, math.inf, math.nan, 10**400)
+        ),
+        *(({"rope_factor": factor}, f"rope_factor.*{factor}") for factor in (0, 0.5, math.inf, math.nan)),
+        *(({"rope_slow": slow}, f"rope_slow.*{slow}") for slow in (4.0, 5.0, -1, math.nan)),
+        *(({"norm_eps": eps}, f"norm_eps.*{eps}") for eps in (-1, math.inf, math.nan)),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_its_values(wrong, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"positions": "rotary", "rope_theta": 1e10},
+        {"positions": "rotary", "rope_theta": 1.5, "rope_factor": 1e10},
+        {"positions": "sinusoidal", "n_embd": 15, "n_head": 3},
+        {"positions": "sinusoidal", "n_embd": 1, "n_head": 1},
+        {"norm": "rmsnorm", "norm_eps": 0},
+    ],
+)
+def test_an_unusual_shape_computes(shape):
+    gpt = random_gpt(**shape)
+    assert logits_of(gpt, random_ids(2, 8)).isfinite().all()
+    if gpt.config.positions == "sinusoidal":
+        x, _ = gpt.embed(torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None])
+        C, waves = gpt.config.n_embd, x - gpt.transformer.wte.weight[0] * math.sqrt(gpt.config.n_embd)
+        pairs = (C + 1) // 2
+        expected = [
+            [
+                math.sin(t / 1e4 ** (2 * i / C)) if i < pairs else math.cos(t / 1e4 ** (2 * (i - pairs) / C))
+                for i in range(C)
+            ]
+            for t in range(8)
+        ]
+        torch.testing.assert_close(waves[0], torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n_embd, n_head", [(17, 2), (2, 3), (100, 12), (7, 7)])

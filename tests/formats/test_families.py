@@ -413,6 +413,7 @@ OF_LLAMA = [
     {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
     {"rope_scaling": {**LLAMA3, "factor": "8"}},
     {"rope_scaling": {**LLAMA3, "factor": 0}},
+    {"rope_scaling": {**LLAMA3, "factor": 0.5}},
     {"rope_scaling": {**LLAMA3, "low_freq_factor": 4}},
     {"rope_scaling": [8]},
     {"rope_scaling": "llama3"},
