@@ -61,7 +61,7 @@ class GPTConfig:
         if not self.head_size and self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
             raise ValueError(
-                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: try n_embd={near}"
+                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: use n_embd={near}"
             )
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
