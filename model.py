@@ -4,13 +4,11 @@ The whole GPT in one file, to read from top to bottom. By default the architectu
 
 The input is token ids. The output is, for every position, V numbers (logits): how likely each id is to come
 next. In between each token is a vector of C channels, its place in the *residual stream*. Every block reads
-the stream and adds to it twice: attention lets tokens look at the tokens before them, the MLP computes on
-each token by itself.
+the stream and adds to it twice: attention lets tokens look at those before them, the MLP computes on each.
 
     idx (B, T) -> wte (+ wpe) -> (B, T, C) -> n_layer x Block (B, T, C) -> ln_f -> lm_head -> logits (B, T, V)
 
-Training compares the logits with the tokens that did come next (`next_token_loss`). Writing draws the next
-token from them, again and again, with a `KVCache`.
+Training compares the logits with what did come next (`next_token_loss`). Writing draws from them (`KVCache`).
 
 Shapes: B batch, T tokens, C = n_embd channels, nh heads of queries, nkv heads of keys and values, hs head
 size, V vocabulary, S slots of the cache that tokens look at.
@@ -54,24 +52,29 @@ class GPTConfig:
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
-            value, least = getattr(self, name), 1 if kind is int and getattr(type(self), name) else 0
-            choices = (False, True) if kind is bool else get_args(kind)
-            number = type(value) in (kind, int) and least <= value < 2**31
-            if not (value in choices if choices else number):
-                wanted = f"a {'whole ' * (kind is int)}number of at least {least}"
+            value, choices = getattr(self, name), (False, True) if kind is bool else get_args(kind)
+            least, most = (min(1, getattr(type(self), name)), 2**31 - 1) if kind is int else (0, 1e30)
+            if not (value in choices if choices else type(value) in (kind, int) and least <= value <= most):
+                wanted = f"a {'whole ' * (kind is int)}number from {least} to {most}"
                 wanted = f"one of {', '.join(map(str, choices))}" if choices else wanted
                 raise ValueError(f"{name} is {value!r}, but it must be {wanted}")
         if not self.head_size and self.n_embd % self.n_head:
             near = self.n_embd - self.n_embd % self.n_head or self.n_head
-            heads = f"n_head={self.n_head}: use n_embd={near}, for example, or give head_size"
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by {heads}")
+            raise ValueError(
+                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: use n_embd={near}"
+            )
         if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+            raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.positions == "rotary" and self.head_channels % 2:
-            raise ValueError(f"a head has {self.head_channels} channels, but rotary positions need pairs")
+            raise ValueError(f"rotary positions need heads of an even size, not {self.head_channels}")
+        if self.rope_theta <= 1:
+            raise ValueError(f"rope_theta is {self.rope_theta}, but it must be above 1")
+        if self.rope_factor < 1:
+            raise ValueError(f"rope_factor is {self.rope_factor}, but it must be at least 1")
+        if self.rope_slow >= self.rope_fast:
+            raise ValueError(f"rope_slow={self.rope_slow} is not below rope_fast={self.rope_fast}")
 
-    # The values of the fields for which 0 stands.
-    kv_heads = property(lambda self: self.n_kv_head or self.n_head)
+    kv_heads = property(lambda self: self.n_kv_head or self.n_head)  # the values for which 0 stands
     head_channels = property(lambda self: self.head_size or self.n_embd // self.n_head)
     inner_channels = property(lambda self: self.n_inner or 4 * self.n_embd)
 
@@ -161,8 +164,8 @@ class CausalSelfAttention(nn.Module):
         # Q, K and V of all heads in one product.
         self.c_attn = nn.Linear(config.n_embd, sum(self.heads) * hs, bias=config.bias or config.qkv_bias)
         self.c_proj = nn.Linear(config.n_head * hs, config.n_embd, bias=config.bias)  # mixes what heads found
-        self.q_norm = make_norm(hs, config) if config.qk_norm else None
-        self.k_norm = make_norm(hs, config) if config.qk_norm else None
+        self.q_norm = make_norm(hs, config) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(hs, config) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
@@ -174,18 +177,18 @@ class CausalSelfAttention(nn.Module):
         T, dropout_p = x.size(1), self.resid_dropout.p if self.training else 0.0
         # (B, T, C) -> (B, T, (nh + 2 nkv) hs) -> (B, T, nh, hs) and 2 x (B, T, nkv, hs)
         q, k, v = self.c_attn(x).unflatten(2, (-1, self.head_size)).split(self.heads, dim=2)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # 2 x (B, S, nkv, hs)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), 2 x (B, nkv, S, hs)
+        if T == 1 and not torch.compiler.is_compiling():  # faster: a group's queries as rows of one product
+            q = q.reshape(len(x), k.size(1), -1, self.head_size)  # (B, nkv, nh / nkv, hs)
         # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
-        )
-        y = y.transpose(1, 2).flatten(2)  # (B, nh, T, hs) -> (B, T, nh hs): the heads side by side
+        how = {"is_causal": mask is None, "enable_gqa": q.size(1) != k.size(1)}
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **how)  # as q
+        y = y.reshape(len(x), -1, T, self.head_size).transpose(1, 2).flatten(2)  # (B, T, nh hs): side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
 
 
@@ -228,8 +231,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
         x = x + self.attn(self.ln_1(x), mask, rotation, positions, cache)  # (B, T, C)
-        x = x + self.mlp(self.ln_2(x))  # (B, T, C)
-        return x
+        return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -277,10 +279,9 @@ class GPT(nn.Module):
         """
         idx (B, T) token ids -> the residual stream after the last block, normalised (B, T, C).
 
-        By default each row is one text from its beginning. `positions` (B, T) are for rows that hold several
-        examples side by side: each token's place in its own example. No token looks at another example. With
-        a `cache`, each row continues the text that the cache holds for it. Raises ValueError for more than
-        block_size tokens, or for both `positions` and a `cache`.
+        By default each row is one text from its beginning. `positions` (B, T) are for rows of examples
+        side by side: each token's place in its own, the only one that it looks at. With a `cache`, each row
+        continues the text that is in there. Raises ValueError for more than block_size tokens, and for both.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -301,9 +302,8 @@ class GPT(nn.Module):
 
     def embed(self, idx, positions):
         """
-        idx (B, T), positions (B or 1, T) -> what goes into the first block (B, T, C), and the `rotation`, or
-        None. Attention alone knows no order: what a token is and where it stands are added into one vector,
-        or every block rotates queries and keys.
+        idx (B, T), positions (B or 1, T) -> the first block's input (B, T, C), and the `rotation`, or None.
+        Attention alone knows no order: a vector of the place is added, or blocks rotate queries and keys.
         """
         config, x, rotation = self.config, self.transformer.wte(idx), None  # (B, T, C)
         if config.positions == "learned":
@@ -312,8 +312,8 @@ class GPT(nn.Module):
             angles = angles_of(positions, config.head_channels, config)[..., None, :]
             rotation = angles.cos(), angles.sin()  # (B or 1, T, 1, hs / 2)
         else:  # Vaswani et al. 2017, sections 3.4 and 3.5
-            angles = angles_of(positions, config.n_embd, config)  # (B or 1, T, C / 2)
-            waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+            angles = angles_of(positions, config.n_embd, config)  # (B or 1, T, C / 2), rounded up
+            waves = torch.cat((angles.sin(), angles.cos()), dim=-1)[..., : config.n_embd]
             x = x * math.sqrt(config.n_embd) + waves.to(x.dtype)
         return self.transformer.drop(x), rotation
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import prepare
 import train
@@ -42,6 +43,7 @@ SHAPES = {  # what makes a small GPT one of these families
     "llama": {**MODERN, "n_inner": 24, "tied_head": False},
     "qwen3": {**MODERN, "n_inner": 40, "head_size": 12, "qk_norm": True},
 }
+FAMILIES = st.sampled_from(sorted(SHAPES))  # for hypothesis
 USUAL = {}  # of random_gpt, while a test with the fixture `every_shape` runs
 
 # A test that goes wrong and wants all memory gets an error, and the machine stays usable.

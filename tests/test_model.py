@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL, logits_of, random_gpt, random_ids, randomise
+from conftest import FAMILIES, SHAPES, SMALL, logits_of, random_gpt, random_ids, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -82,9 +82,9 @@ def test_logits_equal_hugging_faces_gpt2(size):
 
 
 @settings(deadline=None, max_examples=40)
-@given(changed=st.integers(0, 7), seed=st.integers(0, 9), new_seed=st.integers(10, 19))
-def test_later_tokens_never_change_earlier_logits(changed, seed, new_seed):
-    gpt, idx = random_gpt(), random_ids(2, 8, seed=seed)
+@given(changed=st.integers(0, 7), seed=st.integers(0, 9), new_seed=st.integers(10, 19), family=FAMILIES)
+def test_later_tokens_never_change_earlier_logits(changed, seed, new_seed, family):
+    gpt, idx = random_gpt(**SHAPES[family]), random_ids(2, 8, seed=seed)
     other = torch.cat([idx[:, :changed], random_ids(2, 8 - changed, seed=new_seed)], dim=1)
     assert torch.equal(logits_of(gpt, idx)[:, :changed], logits_of(gpt, other)[:, :changed])
 
@@ -117,9 +117,10 @@ def read(gpt, cache, idx, narrow=False):
     chunks=st.lists(st.integers(1, 8), min_size=1, max_size=8),
     batch_size=st.integers(1, 3),
     narrow=st.booleans(),
+    family=FAMILIES,
 )
-def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size, narrow):
-    gpt, idx, seen = random_gpt(), random_ids(batch_size, 8), 0
+def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_size, narrow, family):
+    gpt, idx, seen = random_gpt(**SHAPES[family]), random_ids(batch_size, 8), 0
     cache = KVCache(gpt.config, batch_size)
     for chunk in chunks:
         if seen + chunk <= 8:
@@ -132,10 +133,13 @@ def test_a_prompt_fed_in_chunks_gives_the_logits_of_all_at_once(chunks, batch_si
 
 @settings(deadline=None, max_examples=40)
 @given(
-    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), chunk=st.integers(1, 2), narrow=st.booleans()
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    chunk=st.integers(1, 2),
+    narrow=st.booleans(),
+    family=FAMILIES,
 )
-def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengths, chunk, narrow):
-    gpt, idx = random_gpt(), random_ids(len(lengths), 8)
+def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengths, chunk, narrow, family):
+    gpt, idx = random_gpt(**SHAPES[family]), random_ids(len(lengths), 8)
     cache = KVCache(gpt.config, len(lengths))
     if any(lengths):
         # The shorter ones are padded on the right, here with any ids.
@@ -146,6 +150,23 @@ def test_rows_of_different_lengths_side_by_side_give_what_each_gives_alone(lengt
     for row, length in enumerate(lengths):
         alone = logits_of(gpt, idx[row : row + 1, : length + chunk])[:, -chunk:]
         torch.testing.assert_close(logits[row : row + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
+def test_a_new_token_asks_with_all_queries_of_a_group_at_once(monkeypatch, n_kv_head):
+    shapes, attend = [], F.scaled_dot_product_attention
+
+    def recorded(q, *arguments, **options):
+        shapes.append((tuple(q.shape), options["enable_gqa"]))
+        return attend(q, *arguments, **options)
+
+    gpt, idx = random_gpt(n_head=6, n_kv_head=n_kv_head, n_embd=24, n_layer=1), random_ids(2, 8)
+    cache, whole = KVCache(gpt.config, 2), logits_of(gpt, idx)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    for t in range(8):
+        logits = read(gpt, cache, idx[:, t : t + 1], narrow=True)  # of the first token, there is no mask
+        torch.testing.assert_close(logits, whole[:, t : t + 1], atol=1e-5, rtol=1e-5)
+    assert shapes == [((2, n_kv_head, 6 // n_kv_head, 4), False)] * 8
 
 
 def test_what_older_texts_left_in_a_cache_is_never_looked_at():
@@ -353,11 +374,47 @@ def test_the_model_learns_a_batch_by_heart():
         ({"n_embd": 17}, "n_embd=17 .*n_head=2"),
         ({"n_embd": 2, "n_head": 3}, "n_embd=2 .*n_head=3"),
         *(({name: value}, f"{name}.*{value}") for name in SMALL for value in (0, -4)),
+        *(({"n_kv_head": count}, f"n_kv_head.*{count}") for count in (3, 4, -1)),
+        ({"positions": "rotary", "head_size": 5}, "rotary .*even.*5"),
+        *(
+            ({"rope_theta": theta}, f"rope_theta.*{theta}")
+            for theta in (0, 1.0, -1, math.inf, math.nan, 10**400)
+        ),
+        *(({"rope_factor": factor}, f"rope_factor.*{factor}") for factor in (0, 0.5, math.inf, math.nan)),
+        *(({"rope_slow": slow}, f"rope_slow.*{slow}") for slow in (4.0, 5.0, -1, math.nan)),
+        *(({"norm_eps": eps}, f"norm_eps.*{eps}") for eps in (-1, math.inf, math.nan)),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_its_values(wrong, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**{**SMALL, **wrong})
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"positions": "rotary", "rope_theta": 1e10},
+        {"positions": "rotary", "rope_theta": 1.5, "rope_factor": 1e10},
+        {"positions": "sinusoidal", "n_embd": 15, "n_head": 3},
+        {"positions": "sinusoidal", "n_embd": 1, "n_head": 1},
+        {"norm": "rmsnorm", "norm_eps": 0},
+    ],
+)
+def test_an_unusual_shape_computes(shape):
+    gpt = random_gpt(**shape)
+    assert logits_of(gpt, random_ids(2, 8)).isfinite().all()
+    if gpt.config.positions == "sinusoidal":
+        x, _ = gpt.embed(torch.zeros(1, 8, dtype=torch.long), torch.arange(8)[None])
+        C, waves = gpt.config.n_embd, x - gpt.transformer.wte.weight[0] * math.sqrt(gpt.config.n_embd)
+        pairs = (C + 1) // 2
+        expected = [
+            [
+                math.sin(t / 1e4 ** (2 * i / C)) if i < pairs else math.cos(t / 1e4 ** (2 * (i - pairs) / C))
+                for i in range(C)
+            ]
+            for t in range(8)
+        ]
+        torch.testing.assert_close(waves[0], torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n_embd, n_head", [(17, 2), (2, 3), (100, 12), (7, 7)])
@@ -438,13 +495,16 @@ def test_weights_of_another_shape_are_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("n_kv_head", [0, 2])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_compiled_model_equals_the_eager_one(backend):
+def test_a_compiled_model_equals_the_eager_one(backend, n_kv_head):
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
-    gpt, idx, targets = random_gpt(n_layer=1), random_ids(2, 8), random_ids(2, 8, seed=1)
+    gpt = random_gpt(n_layer=1, n_head=4, n_kv_head=n_kv_head)
+    idx, targets = random_ids(2, 8), random_ids(2, 8, seed=1)
     compiled = torch.compile(gpt, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(idx), gpt(idx), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled(idx[:, :1]), gpt(idx[:, :1]), atol=1e-5, rtol=1e-5)
     loss = torch.compile(NextToken(gpt), backend=backend, fullgraph=True)(idx, targets)
     expected_loss = NextToken(gpt)(idx, targets)
     torch.testing.assert_close(loss, expected_loss)

@@ -1,12 +1,14 @@
 """What a checkpoint says beside its weights, and whether weights and tokenizer belong together."""
 
 import re
+from typing import get_type_hints
 
 import torch
 
 from kqv.errors import UserError
 from kqv.forms import SIGNED, WHOLE, Numbers, require_form
 from kqv.text import tokenizers
+from model import GPTConfig
 
 PLAIN = (None, bool, SIGNED, float, str, list, tuple, dict)  # a setting of any program
 
@@ -19,9 +21,11 @@ NUMBERS = {  # nanoGPT, for one, saves some of them as tensors
     "ids_in_loss?": range(1, 2**31),
 }
 
+SWITCHES = {f"{name}?": bool for name, kind in get_type_hints(GPTConfig).items() if kind is bool}
+
 FORM = {
     **NUMBERS,
-    "model_args": {str: object, "dropout?": Numbers(0, 1), "bias?": bool},
+    "model_args": {str: object, **SWITCHES, "dropout?": Numbers(0, 1)},
     "config?": {str: PLAIN, "dataset?": re.compile("[^\0]*")},
     "belongs_to?": {str: str},
     "wandb_id?": (re.compile(r"[^/\\\s\0]{1,128}"), None),  # wandb makes names of files of it

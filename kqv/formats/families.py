@@ -33,7 +33,7 @@ ROPE_SCALING = {  # our field: the key in `rope_scaling` and `rope_parameters`
 ROPE = ("rope_theta", *ROPE_SCALING)  # they mean something with rotary positions alone
 
 # What a value in config.json must be, by the type of its field.
-FORMS = {int: range(1, 2**31), float: Numbers(0, 2**31 - 1), bool: bool}
+FORMS = {int: range(1, 2**31), float: Numbers(0, 1e30), bool: bool}
 
 OPTIONAL = ("n_kv_head", "head_size", "n_inner")  # null for them means what 0 means in GPTConfig
 
@@ -220,7 +220,7 @@ def model_args_of(config, source):
     try:
         whole = asdict(GPTConfig(**args))
     except ValueError as error:
-        theirs = {ours: names[0] for ours, (names, _) in family.keys.items()}
+        theirs = {**ROPE_SCALING, **{ours: names[0] for ours, (names, _) in family.keys.items()}}
         why = re.sub(r"\w+", lambda word: theirs.get(word[0], word[0]), str(error))
         raise UserError(f"{source} has in its config.json a shape that can't be: {why}") from None
     return {name: value for name, value in whole.items() if name != "dropout"}
@@ -280,12 +280,6 @@ def rope_of(config, source):
     for ours, value in values.items():
         name = ROPE_SCALING.get(ours, ours)
         args[ours] = number(name, value, type(getattr(GPTConfig, ours)), source)
-        if not args[ours]:
-            raise UserError(f"{source} has {name}={value} in its config.json, but it must be above 0")
-    if given and args["rope_slow"] >= args["rope_fast"]:
-        raise UserError(
-            f"{source} has a low_freq_factor that is not below its high_freq_factor in its config.json"
-        )
     return args
 
 

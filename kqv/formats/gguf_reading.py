@@ -12,6 +12,7 @@ import torch
 from kqv.errors import UserError
 from kqv.formats import families, gguf_tokenizer, renaming, size
 from kqv.formats.gguf_file import GGUFFile
+from kqv.forms import described, fits, shown
 from model import GPTConfig
 
 SUFFIX = ".gguf"
@@ -127,9 +128,9 @@ def shape_of(file, family):
 
 def number_of(value, key, kind, file):
     """A number of the metadata as `kind`, int or float. Raises UserError."""
-    wrong = type(value) not in (int, float) or kind is int and type(value) is float
-    if wrong or not math.isfinite(value) or not 0 < value < 2**31:
-        raise UserError(f"{file.path} has {key}={value!r}"[:150] + ", not one number above 0")
+    form = families.FORMS[kind]
+    if not fits(value, form):
+        raise UserError(f"{file.path} has {key}={shown(value)}, not {described(form)}")
     return float(str(np.float32(value))) if kind is float else value  # 1e-05, of float32's 9.99999975e-06
 
 
@@ -174,7 +175,7 @@ def candidates(factors, plain, config):
         if start < 0 < slope:
             rope_fast = round(1 - 1 / start, 3)
             original = round(slope.item() * 2 * math.pi * (rope_fast - 1))
-            if rope_fast < 2**31 and 1 <= original < 2**31:
+            if 1 < rope_fast < 2**31 and 1 <= original < 2**31:
                 yield replace(usual, rope_fast=rope_fast, rope_original=original)
 
 

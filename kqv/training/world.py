@@ -115,9 +115,9 @@ class World:
         else:
             shape, names = (self.size,), ("world",)
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        precision = MixedPrecisionPolicy()
-        if dtype != torch.float32:
-            precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # The embedding has `dtype`, and so has what goes from block to block. The cosines and sines of rotary
+        # positions go into the blocks, too: they stay in float32.
+        precision = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for part in (*layers, model):
             fully_shard(part, mesh=mesh, mp_policy=precision)
         return model

@@ -122,6 +122,7 @@ def a_file(path, change=None, tensors=None, **metadata):
 
 def test_a_file_that_the_gguf_package_wrote_is_read(tmp_path):
     assert read(a_file(tmp_path / "a.gguf", **{"rope.scaling.type": "none"}))[0].config.kv_heads == 2
+    assert read(a_file(tmp_path / "a.gguf", **{"rope.freq_base": 1e10}))[0].config.rope_theta == 1e10
     os.rename(tmp_path / "a.gguf", tmp_path / "of no ending")
     read(tmp_path / "of no ending")
 
@@ -137,6 +138,14 @@ REFUSED = {
     "no length": ({"context_length": None}, {}, ["llama.context_length"]),
     "no eps": ({"attention.layer_norm_rms_epsilon": None}, {}, ["layer_norm_rms_epsilon"]),
     "nan": ({"attention.layer_norm_rms_epsilon": float("nan")}, {}, ["=nan"]),
+    "theta 0": ({"rope.freq_base": 0.0}, {}, ["rope_theta", "0.0"]),
+    "theta 1": ({"rope.freq_base": 1.0}, {}, ["rope_theta", "1.0"]),
+    "infinite theta": ({"rope.freq_base": float("inf")}, {}, ["rope.freq_base=inf"]),
+    "odd heads": (
+        {f"{part}_length": 7 for part in ("attention.key", "attention.value")} | {"rope.dimension_count": 7},
+        {},
+        ["even size, not 7"],
+    ),
     "five heads": ({"attention.head_count": 5}, {}, ["n_head=5", "n_kv_head=2"]),
     "more blocks": ({"block_count": 2**31 - 1}, {}, ["block_count=2147483647"]),
     "wide": ({"embedding_length": 2**30, "feed_forward_length": 2**30}, {}, ["n_embd", "parameters"]),

@@ -1,11 +1,14 @@
 """From the contents of a checkpoint to its model, and which checkpoint is meant."""
 
+import math
 from dataclasses import asdict
 
 import pytest
 import torch
 from conftest import logits_of, random_gpt, random_ids
 
+import sample
+import train
 from kqv.errors import UserError
 from kqv.formats import loading, resize
 
@@ -32,6 +35,33 @@ def test_the_dropout_of_a_checkpoint_can_be_replaced(dropout):
 def test_contents_that_are_no_gpt_are_refused_by_the_name_of_their_file(changes):
     with pytest.raises(UserError, match="x.pt holds no weights of a GPT: "):
         loading.model_of(contents_of(random_gpt(), **changes), "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_theta", 0.0),
+        ("rope_theta", math.nan),
+        ("rope_factor", 0),
+        ("rope_slow", 4.0),
+        ("n_kv_head", 4),
+        ("head_size", -8),
+        ("norm_eps", math.inf),
+        ("norm", ["rmsnorm"]),
+        *(("n_layer", torch.tensor(value)) for value in (2, [[1, 2], [3, 4]])),
+        *(
+            (name, value)
+            for name in ("tied_head", "qk_norm", "bias")
+            for value in (1, "yes", torch.tensor([1, 2]))
+        ),
+    ],
+    ids=lambda value: str(value).replace("\n", ""),
+)
+def test_a_checkpoint_of_a_shape_that_can_not_be_is_refused_in_a_line(cli, tiny_set, name, value):
+    torch.save(contents_of(random_gpt(), **{name: value}), "x.pt")
+    for main, argv in ((sample.main, ()), (train.main, ("--dataset=tiny", "--out_dir=out"))):
+        status, _, err = cli(main, "--init_from=x.pt", "--device=cpu", *argv)
+        assert status == 1 and len(err.splitlines()) == 1 and "x.pt" in err and name in err, err
 
 
 def test_rows_that_pad_the_vocabulary_are_cut_off():

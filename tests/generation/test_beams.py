@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt
+from conftest import FAMILIES, SHAPES, random_gpt
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_models import gpt_of
@@ -94,17 +94,19 @@ def test_enough_beams_find_the_likeliest_of_all_texts(count, length_penalty, end
     length_penalty=st.sampled_from([0.0, 0.6, 1.0, 1.5]),
     end=st.integers(-1, 6),
     seed=st.integers(0, 20),
+    family=FAMILIES,
 )
-@example(lengths=[3, 8, 1], count=18, beams=3, length_penalty=0.6, end=-1, seed=0)  # past block_size, 8
-@example(lengths=[3, 8, 1], count=18, beams=3, length_penalty=1.0, end=2, seed=1)
-def test_beams_are_those_of_a_plain_search_for_each_text(lengths, count, beams, length_penalty, end, seed):
+@example(lengths=[3, 8, 1], count=18, beams=3, length_penalty=0.6, end=-1, seed=0, family="gpt2")  # past 8
+@example(lengths=[3, 8, 1], count=18, beams=3, length_penalty=1.0, end=2, seed=1, family="llama")
+@example(lengths=[3, 8, 1], count=18, beams=3, length_penalty=0.6, end=2, seed=1, family="qwen3")
+def test_beams_are_those_of_a_plain_search_for_each_text(
+    lengths, count, beams, length_penalty, end, seed, family
+):
     def ends(ids):
         return ids[-1] == end
 
-    gpt, texts = (
-        random_gpt(n_layer=1, vocab_size=7, std=0.25, seed=seed).double(),
-        texts_of(*lengths, below=7),
-    )
+    gpt = random_gpt(n_layer=1, vocab_size=7, std=0.25, seed=seed, **SHAPES[family]).double()
+    texts = texts_of(*lengths, below=7)
     found = beam_search(Engine(gpt), texts, count, beams, length_penalty, ends)
     for text, hypotheses in zip(texts, found, strict=True):
         assert len(hypotheses) <= beams

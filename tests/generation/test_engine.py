@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from conftest import random_gpt, random_ids
+from conftest import FAMILIES, SHAPES, random_gpt, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_models import gpt_of
@@ -61,11 +61,13 @@ def written_plainly(gpt, text, max_new_tokens, sampling=MODES["plain"], seed=0, 
     return text
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [*(("gpt2", mode) for mode in MODES), *product(["llama", "qwen3"], ["greedy", "all"])],
+)
 @pytest.mark.parametrize("prompt_length", range(1, 9))
-@pytest.mark.usefixtures("every_shape")
-def test_cached_generation_is_uncached_generation_token_for_token(prompt_length, mode):
-    gpt, (text,) = exact_gpt(), texts_of(prompt_length)
+def test_cached_generation_is_uncached_generation_token_for_token(prompt_length, family, mode):
+    gpt, (text,) = exact_gpt(**SHAPES[family]), texts_of(prompt_length)
     options = {"sampling": MODES[mode], "seed": prompt_length}
     expected = written_plainly(gpt, text, 20, **options)  # past block_size, 8, at least twice
     assert generate(Engine(gpt), [text], 20, **options) == [expected]
@@ -106,10 +108,13 @@ def test_a_cropped_model_writes_past_its_new_block_size():
     count=st.integers(0, 20),
     sampling=samplings,
     seed=st.integers(0, 2**63 - 1),
+    family=FAMILIES,
 )
-@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0)
-def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampling, seed):
-    gpt, texts = exact_gpt(n_layer=1), texts_of(*lengths)
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="gpt2")
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="llama")
+@example(lengths=[1, 8, 4], count=20, sampling=MODES["plain"], seed=0, family="qwen3")
+def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampling, seed, family):
+    gpt, texts = exact_gpt(n_layer=1, **SHAPES[family]), texts_of(*lengths)
     options = {"sampling": sampling, "seed": seed}
     alone = [generate(Engine(gpt), [text], count, rows=[row], **options)[0] for row, text in enumerate(texts)]
     assert generate(Engine(gpt), texts, count, **options) == alone
@@ -118,14 +123,14 @@ def test_a_batch_writes_what_each_of_its_rows_writes_alone(lengths, count, sampl
 @pytest.mark.parametrize("lengths", [[3] * 6, [1, 2, 8, 8, 5, 3], [8] * 6])
 @pytest.mark.usefixtures("every_shape")
 def test_the_batch_size_changes_no_text(lengths):
-    gpt, engine = exact_gpt(), Engine(exact_gpt())
-    texts = [[*text] for text in texts_of(*lengths)]
-    expected = [written_plainly(gpt, text, 20, seed=4, row=row) for row, text in enumerate(texts)]
+    gpt = exact_gpt(n_layer=1)
+    engine, texts = Engine(gpt), texts_of(*lengths)
+    expected = [written_plainly(gpt, text, 12, seed=4, row=row) for row, text in enumerate(texts)]
     for batch_size in (1, 2, 3, 6):
         written = []
         for first in range(0, 6, batch_size):
             rows = range(first, first + batch_size)
-            written += generate(engine, texts[first : first + batch_size], 20, seed=4, rows=rows)
+            written += generate(engine, texts[first : first + batch_size], 12, seed=4, rows=rows)
         assert written == expected
 
 
@@ -206,7 +211,7 @@ def test_ids_from_vocab_size_on_are_never_emitted():
     texts = texts_of(1, 3, 1, 8, below=5)
     more = replace(PLAIN, temperature=2.0, logprobs=True), replace(PLAIN, top_k=19)
     for sampling in (*MODES.values(), *more):
-        for drawn in stream(Engine(gpt), texts, 30, sampling, vocab_size=5):
+        for drawn in stream(Engine(gpt), texts, 12, sampling, vocab_size=5):
             assert max(drawn.ids) < 5 and max(map(max, drawn.top_ids or [[0]])) < 5
     assert max(map(max, generate(Engine(gpt), texts, 30))) > 5
 
@@ -322,8 +327,7 @@ def test_texts_may_be_arrays_or_tensors_and_there_may_be_none():
         generate(engine, texts, 5, rows=[0])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_model_in_training_mode_drops_nothing_out_here_and_stays_in_it(compiled):
+def test_a_model_in_training_mode_drops_nothing_out_here_and_stays_in_it():
     gpt, texts = random_gpt(dropout=0.5), texts_of(3, 5)
     expected = generate(Engine(gpt), texts, 12), beam_search(Engine(gpt), texts, 12, 2)
     gpt.train().transformer.h[1].eval()

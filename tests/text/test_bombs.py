@@ -11,6 +11,7 @@ from conftest import TINY_RUN
 
 import prepare
 import train
+from kqv import pipes
 
 MB = 2**20
 LONG = {
@@ -25,7 +26,9 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_a_row_without_end_is_refused_by_its_place_and_takes_little_memory(name, refusal):
     before, begin, part, where = LONG[name]
-    Path(f"{name}.gz").write_bytes(gzip.compress(before + begin + part * (200 * MB // len(part)), 1))
+    # A gzip file may have several parts, one after the other: 120 times the same here.
+    members = [gzip.compress(before + begin), *[gzip.compress(part * (MB // len(part)), 1)] * 120]
+    Path(f"{name}.gz").write_bytes(b"".join(members))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert where in refusal(prepare.main, f"{name}.gz", "--name=a", "--max_row_mb=2")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 * 1024
@@ -54,6 +57,7 @@ def test_what_is_no_file_is_not_read_where_the_user_does_not_name_it(kind, place
 
 
 def test_a_pipe_without_a_writer_and_a_device_without_an_end_are_refused(refusal, monkeypatch):
+    monkeypatch.setattr(pipes.opened, "__defaults__", (0.3,))  # seconds to wait for a writer
     assert "device" in refusal(prepare.main, "/dev/zero", "--name=a")
     assert "device" in refusal(train.main, *TINY_RUN, "/dev/zero", status=2)
     os.mkfifo("pipe")

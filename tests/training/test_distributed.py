@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,6 +195,29 @@ def test_a_sharded_step_reduces_once_and_each_process_holds_half_of_the_optimize
     # forward and again backward, the rest once.
     assert sent.counts["_reduce_scatter_base_ of torch.float32"] == 3
     assert sent.counts[f"_allgather_base_ of {dtype}"] == 5 * (accumulation // 2)
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("compute", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_a_sharded_model_rotates_in_float32(monkeypatch, positions, compute):
+    """Everything else, what goes from block to block above all, is in bfloat16."""
+    streams, rotations = set(), []
+
+    def rotate(x, cos, sin):
+        rotations.append((cos.dtype, sin.dtype))
+        return x
+
+    monkeypatch.setattr("model.rotate", rotate)
+    with fake_world(2) as world:
+        gpt = GPT(GPTConfig(16, 66, 2, 2, 32, positions=positions))
+        model = world.place(NextToken(gpt), gpt.transformer.h, "fsdp", torch.bfloat16)
+        for norm in (gpt.transformer.h[0].ln_1, gpt.transformer.h[1].ln_2, gpt.transformer.ln_f):
+            norm.register_forward_pre_hook(lambda _, inputs: streams.add(inputs[0].dtype))
+        with compute():
+            model(torch.zeros(4, 16, dtype=torch.long), torch.zeros(4, 16, dtype=torch.long)).backward()
+    assert streams == {torch.bfloat16}
+    # Of queries and keys in each of two blocks
+    assert rotations == [(torch.float32, torch.float32)] * (4 if positions == "rotary" else 0)
 
 
 def test_a_sharded_model_inside_of_its_loss_keeps_its_names_and_its_tied_weight():
