@@ -35,7 +35,7 @@ from kqv.settings import parse
 from kqv.text import tokenizers
 from kqv.text.dataset import Dataset
 from kqv.training.batches import micro_batches
-from kqv.training.optimizer import learning_rate_at
+from kqv.training.schedule import learning_rate_at
 from kqv.training.world import World
 from model import GPT, MLP, GPTConfig
 
@@ -532,6 +532,49 @@ def test_an_older_checkpoint_keeps_its_best_loss_where_no_setting_says_otherwise
     assert saved()["best_val_loss"] <= older["best_val_loss"] and saved()["windows"] == 7 * 4
     torch.save(older, "out/ckpt.pt")
     assert "the best begins anew" in run("--init_from=resume", "--max_iters=7", "--eval_iters=1")
+
+
+def test_resuming_with_another_optimizer_is_refused(run, cli):
+    run(*TINY, "--max_iters=1")
+    status, _, err = cli(train.main, "--init_from=resume", "--optimizer=muon")
+    assert status == 2 and "the run in out has adamw" in err and err.count("\n") == 1
+    run(*TINY, "--init_from=out/ckpt.pt", "--out_dir=other", "--max_iters=1", "--optimizer=muon")
+
+
+def test_what_means_nothing_to_the_optimizer_is_said(run):
+    out = run(*TINY, "--max_iters=1", "--muon_momentum=0.9", "--cooldown_iters=3")
+    assert "not used: cooldown_iters (schedule is cosine), muon_momentum (optimizer is adamw)" in out
+    out = run(*TINY, "--out_dir=b", "--max_iters=1", "--optimizer=muon", "--head_learning_rate=0.1")
+    assert "not used: head_learning_rate (the head is the embedding)" in out
+
+
+def test_initial_weights_are_those_that_were_asked_for(run):
+    run(*TINY, "--max_iters=0", "--zero_projections", "--embedding_std=0.7", "--tied_head=False")
+    weights = saved("out/ckpt.pt")["model"]
+    assert all(not weight.any() for name, weight in weights.items() if name.endswith("c_proj.weight"))
+    assert weights["transformer.wte.weight"].std() == pytest.approx(0.7, rel=0.1)
+    assert weights["lm_head.weight"].std() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_muon_is_resumed_bit_for_bit(run, every_shape, dtype):
+    argv = [
+        *TINY,
+        *every_shape,
+        f"--dtype={dtype}",
+        "--optimizer=muon",
+        "--schedule=wsd",
+        "--label_smoothing=0.1",
+    ]
+    run(*argv, "--out_dir=straight")
+    run(*argv, "--max_iters=3", "--lr_decay_iters=6", "--out_dir=parts")
+    run("--init_from=resume", "--max_iters=6", "--out_dir=parts")
+    one, other = (saved(f"{folder}/ckpt.pt") for folder in ("straight", "parts"))
+    for name, weight in one["model"].items():
+        assert torch.equal(weight, other["model"][name]), name
+    for number, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, other["optimizer"]["state"][number][name]), (number, name)
 
 
 def test_resuming_with_another_architecture_is_refused(run, cli):

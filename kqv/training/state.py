@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from kqv.errors import UserError, first_line
+from kqv.errors import UsageError, UserError, first_line
 from kqv.formats import checkpoint
 from kqv.forms import WHOLE, require_form
 from kqv.training.optimizer import load_optimizer, make_optimizer
@@ -127,7 +127,8 @@ def belongs_to(data, config):
 def start_state(config, gpt, start_checkpoint, dtype, world):
     """
     The state before the run's first step: new, or on resume as `start_checkpoint`, a checkpoint's contents,
-    has it. Raises UserError where that does not fit the model.
+    has it. Raises UserError where that does not fit the model, and UsageError for another optimizer than its
+    own.
     """
     device = gpt.lm_head.weight.device
     state = TrainingState(
@@ -137,6 +138,13 @@ def start_state(config, gpt, start_checkpoint, dtype, world):
         bad_steps=torch.zeros((), dtype=torch.int64, device=device),
     )
     if config.init_from == "resume":
+        before = start_checkpoint.get("config", {}).get("optimizer", "adamw")  # the only one in older files
+        if before != config.optimizer:
+            raise UsageError(
+                f"optimizer={config.optimizer}, but the run in {config.out_dir} has {before}: leave it out, "
+                f"or begin anew from its weights by --init_from={config.out_dir}/{checkpoint.NEWEST} and "
+                "another --out_dir"
+            )
         try:
             state.load_state_dict(start_checkpoint)
         except (LookupError, ArithmeticError, ValueError, TypeError, RuntimeError, AttributeError) as error:
