@@ -31,12 +31,9 @@ class LlamaCpp:
         params.verbosity = -1
         self.server = xllamacpp.Server(params)
 
-    def seconds(self, text, max_new_tokens, sampling):
-        """
-        By its own clock: (seconds to read `text`, a list of ids; seconds for each token after the first that
-        it writes).
-        """
-        answer = self.server.handle_completions(
+    def write(self, text, max_new_tokens, sampling):
+        """Its answer to `text`, a list of ids: max_new_tokens more, also where one of them ends a text."""
+        return self.server.handle_completions(
             {
                 "prompt": text,
                 "n_predict": max_new_tokens,
@@ -47,7 +44,12 @@ class LlamaCpp:
                 "temperature": sampling.temperature,
             }
         )
-        taken = answer["timings"]
+
+    def seconds(self, text, max_new_tokens, sampling):
+        """
+        By its own clock: (seconds to read `text`, seconds for each token after the first that it writes).
+        """
+        taken = self.write(text, max_new_tokens, sampling)["timings"]
         # The first token is drawn from what reading the text has left.
         return taken["prompt_ms"] / 1e3, taken["predicted_ms"] / 1e3 / max(1, taken["predicted_n"] - 1)
 
