@@ -10,7 +10,7 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
 import train
 from kqv.errors import UsageError
-from kqv.measuring.generation import BenchSampleSettings, bench_sample
+from kqv.measuring.generation import bench_sample
 from kqv.measuring.plan import BenchPlanSettings, bench_plan
 from kqv.measuring.training import BenchTrainSettings, bench_train
 from kqv.settings import parse
@@ -21,7 +21,7 @@ def main(argv):
     if what == "train":
         bench_train(parse(BenchTrainSettings, arguments), train)
     elif what == "sample":
-        bench_sample(parse(BenchSampleSettings, arguments))
+        bench_sample(arguments)
     elif what == "plan":
         bench_plan(parse(BenchPlanSettings, arguments))
     elif what in ("--help", "-h"):

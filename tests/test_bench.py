@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from exports import save_run
 
 import bench
 from kqv.measuring import machine
+from kqv.text.tokenizers import ByteTokenizer
 
 TINY = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=100", "--rounds=1"]
 TINY += ["--prompt_length=8", "--max_new_tokens=8", "--prefill_length=16", "--batch_sizes=1,3"]
@@ -101,6 +103,25 @@ def test_precision_and_sizes_are_those_asked_for(figures):
     assert found["batch 2"]["of ceiling"] == pytest.approx(fraction(read, found["batch 2"]))
 
 
+def test_weights_are_measured_by_name(cli, tmp_path):
+    gpt = save_run(tmp_path / "run", ByteTokenizer())
+    sizes = [argument for argument in TINY if not argument.startswith(("--n_", "--block", "--vocab"))]
+    status, out, err = cli(bench.main, "sample", *sizes, "--init_from=run", "--format=jsonl")
+    assert (status, err) == (0, "")
+    assert parsed(out)["machine"]["parameters"] == gpt.num_parameters()
+    status, out, err = cli(bench.main, "sample", *sizes, "--init_from=run", "--prefill_length=129")
+    assert status == 2 and "prefill_length=129 must be within block_size=128" in err
+    status, out, err = cli(bench.main, "sample", *sizes, "--init_from=nothing")
+    assert (status, out) == (1, "") and "init_from=nothing is no file or folder, nor one of scratch" in err
+
+
+def test_llama_cpp_is_measured_on_request(figures):
+    pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    found = figures("--llama_cpp=f32,q8_0")
+    assert list(found)[-3:] == ["in turns, kqv", "in turns, llama.cpp f32", "in turns, llama.cpp q8_0"]
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
@@ -117,6 +138,8 @@ def test_precision_and_sizes_are_those_asked_for(figures):
         (["sample", "--max_new_tokens=7"], ["max_new_tokens is 7", "at least 8"]),
         (["sample", "--prompt_length=1"], ["prompt_length is 1", "at least 2"]),
         (["sample", "--rounds=0"], ["rounds is 0", "at least 1"]),
+        (["sample", "--llama_cpp=f32,"], ["llama_cpp=f32,", "''", "q8_0"]),
+        (["sample", "--init_from=smollm2", "--n_layer=3"], ["--n_layer=3", "--init_from"]),
         (["sample", "--n_layers=3"], ["did you mean n_layer?"]),
         (["train", "--presets=124m"], ["presets=124m", "'124m'", "124M", "1.5B"]),
         (["train", "--presets="], ["presets=", "tiny"]),

@@ -66,10 +66,14 @@ def open_set(config, trained_on, tokenizer):
     if not config.dataset:
         require_in_data(trained_on)
     data = Dataset(config.dataset or trained_on)
-    if data.tokenizer.to_json() != tokenizer.to_json():
+    known = tokenizer.to_json()
+    if data.tokenizer.to_json() not in (
+        known,
+        known.get("base"),
+    ):  # it reads texts, too
         raise UserError(
-            f"{data.folder} was made with another tokenizer than the model knows: prepare texts or "
-            "conversations, whichever it was trained on, with --tokenizer=CHECKPOINT"
+            f"{data.folder} was made with another tokenizer than the model knows: prepare it with "
+            "--tokenizer=CHECKPOINT"
         )
     if config.max_examples and data.is_chat:
         starts = data.conversation_starts

@@ -1,21 +1,23 @@
 """bench.py sample: how fast generation is here."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, out_of_memory_as
 from kqv.errors import UsageError
 from kqv.formats.checkpoint import shape_in
+from kqv.formats.loading import load_start, model_of
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import ContextWindow, stream
 from kqv.measuring.costs import count
+from kqv.measuring.llama_cpp import measure_in_turns, require_llama_cpp
 from kqv.measuring.machine import Machine, RoundsSettings, print_machine
 from kqv.measuring.presets import parse_batch_sizes
 from kqv.measuring.report import ReportSettings, print_figures, print_kernels, profiled
-from kqv.settings import group, setting
+from kqv.settings import fill, group, read_given, refuse_unused, setting
 from model import GPT, GPTConfig, KVCache
 
 WRITING = Sampling(temperature=0.8, top_k=200)  # sample.py's defaults
@@ -24,11 +26,29 @@ STEPS_AT_ONCE = 16  # decoding steps between two measurements of the memory's sp
 
 ShapeSettings = group(
     "ShapeSettings",
-    "Model, by default GPT-2 124M; the weights are random",
+    "Shape of a model from scratch, by default GPT-2 124M",
     GPTConfig,
     without=("dropout",),
     vocab_size=50257,
 )
+
+
+UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
+    (
+        [field.name for field in fields(ShapeSettings)],
+        lambda c: c.init_from != "scratch",
+        "with --init_from, which names weights of a shape",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Model"""
+
+    init_from: str = setting(
+        "scratch", "scratch: random weights; or weights that train.py starts from, as smollm2", path=True
+    )
 
 
 @dataclass(frozen=True)
@@ -40,11 +60,16 @@ class WritingSettings:
     max_new_tokens: int = setting(128, "tokens written", at_least=8)
     prefill_length: int = setting(1000, "tokens of the prefill that is measured by itself", at_least=2)
     uncached: bool = setting(True, "also write without a cache, reading the whole context for each token")
+    llama_cpp: str = setting(
+        "", "also measure llama.cpp on the same weights, kept so: f32, f16, bf16, q8_0, with commas between"
+    )
     profile: bool = setting(False, "also print where the time of a decoding step goes")
 
 
 @dataclass(frozen=True)
-class BenchSampleSettings(DeviceSettings, ReportSettings, RoundsSettings, WritingSettings, ShapeSettings):
+class BenchSampleSettings(
+    DeviceSettings, ReportSettings, RoundsSettings, WritingSettings, ShapeSettings, ModelSettings
+):
     """
     usage: python bench.py sample [config.py ...] [--name=value ...]
 
@@ -54,34 +79,49 @@ class BenchSampleSettings(DeviceSettings, ReportSettings, RoundsSettings, Writin
     """
 
 
-def bench_sample(config):
+def bench_sample(argv):
     """Print a line for each thing measured. Raises UserError."""
-    batch_sizes, shape = parse_batch_sizes(config.batch_sizes), shape_of(config)
+    given = read_given(BenchSampleSettings, argv)
+    config = fill(BenchSampleSettings, given)
+    refuse_unused(UNUSED, config, given)
+    batch_sizes = parse_batch_sizes(config.batch_sizes)
     device = find_device(config.device)
     advice = f"out of memory: try smaller --batch_sizes than {config.batch_sizes}"
     with torch.no_grad(), out_of_memory_as(advice):
-        measure_generation(config, shape, batch_sizes, device)
+        gpt = model_to_measure(config, device)
+        require_llama_cpp(parse_kinds(config.llama_cpp), gpt.config, device)
+        measure_generation(config, gpt, batch_sizes, device)
 
 
-def shape_of(config):
-    """The GPTConfig that the settings name. Raises UsageError for a shape that can't be or is too short."""
-    try:
-        shape = shape_in(vars(config))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > config.block_size:
+def model_to_measure(config, device):
+    """The GPT that the settings name, on the device. Raises UserError, also where it is too short."""
+    if config.init_from != "scratch":
+        contents = load_start(config.init_from, words=("scratch",))
+        gpt = model_of(contents, config.init_from)
+        require_room(config, gpt.config)
+    else:
+        try:
+            shape = shape_in(vars(config))
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        require_room(config, shape)
+        torch.manual_seed(0)
+        with torch.device(device):
+            gpt = GPT(shape)
+    return gpt.to(device, find_dtype(config.dtype, device)).eval()
+
+
+def require_room(config, shape):
+    """Raise UsageError where a text that is measured would be longer than the model's context."""
+    if max(config.prompt_length + config.max_new_tokens, config.prefill_length) > shape.block_size:
         raise UsageError(
             f"prompt_length={config.prompt_length} + max_new_tokens={config.max_new_tokens} and "
-            f"prefill_length={config.prefill_length} must be within block_size={config.block_size}"
+            f"prefill_length={config.prefill_length} must be within block_size={shape.block_size}"
         )
-    return shape
 
 
-def measure_generation(config, shape, batch_sizes, device):
-    dtype = find_dtype(config.dtype, device)
-    torch.manual_seed(0)
-    with torch.device(device):
-        gpt = GPT(shape).to(dtype).eval()
+def measure_generation(config, gpt, batch_sizes, device):
+    dtype, vocab_size = gpt.lm_head.weight.dtype, gpt.config.vocab_size
     compiled = find_compile(config.compile, device)
     machine = Machine(device, dtype, config.rounds)
     print_machine(config, machine, compiled, parameters=gpt.num_parameters())
@@ -89,14 +129,25 @@ def measure_generation(config, shape, batch_sizes, device):
     prefill = measure_prefill(engine, config.prefill_length, machine)
     print_figures(config, "prefill", prefill)
     for batch_size in batch_sizes:
-        texts = random_texts(batch_size, config.prompt_length, shape.vocab_size)
+        texts = random_texts(batch_size, config.prompt_length, vocab_size)
         decoding = measure_decoding(engine, texts, config.max_new_tokens, machine)
         print_figures(config, f"batch {batch_size}", decoding)
     if config.uncached:
         print_figures(config, "cache", measure_uncached(engine, config.prefill_length, machine))
+    if kinds := parse_kinds(config.llama_cpp):
+        lengths = config.prompt_length, config.prefill_length
+        texts = [random_texts(1, length, vocab_size)[0] for length in lengths]
+        found = measure_in_turns(engine, kinds, *texts, config.max_new_tokens, WRITING, machine)
+        for who, figures in found.items():
+            print_figures(config, f"in turns, {who}", figures)
     if config.profile:
-        texts = random_texts(batch_sizes[0], config.prompt_length, shape.vocab_size)
+        texts = random_texts(batch_sizes[0], config.prompt_length, vocab_size)
         print_decoding_profile(engine, texts, config.max_new_tokens)
+
+
+def parse_kinds(kinds):
+    """ "f32,q8_0" -> ["f32", "q8_0"]; "" -> []."""
+    return kinds.split(",") if kinds else []
 
 
 def random_texts(batch_size, length, vocab_size):

@@ -12,6 +12,7 @@ import sacrebleu
 import torch
 from conftest import TINY_RUN, logits_of, random_gpt
 from known_models import forward_hook, gpt_of, gpt_that_likes, gpt_that_writes, parsed, save
+from torch.nn import functional as F
 
 import prepare
 import sample
@@ -377,11 +378,21 @@ def test_a_set_that_is_not_there(refusal, random_model):
 
 
 def test_a_set_of_another_tokenizer(refusal, random_model):
-    for tok in (ChatTokenizer(CharTokenizer("abcd7890")), ChatTokenizer(ByteTokenizer()), TOK.base):
+    for tok in (ChatTokenizer(CharTokenizer("abcd7890")), ChatTokenizer(ByteTokenizer()), ByteTokenizer()):
         talks = TALKS if tok.kind == "chat" else ["abcd" * 10]
         name = write_set(talks, train=talks, tok=tok)
         line = refusal(sample.main, "--device=cpu", "--evaluate=val", name)
         assert "data/talk" in line and "another tokenizer" in line and "--tokenizer" in line
+
+
+def test_a_model_of_conversations_has_a_loss_on_texts(evaluate, random_model):
+    write_set(["abcdabdcacbd"], train=["abcd"], tok=TOK.base)
+    ids = torch.from_numpy(TOK.base.encode("abcdabdcacbd").astype(np.int64))
+    records, numbers = evaluate()
+    with torch.no_grad():
+        logits = random_model(ids[None, :-1])[0, :, : TOK.base.vocab_size]
+    assert records == [] and "exact_match" not in numbers and numbers["tokens"] == 11
+    assert numbers["loss"] == pytest.approx(F.cross_entropy(logits, ids[1:]).item(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
