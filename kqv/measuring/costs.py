@@ -1,7 +1,7 @@
 """
 What a training step on many GPUs takes, by arithmetic: memory of each GPU, bytes sent between them, seconds.
 
-It describes what train.py does: float32 weights, gradients and AdamW moments, products in bfloat16, and each
+It describes what train.py does: float32 weights, gradients and moments, products in bfloat16, and each
 process with the whole model (DDP) or with a part of it (FSDP, see kqv/training/world.py). Sizes are
 counted in a model on the meta device, which has shapes and no numbers, so a change of model.py needs none
 here.
@@ -30,6 +30,7 @@ class Job:
     batch_size: int = 1  # sequences in a micro-batch
     accumulation: int = 1  # micro-batches of each process in a step
     checkpointing: bool = False
+    muon: bool = False
     compiled: bool = False
     itemsize: int = 2  # bytes of a number in matrix products: 2 in bfloat16, 4 in float32
     norm_itemsize: int = 4  # bytes of a number that goes into LayerNorm: autocast on a GPU makes it float32
@@ -165,7 +166,9 @@ def peaks(job):
     layers, N = len(gpt.transformer.h), count(gpt)
     block, outside_blocks = count(gpt.transformer.h[-1]), N - count(gpt.transformer.h)
     head, tied = count(gpt.lm_head), job.shape.tied_head
-    always = {"weights": 4 * N / job.shards, "optimizer": 8 * N / job.shards}
+    matrices = sum(p.numel() for p in gpt.transformer.h.parameters() if p.dim() == 2)
+    of_optimizer = 4 * (2 * N - job.muon * matrices)  # AdamW's two moments, or Muon's one
+    always = {"weights": 4 * N / job.shards, "optimizer": of_optimizer / job.shards}
     # The sum over earlier micro-batches, which FSDP too keeps whole, or the buckets of DDP.
     kept = 4 * N * (job.accumulation > 1 or job.gpus > 1 and not job.sharded)
     if job.sharded:

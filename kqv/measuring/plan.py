@@ -61,6 +61,7 @@ class PlannedWorkSettings:
         0, "sequences in a micro-batch; 0: the largest power of two that fits", at_least=0, below=2**50
     )
     activation_checkpointing: bool = setting(False, "as in train.py")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "as in train.py; its computing is not counted")
     compile: bool = setting(True, "as train.py does on a GPU")
     tokens_per_step: int = setting(
         2**19, "tokens in a step, rounded to what divides", at_least=1, below=2**50
@@ -135,6 +136,7 @@ def planned_job(config):
         node,
         sharded and gpus > 1,
         checkpointing=config.activation_checkpointing,
+        muon=config.optimizer == "muon",
         compiled=config.compile,
     )
 

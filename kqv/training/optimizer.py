@@ -66,12 +66,12 @@ def parameter_groups(gpt, weight_decay):
     ]
 
 
-def training_bytes(num_parameters, of_muon=0):
+def training_bytes(num_parameters):
     """
-    Bytes of float32 that training holds of a model: weights, gradients, and AdamW's two moments or, of so
-    many of the parameters, Muon's one mean.
+    Bytes of float32 that training holds of a model at most: weights, gradients and AdamW's two moments. Muon
+    keeps one mean of a matrix in their place.
     """
-    return 4 * (num_parameters * (1 + 1 + 2) - of_muon)
+    return 4 * num_parameters * (1 + 1 + 2)
 
 
 # The learning rate

@@ -50,7 +50,9 @@ def processes(job):
 
 def training(job, world):
     """train.py's step on random tokens, as a function, and its state."""
-    config = train.TrainSettings(gradient_accumulation_steps=job.accumulation * job.gpus)
+    config = train.TrainSettings(
+        gradient_accumulation_steps=job.accumulation * job.gpus, optimizer="muon" if job.muon else "adamw"
+    )
     dtype = {2: torch.bfloat16, 4: torch.float32}[job.itemsize]
     torch.manual_seed(0)
     gpt = GPT(job.shape)
@@ -104,6 +106,8 @@ def measured(job):
 JOBS = {
     "float32": Job(SMALL, batch_size=4, itemsize=4),
     "bfloat16": Job(SMALL, batch_size=4),
+    "Muon": Job(SMALL, batch_size=4, muon=True),
+    "Muon, sharded": Job(HEAVY, gpus=4, sharded=True, muon=True),
     "biases": Job(dataclasses.replace(SMALL, bias=True), batch_size=4),
     "accumulation": Job(WIDE, batch_size=2, accumulation=2),
     "checkpointing": Job(SMALL, batch_size=4, checkpointing=True),
