@@ -19,6 +19,7 @@ from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
 from kqv.training.best import adopt_best
+from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
@@ -62,6 +63,7 @@ class TrainSettings(
     ActivationSettings,
     InitSettings,
     ModelSettings,
+    DepthSettings,
     DataSettings,
     RunSettings,
 ):

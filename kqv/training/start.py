@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
-from kqv.settings import fill, group, setting
+from kqv.settings import fill, group, refuse, setting
 from kqv.text.names import require_in_data
+from kqv.training.depth import settings_of_depth
 from model import GPT, GPTConfig
 
 
@@ -83,15 +84,20 @@ def resolve_start(config, given, world):
         found = newest.exists() or (newest.parent / checkpoint.PREVIOUS).exists()
         config = replace(config, init_from="resume" if found else "scratch")
     if config.init_from == "scratch":
+        if config.depth:
+            config = fill(type(config), given, settings_of_depth(config, given, world.size))
+            config = replace(config, init_from="scratch")
         return config, None
     if config.init_from == "resume":
         start_checkpoint = loading.load(newest, mapped=world.size > 1)
         saved = saved_settings(start_checkpoint)
+        require_same_depth(config, given, saved)
         if "dataset" in saved and "dataset" not in given:
             require_in_data(saved["dataset"])
         defaults = {name: value for name, value in saved.items() if name not in PLACE}
         config = fill(type(config), given, {**defaults, **shape_of(start_checkpoint)})
         return replace(config, init_from="resume"), start_checkpoint
+    refuse(given, ("depth", "tokens_per_parameter"), "for weights to start from")
     start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
     if out_dir in (start, start.parent) and not config.eval_only:
         raise UsageError(
@@ -100,6 +106,16 @@ def resolve_start(config, given, world):
         )
     start_checkpoint = loading.load_start(config.init_from, words=("scratch", "resume", "auto"))
     return fill(type(config), given, shape_of(start_checkpoint)), start_checkpoint
+
+
+def require_same_depth(config, given, saved):
+    """Raise UsageError for another depth, or budget, than that of the run to go on with."""
+    for name in ("depth", "tokens_per_parameter"):
+        if name in given and getattr(config, name) != saved.get(name, 0):
+            raise UsageError(
+                f"{given[name]}, but the run in {config.out_dir} has {saved.get(name, 0)}: leave it out, or "
+                "use --init_from=scratch"
+            )
 
 
 def shape_of(contents):

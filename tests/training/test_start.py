@@ -16,6 +16,7 @@ from kqv.training.notices import changed_settings, odd_learning_rates
 from kqv.training.start import (
     checkpoint_activations,
     new_model,
+    require_divisible,
     resolve_start,
     set_precision,
     smaller_batch,
@@ -32,6 +33,41 @@ def settings(*argv, **values):
 
 
 # Settings
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+@pytest.mark.parametrize("depth, batch", [(1, ["--batch_size=16"]), (1, []), (2, []), (4, []), (26, [])])
+def test_a_run_follows_from_its_depth(depth, batch, processes):
+    world = World(torch.device("cpu"), 0, processes, processes)
+    argv = [f"--depth={depth}", "--block_size=64", "--tokens_per_parameter=8", *batch]
+    config, _ = resolve_start(settings(*argv), read_given(train.TrainSettings, argv), world)
+    require_divisible(config, world)
+    with torch.device("meta"):
+        gpt = new_model(config, 512)
+    matrices = sum(p.numel() for p in gpt.transformer.h.parameters() if p.dim() == 2)
+    assert config.n_layer == depth and config.batch_size == 16 if batch else config.batch_size <= 12
+    step = config.batch_size * config.block_size * config.gradient_accumulation_steps
+    assert config.max_iters * step == pytest.approx(8 * matrices, abs=step)
+    assert config.optimizer == "muon" and gpt.config.qk_norm and not gpt.config.tied_head
+
+
+def test_what_is_given_comes_before_what_follows_from_the_depth():
+    config, _ = resolved(["--depth=3", "--n_head=4", "--n_embd=64", "--max_iters=7", "--schedule=cosine"])
+    assert (config.n_layer, config.n_embd, config.max_iters, config.schedule) == (3, 64, 7, "cosine")
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth=201"], "depth is 201, but it must be at most 200"),
+        (["--init_from=out", "--depth=2"], "--depth=2 means nothing for weights to start from"),
+        (["--init_from=resume", "--depth=2"], "--depth=2, but the run in out has 0"),
+    ],
+)
+def test_a_depth_that_can_not_be_is_refused(cli, tiny_set, argv, says):
+    assert cli(train.main, *TINY_RUN, "--dataset=tiny", "--max_iters=0")[0] == 0
+    status, _, err = cli(train.main, *argv, "--dataset=tiny", "--device=cpu")
+    assert status == 2 and says in err and err.count("\n") == 1
 
 
 def resolved(argv):
