@@ -70,6 +70,40 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(shape, at_once, unco
         torch.testing.assert_close(tensor, expectation, rtol=1e-5, atol=2e-6)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 20), st.integers(2, 40), st.integers(1, 9)),  # N, V, C
+    padding=st.integers(0, 5),
+    at_once=st.integers(1, 400),
+    smoothing=st.sampled_from([0.1, 0.5, 0.9]),
+    uncounted=st.sets(st.integers(0, 18)),
+)
+def test_label_smoothing_is_torchs_over_the_ids_that_are_no_padding(
+    shape, padding, at_once, smoothing, uncounted
+):
+    N, V, C = shape
+    ids = max(1, V - padding)
+    x, weight, targets = inputs(N, V, C, uncounted=[n for n in uncounted if n < N - 1])
+    targets = targets.clamp(max=ids - 1)
+
+    def ours(x, weight, targets):
+        return loss.next_token_loss(x, weight, targets, ids, smoothing)
+
+    def plain(x, weight, targets):
+        logits = F.linear(x, weight)[:, :ids]
+        return F.cross_entropy(logits, targets, ignore_index=-1, label_smoothing=smoothing)
+
+    with logits_at_once(at_once):
+        found = with_gradients(ours, x, weight, targets, upstream=3.0)
+        with torch.no_grad():
+            evaluated = ours(x, weight, targets)
+    expected = with_gradients(plain, x, weight, targets, upstream=3.0)
+    for tensor, expectation in zip(found, expected, strict=True):
+        torch.testing.assert_close(tensor, expectation, rtol=1e-5, atol=2e-6)
+    plain_logits = F.linear(x, weight)[:, :ids]
+    torch.testing.assert_close(evaluated, F.cross_entropy(plain_logits, targets, ignore_index=-1).detach())
+
+
 def test_the_gradient_of_a_bfloat16_weight_is_summed_in_float32():
     """As sharded training has it: its weights are gathered in bfloat16."""
     x, weight, targets = (tensor.detach() for tensor in inputs(N=2048, V=50, C=16))
