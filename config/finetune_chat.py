@@ -10,7 +10,7 @@ gradient_accumulation_steps = 1
 # a row holds one exchange or a few; the CPU's model sees each of its 5,700 rows 4 times
 batch_size = 32
 max_iters = 700
-learning_rate = 1e-3  # a sixth of what the model was trained with
+learning_rate = 1e-3  # AdamW's, small, so that the model keeps what it knows
 min_lr = 1e-5
 warmup_iters = 50
 beta2 = 0.99

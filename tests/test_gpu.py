@@ -31,20 +31,22 @@ def weights(out_dir):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_precision_trains(cli, tiny_set, dtype, compiled):
-    steps = ["--max_iters=100", "--lr_decay_iters=100", "--eval_interval=100"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_precision_trains(cli, tiny_set, optimizer, dtype, compiled):
+    steps = ["--max_iters=100", "--lr_decay_iters=100", "--eval_interval=100", f"--optimizer={optimizer}"]
     status, _, err = cli(train.main, *RUN, *steps, f"--dtype={dtype}", f"--compile={compiled}")
     assert status == 0, err
     assert loading.load("out/ckpt.pt")["best_val_loss"] < 0.7 * math.log(20)  # about 20 characters
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(cli, tiny_set, dtype):
-    run = [*RUN, f"--dtype={dtype}", "--dropout=0.1", "--deterministic=True"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(cli, tiny_set, optimizer, dtype):
+    run = [*RUN, f"--dtype={dtype}", "--dropout=0.1", "--deterministic=True", f"--optimizer={optimizer}"]
     try:
         for out_dir in ("a", "b"):
             assert cli(train.main, *run, f"--out_dir={out_dir}")[0] == 0
-        assert cli(train.main, *run, "--out_dir=c", "--max_iters=3")[0] == 0
+        assert cli(train.main, *run, "--out_dir=c", "--max_iters=3", "--lr_decay_iters=6")[0] == 0
         assert cli(train.main, "--init_from=resume", "--out_dir=c", "--max_iters=6")[0] == 0
     finally:
         torch.use_deterministic_algorithms(False)

@@ -757,8 +757,8 @@ def test_a_wrong_value_in_a_checkpoint_is_no_fault_of_the_command(saved):
 
 @pytest.mark.parametrize("digits", [200, 400, 5000])
 def test_a_number_of_many_digits_is_refused_in_a_short_line(refusal, digits):
-    line = refusal(train.main, "--warmup_iters=" + "9" * digits, status=2)
-    assert "warmup_iters" in line and len(line) < 2200
+    line = refusal(train.main, "--max_iters=" + "9" * digits, status=2)
+    assert "max_iters" in line and len(line) < 2200
 
 
 @pytest.mark.parametrize("name", NANOGPT)
