@@ -544,6 +544,10 @@ def test_resuming_with_another_optimizer_is_refused(run, cli):
 def test_what_means_nothing_to_the_optimizer_is_said(run):
     out = run(*TINY, "--max_iters=1", "--muon_momentum=0.9", "--cooldown_iters=3")
     assert "not used: cooldown_iters (schedule is cosine), muon_momentum (optimizer is adamw)" in out
+    out = run(
+        *TINY, "--out_dir=c", "--max_iters=1", "--schedule=constant", "--min_lr=0.1", "--warmup_iters=0"
+    )
+    assert "min_lr (schedule is constant)" in out and "lr 1.00e-02" in out
     out = run(*TINY, "--out_dir=b", "--max_iters=1", "--optimizer=muon", "--head_learning_rate=0.1")
     assert "not used: head_learning_rate (the head is the embedding)" in out
 

@@ -100,7 +100,8 @@ def muon_groups(gpt, config):
     is a group's largest learning rate.
     """
     matrices, others = defaultdict(list), {"embeddings": [], "head": [], "vectors": []}
-    for name, parameter in gpt.named_parameters():
+    learnt = {name: p for name, p in gpt.named_parameters() if p.requires_grad}
+    for name, parameter in learnt.items():
         if parameter.dim() < 2:
             others["vectors"].append(parameter)
         elif name.startswith("transformer.h."):

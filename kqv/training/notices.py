@@ -5,9 +5,10 @@ from pathlib import Path
 
 from kqv.formats import checkpoint
 from kqv.training.optimizer import OptimizerSettings
-from kqv.training.schedule import last_learning_rate
+from kqv.training.schedule import UNUSED, last_learning_rate
 from kqv.training.start import saved_settings, unlike
 
+SCHEDULE = "schedule", "warmup_iters", "cooldown_iters", "lr_decay_iters", "min_lr"
 # The settings of Muon.
 MUON = tuple(field.name for field in fields(OptimizerSettings) if "muon:" in field.metadata["help"])
 
@@ -40,8 +41,8 @@ def changed_settings(config, start_checkpoint):
 def unused_settings(config, given, world):
     """The settings that were given but that this run has no use for, as "name (why)" each."""
     uses = {
-        "decay_lr is False": (config.decay_lr, ("schedule", "warmup_iters", "lr_decay_iters", "min_lr")),
-        f"schedule is {config.schedule}": (config.schedule == "wsd", ("cooldown_iters",)),
+        "decay_lr is False": (config.decay_lr, SCHEDULE),
+        f"schedule is {config.schedule}": (not config.decay_lr, UNUSED[config.schedule]),
         "optimizer is adamw": (config.optimizer == "muon", MUON),
         "the head is the embedding": (not config.tied_head, ("head_learning_rate",)),
         "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),

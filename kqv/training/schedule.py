@@ -50,6 +50,15 @@ SCHEDULES = {
     "constant": lambda step, warmup, cooldown, end: 1.0,
 }
 
+# The settings that a schedule has no use for.
+UNUSED = {
+    "cosine": ("cooldown_iters",),
+    "linear": ("cooldown_iters",),
+    "wsd": (),
+    "inverse_sqrt": ("cooldown_iters", "lr_decay_iters"),
+    "constant": ("cooldown_iters", "lr_decay_iters", "min_lr"),
+}
+
 
 def in_steps(value, config):
     """A number of steps that may be given as a share of the run."""
@@ -57,7 +66,9 @@ def in_steps(value, config):
 
 
 def last_learning_rate(config):
-    """The learning rate at the end of the schedule."""
+    """The learning rate that the schedule tends to."""
+    if config.schedule == "constant":
+        return config.learning_rate
     if config.min_lr is not None:
         return config.min_lr
     return 0.0 if config.schedule == "inverse_sqrt" else config.learning_rate / 10
