@@ -29,13 +29,10 @@ qk_norm = True
 activation = "swiglu"
 tied_head = False
 zero_projections = True
-embedding_std = 0.7
 
 optimizer = "muon"
 muon_learning_rate = 0.02
-embedding_learning_rate = 0.1
-head_learning_rate = 0.004  # smaller than for small models, as in nanochat
-learning_rate = 0.004  # of the norms' weights
+learning_rate = 0.004  # AdamW's; smaller than for small models, as in nanochat
 beta1 = 0.8
 beta2 = 0.95
 weight_decay = 0.0
