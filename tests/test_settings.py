@@ -26,6 +26,7 @@ import sample
 import train
 from kqv.errors import UsageError, UserError
 from kqv.settings import fill, parse, read_given, setting
+from kqv.training.depth import settings_of_depth
 from kqv.values import as_utf8
 from train import TrainSettings
 
@@ -776,3 +777,15 @@ def test_nanogpts_config_files_run_unchanged(name, tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
 def test_every_config_file_of_this_repository_is_one_for_training(path):
     assert parse(TrainSettings, [str(path)]) != TrainSettings()
+
+
+OF_SIZE = {"n_layer", "n_embd", "n_head", "n_inner", "batch_size", "gradient_accumulation_steps", "max_iters"}
+
+
+@pytest.mark.parametrize("name", ["train_plays_char", "train_shakespeare_char_modern", "train_gpt2_modern"])
+def test_the_modern_config_files_are_of_one_recipe(name):
+    config = parse(TrainSettings, [str(ROOT / f"config/{name}.py")])
+    recipe = settings_of_depth(parse(TrainSettings, ["--depth=2"]), {}, 1)
+    common = recipe.keys() - OF_SIZE - {"learning_rate", "min_lr"}
+    assert {name: getattr(config, name) for name in common} == {name: recipe[name] for name in common}
+    assert config.min_lr == config.learning_rate / 50
