@@ -1,4 +1,4 @@
-# The translation of config/train_translation.py by the choices of "Attention is all you need" (Vaswani et al. 2017):
+# English -> German by the choices of "Attention is all you need" (Vaswani et al. 2017), in one decoder:
 #   pip install tokenizers sacrebleu; python prepare.py translation
 out_dir = "out/translation_paper"
 dataset = "translation"
