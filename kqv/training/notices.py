@@ -4,6 +4,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from kqv.formats import checkpoint
+from kqv.text.names import folder_of
 from kqv.training.optimizer import OptimizerSettings
 from kqv.training.schedule import UNUSED, last_learning_rate
 from kqv.training.start import saved_settings, unlike
@@ -57,10 +58,10 @@ def forgotten(names, config):
     if "best_val_loss" in names:
         yield (
             f"the best validation loss so far, {names['best_val_loss']:.4f}, was not measured on what is "
-            f"evaluated now, windows of data/{config.dataset}: the best begins anew"
+            f"evaluated now, windows of {folder_of(config.dataset)}: the best begins anew"
         )
     if names.get("windows") and config.data_order == "epoch":
-        yield f"the epoch begins anew, since data/{config.dataset} was not read in this order before"
+        yield f"the epoch begins anew, since {folder_of(config.dataset)} was not read in this order before"
 
 
 def what_is_replaced(config):

@@ -12,7 +12,7 @@ from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
 from kqv.settings import fill, group, refuse, setting
-from kqv.text.names import require_in_data
+from kqv.text.names import folder_of, require_in_data
 from kqv.training.depth import settings_of_depth
 from model import GPT, GPTConfig
 
@@ -150,7 +150,7 @@ def require_same_start(config, start_checkpoint, data, dtype, world):
         {
             **asdict(config),
             "the step to go on from": start_checkpoint.get("iter_num") if start_checkpoint else 0,
-            f"the content of data/{config.dataset}": data.fingerprint(),
+            f"the content of {folder_of(config.dataset)}": data.fingerprint(),
             "the precision": dtype,
             "torch": torch.__version__,
         }
@@ -242,7 +242,7 @@ def require_tokenizer(config, contents, gpt, tokenizer):
     elif known != definition:
         theirs = known["kind"]
         raise UserError(
-            f"data/{config.dataset} was made with another tokenizer ({tokenizer.kind}, "
+            f"{folder_of(config.dataset)} was made with another tokenizer ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
             f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
         )
