@@ -25,6 +25,7 @@ from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import LossSettings, next_token_loss
+from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
 from kqv.training.optimizer import OptimizerSettings, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
@@ -57,6 +58,7 @@ class TrainSettings(
     LogSettings,
     SaveSettings,
     EvaluationSettings,
+    MuonSettings,
     OptimizerSettings,
     ScheduleSettings,
     LossSettings,

@@ -67,10 +67,8 @@ def open_set(config, trained_on, tokenizer):
         require_in_data(trained_on)
     data = Dataset(config.dataset or trained_on)
     known = tokenizer.to_json()
-    if data.tokenizer.to_json() not in (
-        known,
-        known.get("base"),
-    ):  # it reads texts, too
+    readable = known, known.get("base")  # a model of conversations reads texts, too
+    if data.tokenizer.to_json() not in readable:
         raise UserError(
             f"{data.folder} was made with another tokenizer than the model knows: prepare it with "
             "--tokenizer=CHECKPOINT"

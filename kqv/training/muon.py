@@ -12,15 +12,35 @@ Shapes: n matrices (rows, cols) of one kind, one of each block, are a stack (n, 
 """
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 
+from kqv.settings import setting
 from kqv.training.sharding import local_part
 
 # A Newton-Schulz iteration makes a s + b s^3 + c s^5 of each singular value s (Jordan's numbers). Five of
 # them bring all between 0.01 and 1 to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+
+
+@dataclass(frozen=True)
+class MuonSettings:
+    """With --optimizer=muon"""
+
+    embedding_learning_rate: float = setting(
+        None, "the largest learning rate of embeddings; not given: learning_rate", at_least=0.0
+    )
+    head_learning_rate: float = setting(
+        None, "that of a head that is not tied; not given: learning_rate", at_least=0.0
+    )
+    muon_learning_rate: float = setting(0.02, "that of the blocks' matrices", at_least=0.0)
+    muon_weight_decay: float = setting(0.0, "on the blocks' matrices", at_least=0.0)
+    muon_momentum: float = setting(0.95, "momentum", at_least=0.0, below=1.0)
+    momentum_warmup_iters: float = setting(
+        300, "steps in which the momentum rises from 0.85; below 1: a share of max_iters", at_least=0.0
+    )
 
 
 def orthogonalise(stack):

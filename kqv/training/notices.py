@@ -5,13 +5,12 @@ from pathlib import Path
 
 from kqv.formats import checkpoint
 from kqv.text.names import folder_of
-from kqv.training.optimizer import OptimizerSettings
+from kqv.training.muon import MuonSettings
 from kqv.training.schedule import UNUSED, last_learning_rate
 from kqv.training.start import saved_settings, unlike
 
 SCHEDULE = "schedule", "warmup_iters", "cooldown_iters", "lr_decay_iters", "min_lr"
-# The settings of Muon.
-MUON = tuple(field.name for field in fields(OptimizerSettings) if "muon:" in field.metadata["help"])
+MUON = tuple(field.name for field in fields(MuonSettings))
 
 
 def start_lines(config, given, world, start_checkpoint, names):

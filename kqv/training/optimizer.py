@@ -27,18 +27,6 @@ class OptimizerSettings:
     weight_decay: float = setting(1e-1, "AdamW's, on matrices and embeddings", at_least=0.0)
     beta1: float = setting(0.9, "AdamW's momentum", at_least=0.0, below=1.0)
     beta2: float = setting(0.95, "AdamW's momentum of the squares", at_least=0.0, below=1.0)
-    embedding_learning_rate: float = setting(
-        None, "muon: the largest learning rate of embeddings; not given: learning_rate", at_least=0.0
-    )
-    head_learning_rate: float = setting(
-        None, "muon: the same of a head that is not tied; not given: learning_rate", at_least=0.0
-    )
-    muon_learning_rate: float = setting(0.02, "muon: the same of the blocks' matrices", at_least=0.0)
-    muon_weight_decay: float = setting(0.0, "muon: on the blocks' matrices", at_least=0.0)
-    muon_momentum: float = setting(0.95, "muon: momentum", at_least=0.0, below=1.0)
-    momentum_warmup_iters: float = setting(
-        300, "muon: steps in which the momentum rises from 0.85; below 1: a share of max_iters", at_least=0.0
-    )
     max_bad_steps: int = setting(
         20, "skipped steps in a row (non-finite gradient) that end the run", at_least=1
     )

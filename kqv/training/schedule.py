@@ -98,4 +98,6 @@ def learning_rate_at(step, config, peak=None):
 def momentum_at(step, config):
     """Muon's momentum, which begins at 0.85: the first gradients are soon of another model."""
     first = min(0.85, config.muon_momentum)
-    return first + progress(step, 0, config.momentum_warmup_iters) * (config.muon_momentum - first)
+    return first + progress(step, 0, in_steps(config.momentum_warmup_iters, config)) * (
+        config.muon_momentum - first
+    )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from kqv.errors import UserError
 from kqv.settings import parse
-from kqv.training.muon import directions, orthogonalise
+from kqv.training.muon import MuonSettings, directions, orthogonalise
 from kqv.training.optimizer import (
     OptimizerSettings,
     limit_bad_steps,
@@ -30,7 +30,7 @@ ONE = World(torch.device("cpu"))
 
 
 @dataclass(frozen=True)
-class Settings(ScheduleSettings, OptimizerSettings):
+class Settings(MuonSettings, ScheduleSettings, OptimizerSettings):
     pass
 
 
@@ -127,6 +127,10 @@ def test_all_groups_follow_one_schedule(step, schedule, peak):
 def test_momentum_warms_up():
     config = settings(muon_momentum=0.95, momentum_warmup_iters=10)
     assert [momentum_at(step, config) for step in (0, 5, 10, 99)] == pytest.approx([0.85, 0.9, 0.95, 0.95])
+    shares, steps = settings(momentum_warmup_iters=0.25, max_iters=40), settings(momentum_warmup_iters=10)
+    assert [momentum_at(step, shares) for step in range(12)] == [
+        momentum_at(step, steps) for step in range(12)
+    ]
     assert momentum_at(0, settings(muon_momentum=0.5, momentum_warmup_iters=10)) == 0.5
 
 
