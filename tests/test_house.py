@@ -17,6 +17,7 @@ ROOMS = (
     "values",
     "settings",
     "device",
+    "kernels",
     "files",
     "pickles",
 )

@@ -19,7 +19,8 @@ from torch import nn
 from kqv.errors import UserError
 from kqv.formats import resize
 from kqv.generation.beams import beam_search
-from kqv.generation.engine import Engine, MatVec
+from kqv.generation.cpu_decoding import MatVec
+from kqv.generation.engine import Engine
 from kqv.generation.sampling import PLAIN
 from kqv.generation.stream import ContextWindow, generate, stream
 
