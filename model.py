@@ -183,13 +183,12 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # 2 x (B, S, nkv, hs)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), 2 x (B, nkv, S, hs)
-        if T == 1 and not torch.compiler.is_compiling():  # faster: a group's queries as rows of one product
-            q = q.reshape(len(x), k.size(1), -1, self.head_size)  # (B, nkv, nh / nkv, hs)
-        # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        how = {"is_causal": mask is None, "enable_gqa": q.size(1) != k.size(1)}
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **how)  # as q
+        y = self.attend(q, k, v, mask)
         y = y.reshape(len(x), -1, T, self.head_size).transpose(1, 2).flatten(2)  # (B, T, nh hs): side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+
+    def attend(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
 
 
 class MLP(nn.Module):

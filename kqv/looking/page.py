@@ -1,0 +1,67 @@
+"""The page: its data, words, style and script in one file of HTML that needs no network."""
+
+import base64
+import hashlib
+import inspect
+import json
+from pathlib import Path
+
+from kqv.generation.sampling import draw
+from kqv.looking.attention import attention
+from kqv.looking.trace import Looker
+from model import GPT, MLP, next_token_loss
+
+FOLDER = Path(__file__).parent / "page"
+SCRIPTS = ("core.js", "sections.js")
+
+CODE = {  # of each section, the code that it is about
+    "tokens": next_token_loss,
+    "places": GPT.embed,
+    "scores": attention,
+    "guess": Looker.lens,
+    "heads": MLP,
+    "next": draw,
+}
+
+
+def languages():
+    """{language: {key: text}}: a file of words for each."""
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def as_json(value):
+    """JSON that can stand in HTML: no `<`, `>` or `&` in it, so nothing there is taken for a tag."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char in "<>&\u2028\u2029":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return text
+
+
+def hash_of(text):
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def html(figures, trained=None, live=False):
+    """
+    The page of `figures`, what kqv.looking.figures makes of a text. `trained` has the losses of small models
+    that were trained with a change. A `live` page asks its server for other texts.
+    """
+    data = {
+        "figures": figures,
+        "trained": trained or {},
+        "live": live,
+        "strings": languages(),
+        "code": {name: inspect.cleandoc(inspect.getsource(part)) for name, part in CODE.items()},
+    }
+    script = "\n".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
+    style = (FOLDER / "style.css").read_text("utf-8")
+    policy = f"default-src 'none'; script-src 'sha256-{hash_of(script)}'; style-src 'sha256-{hash_of(style)}'"
+    if live:
+        policy += "; connect-src 'self'"
+    parts = {"POLICY": policy, "STYLE": style, "DATA": as_json(data), "SCRIPT": script}
+    text = (FOLDER / "page.html").read_text("utf-8")
+    before = []
+    for name in ("POLICY", "STYLE", "DATA", "SCRIPT"):  # in the order of the file: nothing is replaced twice
+        start, _, text = text.partition(f"@{name}@")
+        before += [start, parts[name]]
+    return "".join([*before, text])

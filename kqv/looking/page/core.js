@@ -1,0 +1,351 @@
+"use strict";
+// The data of the page, its numbers, and the parts that all sections use. Token text goes into the page as text alone
+// (textContent), never as HTML.
+
+const page = JSON.parse(document.getElementById("page").textContent);
+const figures = page.figures;
+const T = figures ? figures.tokens.length : 0;
+const state = { layer: 0, head: 0, asks: T - 1, asked: Math.max(0, T - 2), language: firstLanguage() };
+const views = []; // functions that draw again when the state changes
+const numbers = {}; // name -> {shape, values}: the packed arrays, unpacked
+
+function firstLanguage() {
+  const wanted = (navigator.languages || ["en"]).map((name) => name.split("-")[0]);
+  return wanted.find((name) => name in page.strings) || "en";
+}
+
+// Words
+
+function say(key, values = {}) {
+  const text = page.strings[state.language][key] ?? page.strings.en[key] ?? key;
+  return text.replace(/\{(\w+)\}/g, (all, name) => (name in values ? values[name] : all));
+}
+
+function shown(number, digits = 3) {
+  if (number === null || Number.isNaN(number)) return "–";
+  if (number === -Infinity) return "−∞";
+  return number.toFixed(digits).replace("-", "−");
+}
+
+function word(id) {
+  return figures.vocabulary[id] ?? `[${id}]`;
+}
+
+function token(t) {
+  return word(figures.tokens[t].id);
+}
+
+function quoted(t) {
+  return `“${token(t)}” (${t})`;
+}
+
+// Elements
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+function table(heads, rows, caption) {
+  const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col", class: "text" }, text)));
+  const body = rows.map(([first, ...rest]) =>
+    make("tr", {}, make("th", { scope: "row", class: "text" }, first), ...rest.map(cell)));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
+    make("table", {}, make("caption", {}, caption), make("thead", {}, head), make("tbody", {}, ...body)));
+}
+
+function cell(content) {
+  return make("td", { class: typeof content === "string" ? "text" : null },
+    typeof content === "number" ? shown(content) : content);
+}
+
+function announce(text) {
+  document.getElementById("live").textContent = text;
+}
+
+// Numbers
+
+async function unpack({ shape, data }) {
+  const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const count = planes.length / 4, whole = new Uint8Array(planes.length);
+  for (let plane = 0; plane < 4; plane++)
+    for (let i = 0; i < count; i++) whole[4 * i + plane] = planes[plane * count + i];
+  return { shape, values: new Float32Array(whole.buffer) };
+}
+
+// {name: packed or not, however deep} -> the same with unpacked arrays
+async function unpacked(value) {
+  if (value === null || typeof value !== "object") return value;
+  if ("shape" in value && "data" in value) return unpack(value);
+  if (Array.isArray(value)) return value;
+  const entries = await Promise.all(Object.entries(value).map(async ([name, each]) => [name, await unpacked(each)]));
+  return Object.fromEntries(entries);
+}
+
+// The part of an array at the given first indices: at(numbers.q, layer, head, token) is a vector.
+function at({ shape, values }, ...indices) {
+  let size = values.length, start = 0;
+  indices.forEach((index, i) => { size /= shape[i]; start += index * size; });
+  return indices.length === shape.length ? values[start] : values.subarray(start, start + size);
+}
+
+function dot(a, b) {
+  let sum = 0;
+  for (let i = 0; i < a.length; i++) sum += a[i] * b[i];
+  return sum;
+}
+
+const groupSize = () => figures.model.n_head / figures.model.n_kv_head; // heads of queries for one of keys
+const query = (layer, head, t) => at(numbers.q, layer, head, t);
+const key = (layer, head, s) => at(numbers.k, layer, Math.floor(head / groupSize()), s);
+const value = (layer, head, s) => at(numbers.v, layer, Math.floor(head / groupSize()), s);
+
+const kept = new Map(); // of what is slow to compute
+
+function once(name, compute) {
+  if (!kept.has(name)) kept.set(name, compute());
+  return kept.get(name);
+}
+
+// Scores (T, T) of a head: row t has the products of query t with each key, / sqrt(head size).
+function scores(layer, head) {
+  return once(`scores ${layer} ${head}`, () => {
+    const found = new Float64Array(T * T), scale = Math.sqrt(figures.model.head_size);
+    for (let t = 0; t < T; t++)
+      for (let s = 0; s < T; s++) found[t * T + s] = dot(query(layer, head, t), key(layer, head, s)) / scale;
+    return found;
+  });
+}
+
+function softmax(row) {
+  const most = Math.max(...row), powers = row.map((x) => Math.exp(x - most));
+  const sum = powers.reduce((a, b) => a + b, 0);
+  return powers.map((x) => x / sum);
+}
+
+// Weights (T, T) of a head: the softmax of each row of scores, up to the token itself.
+function weights(layer, head) {
+  return once(`weights ${layer} ${head}`, () => {
+    const found = new Float64Array(T * T), all = scores(layer, head);
+    for (let t = 0; t < T; t++)
+      softmax(Array.from(all.subarray(t * T, t * T + t + 1))).forEach((w, s) => { found[t * T + s] = w; });
+    return found;
+  });
+}
+
+// What a head gives token t: the weighted mean of the values (head size numbers).
+function output(layer, head, t) {
+  const row = weights(layer, head), found = new Float64Array(figures.model.head_size);
+  for (let s = 0; s <= t; s++) {
+    const v = value(layer, head, s);
+    for (let c = 0; c < found.length; c++) found[c] += row[t * T + s] * v[c];
+  }
+  return found;
+}
+
+// State
+
+function set(changes) {
+  Object.assign(state, changes);
+  views.forEach((draw) => draw());
+}
+
+function shapeOf(name) {
+  const { n_head, n_kv_head, head_size, n_embd, vocab_size } = figures.model;
+  return {
+    q: `Q (B, nh, T, hs) = (1, ${n_head}, ${T}, ${head_size})`,
+    k: `K (B, nkv, T, hs) = (1, ${n_kv_head}, ${T}, ${head_size})`,
+    v: `V (B, nkv, T, hs) = (1, ${n_kv_head}, ${T}, ${head_size})`,
+    scores: `Q Kᵀ (B, nh, T, T) = (1, ${n_head}, ${T}, ${T})`,
+    stream: `x (B, T, C) = (1, ${T}, ${n_embd})`,
+    logits: `logits (B, T, V) = (1, ${T}, ${vocab_size})`,
+    tokens: `idx (B, T) = (1, ${T})`,
+  }[name];
+}
+
+// Colours: cividis for what is from 0 up, blue to orange for what has a sign; both are safe for colour-blind readers.
+
+const CIVIDIS = [[0, 32, 77], [0, 51, 111], [57, 71, 108], [87, 92, 109], [112, 113, 115], [138, 134, 121], [167, 157, 117],
+  [197, 180, 106], [229, 206, 87], [255, 234, 70]];
+const DIVERGING = [[20, 80, 160], [110, 160, 215], [245, 245, 242], [240, 165, 95], [185, 80, 0]];
+
+function mixed(colours, share) {
+  const place = Math.min(Math.max(share, 0), 1) * (colours.length - 1), i = Math.min(Math.floor(place), colours.length - 2);
+  const part = place - i;
+  return `rgb(${colours[i].map((from, c) => Math.round(from + (colours[i + 1][c] - from) * part)).join(",")})`;
+}
+
+// A matrix on a canvas: one stop for Tab, arrows inside; the live region reads the cell.
+// get(row, column) -> number, or null for a cell that the mask hides. read(row, column) -> what is said of it.
+function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen }) {
+  const canvas = make("canvas", { tabindex: 0, role: "application", "aria-roledescription": say("matrix") });
+  const caption = make("figcaption", {});
+  const switchTo = make("button", { type: "button", "aria-pressed": "false" });
+  const holder = make("div", { class: "scroll" }, canvas), instead = make("div", { hidden: true });
+  const figure = make("figure", {}, make("h3", {}, title()), holder, instead, caption, switchTo);
+  const side = Math.max(5, Math.min(26, Math.floor(420 / Math.max(rows, columns))));
+  let largest = 1;
+
+  function draw() {
+    const scale = window.devicePixelRatio || 1, ink = canvas.getContext("2d");
+    canvas.width = columns * side * scale;
+    canvas.height = rows * side * scale;
+    canvas.style.width = `${columns * side}px`;
+    canvas.style.height = `${rows * side}px`;
+    ink.scale(scale, scale);
+    largest = 1e-9;
+    for (let r = 0; r < rows; r++)
+      for (let c = 0; c < columns; c++) largest = Math.max(largest, Math.abs(get(r, c) ?? 0));
+    for (let r = 0; r < rows; r++)
+      for (let c = 0; c < columns; c++) {
+        const number = get(r, c);
+        ink.fillStyle = number === null ? "#8a8f98"
+          : signed ? mixed(DIVERGING, 0.5 + number / largest / 2) : mixed(CIVIDIS, number / largest);
+        ink.fillRect(c * side, r * side, side, side);
+        if (number === null) { // hatched
+          ink.strokeStyle = "#33373d";
+          ink.beginPath();
+          ink.moveTo(c * side, (r + 1) * side);
+          ink.lineTo((c + 1) * side, r * side);
+          ink.stroke();
+        }
+      }
+    const [row, column] = chosen();
+    ink.lineWidth = 2;
+    ink.strokeStyle = "#ff2fd0";
+    ink.strokeRect(column * side + 1, row * side + 1, side - 2, side - 2);
+    figure.querySelector("h3").textContent = title();
+    canvas.setAttribute("aria-label", `${title()}. ${axes()}. ${read(row, column)}`);
+    caption.textContent = `${axes()}. ${read(row, column)}`;
+    switchTo.textContent = say("as_table");
+    if (!instead.hidden) fillTable();
+  }
+
+  function fillTable() {
+    const heads = ["", ...Array.from({ length: columns }, (_, c) => `${c}`)];
+    const body = Array.from({ length: rows }, (_, r) =>
+      [`${r}`, ...Array.from({ length: columns }, (_, c) => shown(get(r, c) ?? -Infinity))]);
+    instead.replaceChildren(table(heads, body, title()));
+  }
+
+  function go(row, column) {
+    choose(Math.min(Math.max(row, 0), rows - 1), Math.min(Math.max(column, 0), columns - 1));
+    announce(read(...chosen()));
+  }
+
+  switchTo.addEventListener("click", () => {
+    instead.hidden = !instead.hidden;
+    holder.hidden = !instead.hidden;
+    switchTo.setAttribute("aria-pressed", String(!instead.hidden));
+    draw();
+  });
+  canvas.addEventListener("click", (event) => {
+    const box = canvas.getBoundingClientRect();
+    go(Math.floor((event.clientY - box.top) / side), Math.floor((event.clientX - box.left) / side));
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const [row, column] = chosen();
+    const moves = { ArrowUp: [row - 1, column], ArrowDown: [row + 1, column], ArrowLeft: [row, column - 1],
+      ArrowRight: [row, column + 1], Home: [row, 0], End: [row, columns - 1] };
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    go(...moves[event.key]);
+  });
+  views.push(draw);
+  draw();
+  return figure;
+}
+
+// Sections: {id: fill(element)}, in the order in which the files come
+
+const sections = [];
+
+function section(id, fill) {
+  sections.push([id, fill]);
+}
+
+function drawn(element, draw) { // draws now, and again when the state changes
+  const again = () => element.replaceChildren(...[draw()].flat());
+  views.push(again);
+  again();
+  return element;
+}
+
+function buildSections() {
+  const main = document.getElementById("sections");
+  views.length = 0;
+  main.replaceChildren();
+  for (const [id, fill] of sections) {
+    const element = make("section", { id, "aria-labelledby": `${id}-title` },
+      make("h2", { id: `${id}-title` }, say(`${id}.title`)), make("p", {}, say(`${id}.about`)));
+    fill(element);
+    if (page.code[id])
+      element.append(make("details", {}, make("summary", {}, say("code")),
+        make("pre", { tabindex: 0 }, page.code[id])));
+    main.append(element);
+  }
+  document.getElementById("foot").replaceChildren(make("p", { class: "note" }, say("standing")));
+}
+
+// The bar that stays
+
+function buildBar() {
+  const bar = document.getElementById("bar");
+  const choice = (name, count, label) => {
+    const select = make("select", { id: name, onchange: (event) => set({ [name]: Number(event.target.value) }) },
+      ...Array.from({ length: count }, (_, i) => make("option", { value: i }, `${i}`)));
+    select.value = state[name];
+    views.push(() => { select.value = state[name]; });
+    return make("label", {}, `${label} `, select);
+  };
+  const languages = make("select", { id: "language", onchange: (event) => start(event.target.value) },
+    ...Object.keys(page.strings).map((name) => make("option", { value: name, lang: name }, page.strings[name].language)));
+  languages.value = state.language;
+  document.getElementById("skip").textContent = say("skip");
+  const shape = drawn(make("span", { class: "shape" }), () => shapeOf("q"));
+  const strip = make("div", { class: "tokens", role: "group", "aria-label": say("tokens") },
+    ...figures.tokens.map((_, t) => make("button", { type: "button", tabindex: -1, onclick: () => set({ asks: t }) }, token(t) || " ")));
+  roving(strip, () => state.asks, (t) => set({ asks: t }));
+  bar.replaceChildren(
+    make("div", { class: "controls" }, make("h1", {}, `kqv: ${figures.model.name}`), choice("layer", figures.model.n_layer, say("layer")),
+      choice("head", figures.model.n_head, say("head")), make("label", {}, `${say("language")} `, languages), shape), strip);
+}
+
+// A group of buttons that is one stop for Tab: arrows move within it.
+function roving(group, chosen, choose) {
+  const buttons = [...group.children];
+  const mark = () => buttons.forEach((button, i) => {
+    button.tabIndex = i === chosen() ? 0 : -1;
+    button.setAttribute("aria-current", String(i === chosen()));
+  });
+  group.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    choose(Math.min(Math.max(chosen() + step, 0), buttons.length - 1));
+    buttons[chosen()].focus();
+  });
+  views.push(mark);
+  mark();
+}
+
+function start(language) {
+  state.language = language;
+  document.documentElement.lang = language;
+  document.title = say("page_title", { name: figures ? figures.model.name : "" });
+  buildSections();
+  if (figures) buildBar();
+}
+
+async function begin() {
+  if (figures) Object.assign(numbers, await unpacked(figures));
+  start(state.language);
+  document.documentElement.dataset.ready = "true";
+}
