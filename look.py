@@ -10,52 +10,139 @@ from pathlib import Path
 
 import torch
 
-from kqv.device import find_device
-from kqv.errors import UserError
+from kqv.device import find_device, out_of_memory_as
+from kqv.errors import UsageError, UserError
 from kqv.files import replacing
 from kqv.formats import loading
-from kqv.generation.prompts import decode_utf8, read_start  # noqa: F401
-from kqv.looking.figures import figures
+from kqv.generation.prompts import read_start
+from kqv.looking.figures import figures, of_layer
 from kqv.looking.page import html
+from kqv.looking.runs import draw_png, runs_of
+from kqv.looking.server import Server
 from kqv.looking.trace import Looker
 from kqv.settings import fill, read_given, refuse_unused, setting
+
+SHOWN = "The pizza came out of the oven and it tasted good."
 
 
 @dataclass(frozen=True)
 class PageSettings:
     """The page"""
 
-    text: str = setting("", "the text to read; FILE:path reads a file, - standard input")
+    text: str = setting(SHOWN, "the text to read; FILE:path reads a file, - standard input")
     page: str = setting("look.html", "the file to write", path=True)
+    serve: bool = setting(False, "serve the page on this machine instead: it reads texts that you type")
+    port: int = setting(8765, "of the server; 0: any that is free", at_least=0, below=2**16)
+    runs: bool = setting(False, "instead, the curves of the runs in the FOLDERs that are named")
+    png: str = setting("", "with --runs: write this picture instead of a page; needs matplotlib", path=True)
+    folders: tuple[str, ...] = ()
     device: str = setting("cpu", "auto, cpu, cuda, cuda:1, mps")
+
+
+UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
+    (("page",), lambda c: c.serve, "with --serve, which writes no file"),
+    (("port",), lambda c: not c.serve, "without --serve"),
+    (("png",), lambda c: not c.runs, "without --runs"),
+    (("page",), lambda c: c.png, "with --png, which writes a picture"),
+    (("text", "serve", "out_dir", "checkpoint", "init_from", "device"), lambda c: c.runs, "with --runs"),
+)
 
 
 @dataclass(frozen=True)
 class LookSettings(PageSettings, loading.WeightsSettings):
     """
-    usage: python look.py [config.py ...] [--name=value ...]
+    usage: python look.py [--name=value ...], or python look.py --runs FOLDER ...
 
     Look inside a trained model: writes a page of its queries, keys, values and weights on a text, and of what
-    changes do. The page is one file, for a browser; it needs no network.
+    changes do. The page is one file for a browser, and needs no network.
     """
 
 
 def main(argv):
     given = read_given(LookSettings, argv)
     config = fill(LookSettings, given)
-    refuse_unused(loading.UNUSED, config, given)
+    refuse_unused((*loading.UNUSED, *UNUSED), config, given)
+    if config.runs or config.folders:
+        return show_runs(config)
     path, contents = loading.load_chosen(config)
     gpt, tokenizer = loading.pair_of(contents, path)
-    ids = ids_of(read_start(config.text), tokenizer, gpt.config.block_size)
-    looker = Looker(gpt.to(find_device(config.device), torch.float32))
-    with replacing(Path(config.page)) as beside:
-        beside.write_text(html(figures(looker, tokenizer, ids, str(path))), "utf-8")
-    print(f"{config.page}: open it in a browser")
+    with out_of_memory_as(f"out of memory: try a shorter --text than {config.text[:40]!r}, or --device=cpu"):
+        looker = Looker(gpt.to(find_device(config.device), torch.float32))
+        look = Look(looker, tokenizer, str(path))
+        if config.serve:
+            serve(look, read_start(config.text), config.port)
+        else:
+            write(config.page, html(look.figures(read_start(config.text))))
 
 
-def ids_of(text, tokenizer, block_size):
-    """The ids of a text that the page shows. Raises UserError."""
-    ids = [*tokenizer.begin, *tokenizer.encode(text, "error").tolist()]
-    if not 2 <= len(ids) <= block_size:
-        raise UserError(f"the text has {len(ids)} tokens, but the page shows 2 to {block_size}: give a --text")
-    return ids
+def show_runs(config):
+    """Write the curves of the runs. Raises UsageError where none is named, or without --runs."""
+    if not (config.runs and config.folders):
+        wrong = "--runs names no folder" if config.runs else f"{config.folders[0]} is not asked for by a name"
+        raise UsageError(f"{wrong}: python look.py --runs out/a out/b shows the curves of runs")
+    runs = runs_of(config.folders)
+    if config.png:
+        draw_png(runs, config.png)
+        print(config.png)
+    else:
+        write(config.page, html(runs=runs))
+
+
+class Look:
+    """A model that is looked into, and its tokenizer."""
+
+    def __init__(self, looker, tokenizer, name):
+        self.looker, self.tokenizer, self.name = looker, tokenizer, name
+
+    def ids(self, text):
+        """The ids of a text that the page shows. Raises UserError."""
+        ids = [*self.tokenizer.begin, *self.tokenizer.encode(text, "error").tolist()]
+        most = self.looker.gpt.config.block_size
+        if not 2 <= len(ids) <= most:
+            raise UserError(f"the text has {len(ids)} tokens, but the page shows from 2 to {most}")
+        return ids
+
+    def figures(self, text):
+        return figures(self.looker, self.tokenizer, self.ids(text), self.name)
+
+    def layer(self, ids, layer):
+        """The exact queries, keys and values of one layer."""
+        return of_layer(self.looker.trace(torch.tensor([ids], device=self.looker.device)), layer)
+
+
+def serve(look, text, port):
+    """Serve the page of a text until Ctrl-C."""
+    first = look.figures(text)
+    answers = {
+        "figures": lambda asked: look.figures(text_in(asked)),
+        "layer": lambda asked: look.layer(*layer_in(asked, look.looker.gpt.config)),
+    }
+    server = Server(port, lambda: html(first, text=text), answers)
+    print(f"{server.address} shows the page, on this machine alone. Ctrl-C ends it.", flush=True)
+    with server:
+        server.serve_forever()
+
+
+def text_in(asked):
+    """The text in a request. Raises UsageError."""
+    if not isinstance(asked.get("text"), str):
+        raise UsageError("text must be a string")
+    return asked["text"]
+
+
+def layer_in(asked, config):
+    """(ids, number of a layer) in a request. Raises UsageError."""
+    ids, layer = asked.get("ids"), asked.get("layer")
+    if type(layer) is not int or not 0 <= layer < config.n_layer:
+        raise UsageError(f"layer must be a number from 0 to {config.n_layer - 1}")
+    if not isinstance(ids, list) or not 2 <= len(ids) <= config.block_size:
+        raise UsageError(f"ids must be 2 to {config.block_size} numbers")
+    if not all(type(id) is int and 0 <= id < config.vocab_size for id in ids):
+        raise UsageError(f"ids must be numbers from 0 to {config.vocab_size - 1}")
+    return ids, layer
+
+
+def write(path, page):
+    with replacing(Path(path)) as beside:
+        beside.write_text(page, "utf-8")
+    print(f"{path}: open it in a browser")

@@ -10,6 +10,7 @@ import gzip
 import numpy as np
 import torch
 
+from kqv.looking.parts import parts_of_first_layer
 from kqv.looking.what_if import (
     WHAT_IFS,
     cut_edges,
@@ -21,6 +22,8 @@ from kqv.looking.what_if import (
 from kqv.text.showing import token_text
 
 LENS_TOP = 5  # tokens that the lens shows of each place
+MOST_BYTES = 5_000_000  # of queries, keys and values in a page: packed they take about as many
+
 NEXT_TOP = 64  # tokens that can be drawn from
 
 
@@ -35,14 +38,35 @@ def packed(array):
     return {"shape": list(array.shape), "data": base64.b64encode(data).decode("ascii")}
 
 
-def of_layers(tensors):
-    """A list of tensors (1, ...) -> packed (L, ...)."""
-    return packed(torch.stack(tensors)[:, 0].float().cpu().numpy())
+def packed_bytes(weights):
+    """Weights of attention, each from 0 to 1 -> {"shape", "bytes"}: rounded to 1/255, as base64 of gzip."""
+    rounded = np.rint(weights * 255).astype(np.uint8)
+    data = gzip.compress(rounded.tobytes(), compresslevel=9, mtime=0)
+    return {"shape": list(rounded.shape), "bytes": base64.b64encode(data).decode("ascii")}
 
 
-def figures(looker, tokenizer, ids, name):
+def of_layer(trace, layer):
+    """The queries, keys and values of a layer: packed (nh or nkv, T, hs)."""
+    return {name: packed(getattr(trace, name)[layer][0].float().cpu().numpy()) for name in ("q", "k", "v")}
+
+
+def of_layers(trace, exact):
+    """
+    Queries, keys and values of all layers where they fit into a page; else the weights of all heads, rounded,
+    and of the layers None. `exact`: whether they fit, None: find out.
+    """
+    L = len(trace.q)
+    size = sum(tensor[0].numel() for name in ("q", "k", "v") for tensor in getattr(trace, name))
+    if exact or exact is None and 4 * size <= MOST_BYTES:
+        return {"layers": [of_layer(trace, layer) for layer in range(L)], "overview": None}
+    weights = torch.stack([one[0] for one in trace.weights]).float().cpu().numpy()  # (L, nh, T, T)
+    return {"layers": [None] * L, "overview": packed_bytes(weights)}
+
+
+def figures(looker, tokenizer, ids, name, exact_layers=None):
     """
     A text, a list of at least 2 ids -> what the page shows of it, a dict for JSON. `name` is the model's.
+    `exact_layers` is for `of_layers`.
     """
     gpt = looker.gpt
     trace = looker.trace(torch.tensor([ids], device=looker.device))
@@ -51,10 +75,9 @@ def figures(looker, tokenizer, ids, name):
     shown = {
         "model": of_model(gpt, name),
         "tokens": [{"id": id, "loss": loss} for id, loss in zip(ids, [None, *losses], strict=True)],
-        "q": of_layers(trace.q),
-        "k": of_layers(trace.k),
-        "v": of_layers(trace.v),
+        **of_layers(trace, exact_layers),
         "reach": packed(reach(gpt, trace)),
+        "parts": of_parts(gpt, torch.tensor([ids], device=looker.device)),
         "places": of_places(gpt, len(ids)),
         "stream": of_stream(looker, trace),
         "next": of_next(trace.logits[0]),
@@ -85,6 +108,19 @@ def of_model(gpt, name):
         "positions": config.positions,
         "rope_theta": config.rope_theta,
         "parameters": gpt.num_parameters(),
+    }
+
+
+def of_parts(gpt, idx):
+    """
+    What the parts of the first layer's scores are made of: the parts "token" and "rest" of its queries and
+    keys before rotation; what is left of them comes from places.
+    """
+    found = parts_of_first_layer(gpt, idx)
+    names = ("token", "rest") if gpt.config.positions != "rotary" else ("token",)
+    return {
+        vectors: {name: packed(split[name].float().cpu().numpy()) for name in names}
+        for vectors, split in found.items()
     }
 
 

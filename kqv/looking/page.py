@@ -12,7 +12,8 @@ from kqv.looking.trace import Looker
 from model import GPT, MLP, next_token_loss
 
 FOLDER = Path(__file__).parent / "page"
-SCRIPTS = ("core.js", "sections.js")
+SCRIPTS = ("core.js", "sections.js", "runs.js")
+TRAINED = FOLDER.parent / "trained.json"
 
 CODE = {  # of each section, the code that it is about
     "tokens": next_token_loss,
@@ -41,22 +42,24 @@ def hash_of(text):
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def html(figures, trained=None, live=False):
+def html(figures=None, runs=(), text=None):
     """
-    The page of `figures`, what kqv.looking.figures makes of a text. `trained` has the losses of small models
-    that were trained with a change. A `live` page asks its server for other texts.
+    The page of `figures`, what kqv.looking.figures makes of a text, and of `runs`, what kqv.looking.runs
+    makes of folders. With the `text` that it shows, a page is live: it asks its server for others.
     """
     data = {
         "figures": figures,
-        "trained": trained or {},
-        "live": live,
+        "trained": json.loads(TRAINED.read_text("utf-8")),
+        "runs": list(runs),
+        "live": text is not None,
+        "text": text,
         "strings": languages(),
         "code": {name: inspect.cleandoc(inspect.getsource(part)) for name, part in CODE.items()},
     }
     script = "\n".join((FOLDER / name).read_text("utf-8") for name in SCRIPTS)
     style = (FOLDER / "style.css").read_text("utf-8")
     policy = f"default-src 'none'; script-src 'sha256-{hash_of(script)}'; style-src 'sha256-{hash_of(style)}'"
-    if live:
+    if text is not None:
         policy += "; connect-src 'self'"
     parts = {"POLICY": policy, "STYLE": style, "DATA": as_json(data), "SCRIPT": script}
     text = (FOLDER / "page.html").read_text("utf-8")

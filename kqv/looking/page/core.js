@@ -3,11 +3,11 @@
 // (textContent), never as HTML.
 
 const page = JSON.parse(document.getElementById("page").textContent);
-const figures = page.figures;
-const T = figures ? figures.tokens.length : 0;
-const state = { layer: 0, head: 0, asks: T - 1, asked: Math.max(0, T - 2), language: firstLanguage() };
+const state = { layer: 0, head: 0, asks: 0, asked: 0, language: firstLanguage() };
 const views = []; // functions that draw again when the state changes
-const numbers = {}; // name -> {shape, values}: the packed arrays, unpacked
+let figures = null; // what the page shows of one text
+let numbers = null; // the same with its packed arrays unpacked, {shape, values}
+let T = 0; // tokens of the text
 
 function firstLanguage() {
   const wanted = (navigator.languages || ["en"]).map((name) => name.split("-")[0]);
@@ -27,8 +27,9 @@ function shown(number, digits = 3) {
   return number.toFixed(digits).replace("-", "−");
 }
 
+// A token's text; blanks, which nobody would see, as signs.
 function word(id) {
-  return figures.vocabulary[id] ?? `[${id}]`;
+  return (figures.vocabulary[id] ?? `[${id}]`).replaceAll(" ", "␣");
 }
 
 function token(t) {
@@ -70,10 +71,14 @@ function announce(text) {
 
 // Numbers
 
-async function unpack({ shape, data }) {
-  const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
+async function unzip(text) {
+  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
+async function unpack({ shape, data }) {
+  const planes = await unzip(data);
   const count = planes.length / 4, whole = new Uint8Array(planes.length);
   for (let plane = 0; plane < 4; plane++)
     for (let i = 0; i < count; i++) whole[4 * i + plane] = planes[plane * count + i];
@@ -84,7 +89,8 @@ async function unpack({ shape, data }) {
 async function unpacked(value) {
   if (value === null || typeof value !== "object") return value;
   if ("shape" in value && "data" in value) return unpack(value);
-  if (Array.isArray(value)) return value;
+  if ("shape" in value && "bytes" in value) return { shape: value.shape, values: (await unzip(value.bytes)) };
+  if (Array.isArray(value)) return typeof value[0] === "object" ? Promise.all(value.map(unpacked)) : value;
   const entries = await Promise.all(Object.entries(value).map(async ([name, each]) => [name, await unpacked(each)]));
   return Object.fromEntries(entries);
 }
@@ -103,9 +109,10 @@ function dot(a, b) {
 }
 
 const groupSize = () => figures.model.n_head / figures.model.n_kv_head; // heads of queries for one of keys
-const query = (layer, head, t) => at(numbers.q, layer, head, t);
-const key = (layer, head, s) => at(numbers.k, layer, Math.floor(head / groupSize()), s);
-const value = (layer, head, s) => at(numbers.v, layer, Math.floor(head / groupSize()), s);
+const isExact = (layer) => numbers.layers[layer] !== null;
+const query = (layer, head, t) => at(numbers.layers[layer].q, head, t);
+const key = (layer, head, s) => at(numbers.layers[layer].k, Math.floor(head / groupSize()), s);
+const value = (layer, head, s) => at(numbers.layers[layer].v, Math.floor(head / groupSize()), s);
 
 const kept = new Map(); // of what is slow to compute
 
@@ -130,8 +137,10 @@ function softmax(row) {
   return powers.map((x) => x / sum);
 }
 
-// Weights (T, T) of a head: the softmax of each row of scores, up to the token itself.
+// Weights (T, T) of a head: the softmax of each row of scores, up to the token itself. In a page without the queries and
+// keys they are rounded.
 function weights(layer, head) {
+  if (!isExact(layer)) return once(`rounded ${layer} ${head}`, () => Array.from(at(numbers.overview, layer, head), (w) => w / 255));
   return once(`weights ${layer} ${head}`, () => {
     const found = new Float64Array(T * T), all = scores(layer, head);
     for (let t = 0; t < T; t++)
@@ -155,6 +164,24 @@ function output(layer, head, t) {
 function set(changes) {
   Object.assign(state, changes);
   views.forEach((draw) => draw());
+  loadLayer();
+}
+
+// The server of a live page has the exact numbers of a layer.
+async function loadLayer() {
+  const { layer } = state, before = figures;
+  if (!page.live || isExact(layer)) return;
+  const found = await unpacked(await ask("layer", { ids: figures.tokens.map(({ id }) => id), layer }));
+  if (figures !== before || isExact(layer)) return;
+  numbers.layers[layer] = found;
+  set({});
+}
+
+async function ask(name, asked) {
+  const answer = await fetch(`/${name}`, {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(asked) });
+  if (!answer.ok) throw new Error((await answer.text()).trim());
+  return answer.json();
 }
 
 function shapeOf(name) {
@@ -229,7 +256,7 @@ function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen 
   }
 
   function fillTable() {
-    const heads = ["", ...Array.from({ length: columns }, (_, c) => `${c}`)];
+    const heads = [say("place"), ...Array.from({ length: columns }, (_, c) => `${c}`)];
     const body = Array.from({ length: rows }, (_, r) =>
       [`${r}`, ...Array.from({ length: columns }, (_, c) => shown(get(r, c) ?? -Infinity))]);
     instead.replaceChildren(table(heads, body, title()));
@@ -267,8 +294,8 @@ function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen 
 
 const sections = [];
 
-function section(id, fill) {
-  sections.push([id, fill]);
+function section(id, fill, isThere = () => figures !== null) {
+  sections.push([id, fill, isThere]);
 }
 
 function drawn(element, draw) { // draws now, and again when the state changes
@@ -282,7 +309,8 @@ function buildSections() {
   const main = document.getElementById("sections");
   views.length = 0;
   main.replaceChildren();
-  for (const [id, fill] of sections) {
+  for (const [id, fill, isThere] of sections) {
+    if (!isThere()) continue;
     const element = make("section", { id, "aria-labelledby": `${id}-title` },
       make("h2", { id: `${id}-title` }, say(`${id}.title`)), make("p", {}, say(`${id}.about`)));
     fill(element);
@@ -308,14 +336,16 @@ function buildBar() {
   const languages = make("select", { id: "language", onchange: (event) => start(event.target.value) },
     ...Object.keys(page.strings).map((name) => make("option", { value: name, lang: name }, page.strings[name].language)));
   languages.value = state.language;
-  document.getElementById("skip").textContent = say("skip");
+  const ofLanguage = make("label", {}, `${say("language_label")} `, languages);
+  if (!figures) return bar.replaceChildren(make("div", { class: "controls" }, make("h1", {}, "kqv"), ofLanguage));
   const shape = drawn(make("span", { class: "shape" }), () => shapeOf("q"));
   const strip = make("div", { class: "tokens", role: "group", "aria-label": say("tokens") },
     ...figures.tokens.map((_, t) => make("button", { type: "button", tabindex: -1, onclick: () => set({ asks: t }) }, token(t) || " ")));
   roving(strip, () => state.asks, (t) => set({ asks: t }));
   bar.replaceChildren(
+    ...(page.live ? [buildAsking()] : []),
     make("div", { class: "controls" }, make("h1", {}, `kqv: ${figures.model.name}`), choice("layer", figures.model.n_layer, say("layer")),
-      choice("head", figures.model.n_head, say("head")), make("label", {}, `${say("language")} `, languages), shape), strip);
+      choice("head", figures.model.n_head, say("head")), ofLanguage, shape), strip);
 }
 
 // A group of buttons that is one stop for Tab: arrows move within it.
@@ -336,16 +366,44 @@ function roving(group, chosen, choose) {
   mark();
 }
 
+// A text of the reader's own, in a live page
+function buildAsking() {
+  const field = make("textarea", { id: "text", rows: 2, cols: 60 }), problem = make("p", { role: "alert" });
+  field.value = page.text;
+  const read = async () => {
+    problem.textContent = say("reading");
+    try {
+      page.text = field.value;
+      await show(await ask("figures", { text: field.value }));
+    } catch (error) {
+      problem.textContent = error.message;
+    }
+  };
+  return make("div", { class: "controls" }, make("label", { for: "text" }, say("text")), field,
+    make("button", { type: "button", onclick: read }, say("read")), problem);
+}
+
+async function show(found) {
+  numbers = await unpacked(found);
+  figures = found;
+  T = figures.tokens.length;
+  kept.clear();
+  Object.assign(state, { layer: Math.min(state.layer, figures.model.n_layer - 1), asks: T - 1, asked: Math.max(0, T - 2) });
+  start(state.language);
+  loadLayer();
+}
+
 function start(language) {
   state.language = language;
   document.documentElement.lang = language;
-  document.title = say("page_title", { name: figures ? figures.model.name : "" });
+  document.title = figures ? say("page_title", { name: figures.model.name }) : say("runs.title");
+  document.getElementById("skip").textContent = say("skip");
   buildSections();
-  if (figures) buildBar();
+  buildBar();
 }
 
 async function begin() {
-  if (figures) Object.assign(numbers, await unpacked(figures));
-  start(state.language);
+  if (page.figures) await show(page.figures);
+  else start(state.language);
   document.documentElement.dataset.ready = "true";
 }

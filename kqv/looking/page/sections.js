@@ -44,6 +44,7 @@ section("vectors", (element) => {
   };
   element.append(make("div", { class: "controls" }, choose("asks"), choose("asked")),
     drawn(make("div"), () => {
+      if (!isExact(state.layer)) return make("p", { class: "note" }, say("rounded"));
       const { layer, head, asks, asked } = state, q = query(layer, head, asks), k = key(layer, head, asked), v = value(layer, head, asked);
       const sum = dot(q, k), scale = Math.sqrt(q.length);
       const rows = Array.from(q, (x, c) => [`${c}`, x, k[c], x * k[c], v[c]]);
@@ -61,15 +62,51 @@ const selected = () => [state.asks, state.asked];
 const readCell = (number, name) => (t, s) => say(s > t ? "scores.hidden" : "scores.read", {
   asks: quoted(t), asked: quoted(s), name: say(name), number: shown(number(t, s)) });
 
+// A part of a score in the first layer: of the parts "token", "place" and "rest" of a query and a key.
+function part(vectors, name, head, t) {
+  const at_ = (which) => at(numbers.parts[vectors][which], vectors === "q" ? head : Math.floor(head / groupSize()), t);
+  if (name !== "place") return at_(name);
+  const whole = vectors === "q" ? query(0, head, t) : key(0, head, t), token = at_("token"), rest = at_("rest");
+  return whole.map((x, c) => x - token[c] - rest[c]);
+}
+
+const PARTS = { // what is multiplied with what; what is left of the whole score is "the rest"
+  token_token: [["token", "token"]],
+  token_place: [["token", "place"], ["place", "token"]],
+  place_place: [["place", "place"]],
+};
+const partNames = () => (figures.model.positions === "rotary" ? ["whole", "token_token", "others"] : ["whole", ...Object.keys(PARTS), "others"]);
+
+function partOfScore(name, head, t, s) {
+  const whole = scores(0, head)[t * T + s], scale = Math.sqrt(figures.model.head_size);
+  const sum = (pairs) => pairs.reduce((all, [q, k]) => all + dot(part("q", q, head, t), part("k", k, head, s)) / scale, 0);
+  if (name === "whole") return whole;
+  if (name !== "others") return sum(PARTS[name]);
+  return whole - partNames().filter((each) => each in PARTS).reduce((all, each) => all + sum(PARTS[each]), 0);
+}
+
 section("scores", (element) => {
-  const raw = (t, s) => scores(state.layer, state.head)[t * T + s];
+  let shownPart = "whole";
+  const raw = (t, s) => {
+    if (!isExact(state.layer)) return 0;
+    if (state.layer !== 0 || shownPart === "whole") return scores(state.layer, state.head)[t * T + s];
+    return once(`part ${shownPart} ${state.head} ${t} ${s}`, () => partOfScore(shownPart, state.head, t, s));
+  };
   const weight = (t, s) => weights(state.layer, state.head)[t * T + s];
   const hidden = (number) => (t, s) => (s > t ? null : number(t, s));
   const common = { rows: T, columns: T, axes: () => say("scores.axes"), choose: (t, s) => set({ asks: t, asked: s }), chosen: selected };
-  element.append(drawn(make("p", { class: "shape" }), () => shapeOf("scores")), make("div", { class: "side" },
+  const select = make("select", { id: "part", onchange: (event) => { shownPart = event.target.value; set({}); } },
+    ...partNames().map((name) => make("option", { value: name }, say(`scores.${figures.model.positions === "rotary" && name === "others" ? "rotation" : name}`))));
+  views.push(() => { select.disabled = state.layer !== 0; });
+  element.append(drawn(make("p", { class: "shape" }), () => shapeOf("scores")),
+    drawn(make("p", { class: "note" }), () => (isExact(state.layer) ? [] : say("rounded"))),
+    make("div", { class: "controls" }, make("label", {}, `${say("scores.part")} `, select)), make("div", { class: "side" },
     matrix({ ...common, signed: true, get: raw, title: () => say("scores.raw"), read: (t, s) => say("scores.read", { asks: quoted(t), asked: quoted(s), name: say("score"), number: shown(raw(t, s)) }) }),
     matrix({ ...common, signed: true, get: hidden(raw), title: () => say("scores.masked"), read: readCell(raw, "score") }),
-    matrix({ ...common, signed: false, get: hidden(weight), title: () => say("scores.weights"), read: readCell(weight, "weight") })));
+    matrix({ ...common, signed: false, get: hidden(weight), title: () => say("scores.weights"), read: readCell(weight, "weight") })),
+    drawn(make("div"), () => (isExact(state.layer)
+      ? table([say("channel"), say("scores.output")], Array.from(output(state.layer, state.head, state.asks), (x, c) => [`${c}`, x]), say("scores.outputs", { asks: quoted(state.asks) }))
+      : [])));
 });
 
 section("what_if", (element) => {
@@ -147,7 +184,7 @@ section("next", (element) => {
   const result = make("div"), drawnToken = make("p", { role: "status" });
   const show = () => {
     const found = choices(state.asks, asked);
-    result.replaceChildren(make("p", { class: "shape" }, shapeOf("logits")), table([say("token"), say("chance"), ""],
+    result.replaceChildren(make("p", { class: "shape" }, shapeOf("logits")), table([say("token"), say("chance"), say("next.share")],
       found.slice(0, 20).map(({ id, p }) => [word(id), p, make("span", { class: "bar-cell", style: null })]), say("next.table", { asks: quoted(state.asks) })));
     result.querySelectorAll(".bar-cell").forEach((bar, i) => { bar.style.width = `${found[i].p * 12}rem`; });
   };
@@ -165,5 +202,3 @@ section("next", (element) => {
   show();
   element.append(make("div", { class: "controls" }, ...inputs, make("button", { type: "button", onclick: draw }, say("next.draw"))), drawnToken, result);
 });
-
-begin();
