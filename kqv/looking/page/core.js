@@ -27,9 +27,9 @@ function shown(number, digits = 3) {
   return number.toFixed(digits).replace("-", "−");
 }
 
-// A token's text; blanks, which nobody would see, as signs.
+// A token's text; what nobody would see, blanks and an empty text, as signs.
 function word(id) {
-  return (figures.vocabulary[id] ?? `[${id}]`).replaceAll(" ", "␣");
+  return (figures.vocabulary[id] ?? `[${id}]`).replaceAll(" ", "␣") || "∅";
 }
 
 function token(t) {
@@ -340,7 +340,7 @@ function buildBar() {
   if (!figures) return bar.replaceChildren(make("div", { class: "controls" }, make("h1", {}, "kqv"), ofLanguage));
   const shape = drawn(make("span", { class: "shape" }), () => shapeOf("q"));
   const strip = make("div", { class: "tokens", role: "group", "aria-label": say("tokens") },
-    ...figures.tokens.map((_, t) => make("button", { type: "button", tabindex: -1, onclick: () => set({ asks: t }) }, token(t) || " ")));
+    ...figures.tokens.map((_, t) => make("button", { type: "button", tabindex: -1, onclick: () => set({ asks: t }) }, token(t))));
   roving(strip, () => state.asks, (t) => set({ asks: t }));
   bar.replaceChildren(
     ...(page.live ? [buildAsking()] : []),
