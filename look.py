@@ -7,6 +7,7 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,10 +18,19 @@ from kqv.formats import loading
 from kqv.generation.prompts import read_start
 from kqv.looking.figures import figures, of_layer
 from kqv.looking.page import html
+from kqv.looking.retrained import losses, train_with
 from kqv.looking.runs import draw_png, runs_of
 from kqv.looking.server import Server
 from kqv.looking.trace import Looker
+from kqv.looking.what_if import WHAT_IFS
 from kqv.settings import fill, read_given, refuse_unused, setting
+from kqv.text.dataset import Dataset
+from kqv.text.names import folder_of
+from kqv.training.folder import METRICS
+
+MOST_TOKENS = 256  # of a text: each head has a number for every two of them
+
+STEPS_NOW = 300  # of a small model that is trained while the reader waits
 
 SHOWN = "The pizza came out of the oven and it tasted good."
 
@@ -29,7 +39,10 @@ SHOWN = "The pizza came out of the oven and it tasted good."
 class PageSettings:
     """The page"""
 
-    text: str = setting(SHOWN, "the text to read; FILE:path reads a file, - standard input")
+    text: str = setting(
+        "", "the text to read; FILE:path reads a file, - standard input; empty: one that is at hand"
+    )
+    unknown: Literal["error", "skip"] = setting("error", "what becomes of characters the tokenizer lacks")
     page: str = setting("look.html", "the file to write", path=True)
     serve: bool = setting(False, "serve the page on this machine instead: it reads texts that you type")
     port: int = setting(8765, "of the server; 0: any that is free", at_least=0, below=2**16)
@@ -64,15 +77,28 @@ def main(argv):
     refuse_unused((*loading.UNUSED, *UNUSED), config, given)
     if config.runs or config.folders:
         return show_runs(config)
+    require_model(config)
     path, contents = loading.load_chosen(config)
     gpt, tokenizer = loading.pair_of(contents, path)
     with out_of_memory_as(f"out of memory: try a shorter --text than {config.text[:40]!r}, or --device=cpu"):
         looker = Looker(gpt.to(find_device(config.device), torch.float32))
-        look = Look(looker, tokenizer, str(path))
+        look = Look(looker, tokenizer, str(path), config.unknown)
+        text = read_start(config.text) or text_at_hand(tokenizer, contents)
         if config.serve:
-            serve(look, read_start(config.text), config.port)
+            serve(look, text, config.port, contents.get("config", {}).get("dataset", ""))
         else:
-            write(config.page, html(look.figures(read_start(config.text))))
+            runs = runs_of([config.out_dir]) if (Path(config.out_dir) / METRICS).exists() else []
+            write(config.page, html(look.figures(text), runs))
+
+
+def require_model(config):
+    """Raise UserError where the run has no checkpoint, with the commands that make one."""
+    asked_for_run = config.init_from == "resume" and config.checkpoint in ("best", "newest")
+    if asked_for_run and not loading.find(config.out_dir, config.checkpoint).exists():
+        raise UserError(
+            f"there is no checkpoint in {config.out_dir}: python prepare.py plays, and python train.py "
+            "config/train_plays_char.py, make one in out/plays_char; or look at --init_from=smollm2"
+        )
 
 
 def show_runs(config):
@@ -88,16 +114,33 @@ def show_runs(config):
         write(config.page, html(runs=runs))
 
 
+def text_at_hand(tokenizer, contents):
+    """
+    A text for a user who gave none: for a model of conversations the first question of the validation split
+    of the set that it was trained on. Raises UserError where that set is not there.
+    """
+    if tokenizer.kind != "chat":
+        block_size = contents["model_args"]["block_size"]
+        return tokenizer.decode(tokenizer.encode(SHOWN, "skip").tolist()[: block_size - len(tokenizer.begin)])
+    data = Dataset(contents.get("config", {}).get("dataset", "unnamed"))
+    ids, learnt = next(data.marked_conversations("val"))
+    question = ids[: int(learnt.argmax())].tolist()
+    return tokenizer.decode([id for id in question if id not in tokenizer.specials().values()])
+
+
 class Look:
     """A model that is looked into, and its tokenizer."""
 
-    def __init__(self, looker, tokenizer, name):
-        self.looker, self.tokenizer, self.name = looker, tokenizer, name
+    def __init__(self, looker, tokenizer, name, unknown):
+        self.looker, self.tokenizer, self.name, self.unknown = looker, tokenizer, name, unknown
 
     def ids(self, text):
         """The ids of a text that the page shows. Raises UserError."""
-        ids = [*self.tokenizer.begin, *self.tokenizer.encode(text, "error").tolist()]
-        most = self.looker.gpt.config.block_size
+        if self.tokenizer.kind == "chat":
+            ids = self.tokenizer.encode_chat([("user", text)], self.unknown).tolist()
+        else:
+            ids = [*self.tokenizer.begin, *self.tokenizer.encode(text, self.unknown).tolist()]
+        most = min(MOST_TOKENS, self.looker.gpt.config.block_size)
         if not 2 <= len(ids) <= most:
             raise UserError(f"the text has {len(ids)} tokens, but the page shows from 2 to {most}")
         return ids
@@ -110,17 +153,39 @@ class Look:
         return of_layer(self.looker.trace(torch.tensor([ids], device=self.looker.device)), layer)
 
 
-def serve(look, text, port):
+def serve(look, text, port, dataset):
     """Serve the page of a text until Ctrl-C."""
     first = look.figures(text)
     answers = {
         "figures": lambda asked: look.figures(text_in(asked)),
+        "train": lambda asked: train_small(change_in(asked), dataset),
         "layer": lambda asked: look.layer(*layer_in(asked, look.looker.gpt.config)),
     }
     server = Server(port, lambda: html(first, text=text), answers)
     print(f"{server.address} shows the page, on this machine alone. Ctrl-C ends it.", flush=True)
     with server:
         server.serve_forever()
+
+
+def train_small(name, dataset):
+    """The losses of a small model that is trained now with a change, on the model's own set or the plays."""
+    folder = next(
+        (one for one in (dataset, "plays") if one and (folder_of(one) / "meta.json").exists()), None
+    )
+    if folder is None:
+        raise UserError("there is no prepared text to train on: python prepare.py plays")
+    data = Dataset(folder)
+    if data.is_chat:
+        raise UserError(f"{folder} has conversations, and the small model trains on texts: prepare.py plays")
+    gpt = train_with(WHAT_IFS[name], data, steps=STEPS_NOW)
+    return losses(gpt, data, WHAT_IFS[name])
+
+
+def change_in(asked):
+    """The name of a change in a request. Raises UsageError."""
+    if asked.get("change") not in list(WHAT_IFS):
+        raise UsageError(f"change must be one of {', '.join(WHAT_IFS)}")
+    return asked["change"]
 
 
 def text_in(asked):

@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-COMMANDS = ("train", "sample", "prepare", "export", "bench")
+COMMANDS = ("train", "sample", "prepare", "export", "bench", "look")
 # A room imports from itself and from those before it.
 ROOMS = (
     "printable",
@@ -21,7 +21,7 @@ ROOMS = (
     "files",
     "pickles",
 )
-ROOMS += ("text", "formats", "generation", "training", "measuring")
+ROOMS += ("text", "formats", "generation", "training", "looking", "measuring")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("kqv/**/*.py"))

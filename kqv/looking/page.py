@@ -12,7 +12,7 @@ from kqv.looking.trace import Looker
 from model import GPT, MLP, next_token_loss
 
 FOLDER = Path(__file__).parent / "page"
-SCRIPTS = ("core.js", "sections.js", "runs.js")
+SCRIPTS = ("core.js", "sections.js", "digits.js", "runs.js")
 TRAINED = FOLDER.parent / "trained.json"
 
 CODE = {  # of each section, the code that it is about

@@ -112,11 +112,26 @@ section("scores", (element) => {
 section("what_if", (element) => {
   const names = Object.keys(figures.what_if);
   const list = (pairs) => pairs.map(([id, p]) => `${word(id)} ${shown(p, 2)}`).join(" | ");
+  const trainIt = async (name, result) => {
+    result.textContent = say("what_if.training");
+    try {
+      const { loss, last_loss } = await ask("train", { change: name });
+      result.textContent = say("what_if.trained_now", { change: say(`what_if.${name}`), loss: shown(loss), last: shown(last_loss) });
+    } catch (error) {
+      result.textContent = error.message;
+    }
+  };
+  if (page.live) {
+    const select = make("select", {}, ...names.map((name) => make("option", { value: name }, say(`what_if.${name}`))));
+    const result = make("p", { role: "status" });
+    element.append(make("div", { class: "controls" }, make("label", {}, `${say("what_if.change")} `, select),
+      make("button", { type: "button", onclick: () => trainIt(select.value, result) }, say("what_if.train"))), result);
+  }
   element.append(drawn(make("div"), () => table(
-    [say("what_if.change"), say("what_if.loss"), say("what_if.last"), say("what_if.trained"), say("what_if.top"), say("what_if.goes_on")],
+    [say("what_if.change"), say("what_if.loss"), say("what_if.last"), say("what_if.trained"), say("what_if.trained_last"), say("what_if.top"), say("what_if.goes_on")],
     names.map((name) => {
-      const { loss, last_loss, top, continuation } = figures.what_if[name], trained = page.trained[name];
-      return [say(`what_if.${name}`), loss, last_loss, trained ? shown(trained.last_loss) : "–", list(top), continuation.map(word).join("")];
+      const { loss, last_loss, top, continuation } = figures.what_if[name], { trained } = page.trained[name];
+      return [say(`what_if.${name}`), loss, last_loss, trained.loss, trained.last_loss, list(top), continuation.map(word).join("")];
     }), say("what_if.table"))), make("p", { class: "note" }, say("what_if.note")));
 });
 
