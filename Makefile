@@ -1,6 +1,7 @@
 # make demo   prepare Shakespeare's plays, train a small GPT on them, print what it writes
 # make test   the tests          make lint   the style checks          make clean   remove the environments
 # make test-slow, make test-gpu  the tests that take minutes, and those that need a CUDA device
+# make exercise N=3              write a part of the code yourself, and have it graded; without N: which there are
 # make fuzz   hostile and damaged files for four minutes; each failure is printed with the command that repeats it
 # make test-oldest               the tests with Python 3.10 and the lowest versions that the requirements allow
 
@@ -10,7 +11,7 @@ BIN := .venv/bin
 TRAIN_ARGS ?=
 FUZZ_ARGS ?=
 
-.PHONY: demo test test-slow test-gpu test-oldest fuzz lint clean
+.PHONY: demo test test-slow test-gpu test-oldest fuzz exercise lint clean
 
 demo: .venv/runtime
 	$(BIN)/python prepare.py plays
@@ -31,6 +32,9 @@ fuzz: .venv/dev
 
 test-oldest: .venv-oldest/dev
 	.venv-oldest/bin/python -m pytest -n auto
+
+exercise: .venv/dev
+	@$(BIN)/python exercises $(N)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
