@@ -5,6 +5,8 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ from kqv.formats import loading
 from kqv.generation.prompts import read_start
 from kqv.looking.figures import figures, of_layer
 from kqv.looking.page import html
-from kqv.looking.retrained import losses, train_with
+from kqv.looking.retrained import compared, losses, train_with
 from kqv.looking.runs import draw_png, runs_of
 from kqv.looking.server import Server
 from kqv.looking.trace import Looker
@@ -47,6 +49,12 @@ class PageSettings:
     serve: bool = setting(False, "serve the page on this machine instead: it reads texts that you type")
     port: int = setting(8765, "of the server; 0: any that is free", at_least=0, below=2**16)
     runs: bool = setting(False, "instead, the curves of the runs in the FOLDERs that are named")
+    retrain: int = setting(
+        0,
+        "instead, train small models with each change, with so many seeds, on the plays; prints JSON",
+        at_least=0,
+        below=100,
+    )
     png: str = setting("", "with --runs: write this picture instead of a page; needs matplotlib", path=True)
     folders: tuple[str, ...] = ()
     device: str = setting("cpu", "auto, cpu, cuda, cuda:1, mps")
@@ -55,9 +63,18 @@ class PageSettings:
 UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
     (("page",), lambda c: c.serve, "with --serve, which writes no file"),
     (("port",), lambda c: not c.serve, "without --serve"),
+    (
+        ("text", "unknown", "page", "serve", "out_dir", "checkpoint", "init_from", "device", "runs"),
+        lambda c: c.retrain,
+        "with --retrain, which trains small models",
+    ),
     (("png",), lambda c: not c.runs, "without --runs"),
     (("page",), lambda c: c.png, "with --png, which writes a picture"),
-    (("text", "serve", "out_dir", "checkpoint", "init_from", "device"), lambda c: c.runs, "with --runs"),
+    (
+        ("text", "unknown", "serve", "out_dir", "checkpoint", "init_from", "device"),
+        lambda c: c.runs,
+        "with --runs",
+    ),
 )
 
 
@@ -75,6 +92,11 @@ def main(argv):
     given = read_given(LookSettings, argv)
     config = fill(LookSettings, given)
     refuse_unused((*loading.UNUSED, *UNUSED), config, given)
+    if config.retrain:
+        table = compared(
+            Dataset("plays"), range(config.retrain), tell=lambda line: print(line, file=sys.stderr)
+        )
+        return print(json.dumps(table, indent=1))
     if config.runs or config.folders:
         return show_runs(config)
     require_model(config)
