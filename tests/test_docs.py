@@ -13,7 +13,14 @@ import sample
 import train
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *ROOT.glob("docs/**/*.md")]
-COMMANDS = {"train": train, "sample": sample, "prepare": prepare, "export": export, "bench": bench, "look": look}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "prepare": prepare,
+    "export": export,
+    "bench": bench,
+    "look": look,
+}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

@@ -10,7 +10,7 @@ from conftest import SHAPES, random_gpt
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kqv.looking.figures import figures
+from kqv.looking.figures import figures, packed
 from kqv.looking.page import html
 from kqv.looking.trace import Looker
 from kqv.text.tokenizers import CharTokenizer
@@ -94,6 +94,18 @@ def test_probabilities_of_the_next_token_are_the_model_s(chromium, tmp_path):
         few = page.evaluate('choices(7, {"temperature": 0.5, "top_k": 3, "top_p": 1, "min_p": 0})')
         sharp = (trace.logits[0, 7] / 0.5).topk(3).values.softmax(-1)
         assert [one["p"] for one in few] == pytest.approx(sharp.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, said", [(-0.5, "the edge helped"), (0.0, "did not matter"), (0.5, "something else")]
+)
+def test_a_cut_edge_is_put_into_words_by_what_it_did(chromium, tmp_path, change, said):
+    def changed(found):
+        found["edges"][7] = packed([change] * 8)
+
+    _, url = page_of(tmp_path, random_gpt(), change=changed)
+    with opened(chromium, url) as page:
+        assert said in page.inner_text("#it")
 
 
 def test_a_large_page_has_rounded_weights_and_says_so(chromium, tmp_path):

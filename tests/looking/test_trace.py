@@ -124,8 +124,8 @@ def test_the_loss_of_a_change_is_that_of_the_text_read_again(family, name):
         logprobs = gpt.lm_head(gpt.transformer.ln_f(x))[0].log_softmax(dim=-1)
     expected = [-logprobs[t, id].item() for t, id in enumerate(IDS[1:])]
     found = measured(Looker(gpt), IDS, what_if)
-    assert found["loss"] == pytest.approx(sum(expected) / 7, abs=1e-4)
-    assert found["last_loss"] == pytest.approx(expected[-1], abs=1e-4)
+    assert found["loss"] == pytest.approx(sum(expected) / 7, abs=1e-5)
+    assert found["last_loss"] == pytest.approx(expected[-1], abs=1e-5)
 
 
 def test_only_a_change_changes_the_loss():

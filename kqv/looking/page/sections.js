@@ -149,7 +149,11 @@ section("it", (element) => {
     if (cut)
       parts.push(table([say("asked"), say("it.change")], Array.from(cut.values, (x, s) => [quoted(s), x]),
         say("it.cut", { asks: quoted(asks), next: asks + 1 < T ? token(asks + 1) : word(figures.what_if.as_trained.top[0][0]) })));
-    else parts.push(make("p", {}, say("it.not_cut", { first: rows[0], last: rows[rows.length - 1] })));
+    if (cut && asked <= asks) {
+      const change = cut.values[asked], kind = change < -0.02 ? "down" : change > 0.02 ? "up" : "same";
+      parts.push(make("p", { class: "note" }, say(`it.${kind}`, { asks: quoted(asks), asked: quoted(asked), number: shown(change) })));
+    }
+    if (!cut) parts.push(make("p", {}, say("it.not_cut", { first: rows[0], last: rows[rows.length - 1] })));
     if (asks + 1 < T)
       parts.push(make("p", { class: "note" }, say("it.endings", { asks: quoted(asks),
         masked: figures.endings.as_trained[asks].toExponential(1), unmasked: figures.endings.no_mask[asks].toExponential(1) })));
