@@ -88,10 +88,8 @@ def sample(config, given):
         texts = [completed(text, tokenizer) for text in texts]
         prompts = [encode_prompt(text, tokenizer, config) for text in texts]
         prompts = fitted(texts, prompts, tokenizer, config, block_size)
-    compiled = config.compile
-    if compiled == "auto":
-        compiled = compiling_pays(batched(prompts, config), device, gpt, config)
-    writer = Writer(Engine(gpt, find_compile(compiled, device)), tokenizer, config)
+    pays = compiling_pays(batched(prompts, config), device, gpt, config)
+    writer = Writer(Engine(gpt, find_compile(config.compile, device, pays)), tokenizer, config)
     if config.evaluate:
         evaluation.report(config, gpt, data, examples, writer.records(prompts))
     elif asks:

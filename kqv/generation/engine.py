@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kqv.device import find_dtype, has_compiler
+from kqv.device import find_dtype
 from kqv.generation.cpu_decoding import compiled_for_decoding
 from model import KVCache
 
@@ -26,7 +26,7 @@ def compiling_pays(batches, device, gpt, config):
     """Whether there are so many tokens to write that compiling saves more time than it takes."""
     if len(batches) * config.max_new_tokens < COMPILE_FROM:
         return False
-    return device.type == "cuda" or (device.type == "cpu" and is_large(gpt) and has_compiler())
+    return device.type == "cuda" or (device.type == "cpu" and is_large(gpt))
 
 
 def is_large(gpt):
