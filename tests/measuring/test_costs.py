@@ -183,6 +183,7 @@ def test_memory_of_a_loss_in_chunks(monkeypatch, chunk, itemsize):
     """Besides a byte for each logit of a chunk, which a CPU alone takes."""
     shape = GPTConfig(block_size=256, vocab_size=8192, n_layer=1, n_head=2, n_embd=128, bias=False)
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", chunk * shape.vocab_size)
+    monkeypatch.setattr(loss, "ROWS", chunk)
     job = Job(shape, batch_size=2, itemsize=itemsize)
     found = measured(job) - chunk * shape.vocab_size
     assert costs.peak_bytes(job) == pytest.approx(found, rel=0.025)

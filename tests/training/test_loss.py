@@ -25,6 +25,8 @@ IN_CHUNKS = N * V // 8
 def logits_at_once(count):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "LOGITS_AT_ONCE", count)
+        patch.setattr(loss, "LOGITS_AT_ONCE_COMPILED", count)
+        patch.setattr(loss, "ROWS", 1)
         yield
 
 
@@ -254,24 +256,71 @@ def test_compiled_the_chunks_give_what_they_give_eagerly(monkeypatch, backend, d
     if backend == "inductor" and not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend(backend)  # of the work on one chunk's logits
-    monkeypatch.setattr(
-        loss, "compiled_cross_entropy", lambda: torch.compile(loss.cross_entropy, backend=graphs)
-    )
+    of_chunk = CompileCounterWithBackend(backend)  # graphs of the work on one chunk's logits
+    of_model = CompileCounterWithBackend(backend)
+    compiled = torch.compile(loss.cross_entropy, backend=of_chunk)
+    monkeypatch.setattr(loss, "compiled_cross_entropy", lambda: compiled)
     gpt, idx, targets = random_gpt(n_layer=1), random_ids(3, 8), random_ids(3, 8, seed=1)
     targets[1, 2] = -1
     objective = NextToken(gpt, loss.next_token_loss)
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     found = []
-    with logits_at_once(100):
-        for model in (objective, torch.compile(objective, backend=backend)):
-            assert graphs.frame_count == 0  # uncompiled, the model compiles nothing
+    with logits_at_once(100):  # 24 tokens in 5 chunks of 5
+        for model in (objective, torch.compile(objective, backend=of_model)):
+            assert of_chunk.frame_count == 0  # uncompiled, the model compiles nothing
             with autocast:
                 mean = model(idx, targets)
             with torch.no_grad(), autocast:
                 assert model(idx, targets).item() == pytest.approx(mean.item(), rel=tolerance)
             found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
-    assert 1 <= graphs.frame_count <= 4  # for chunks of two lengths, with and without gradients
+    # With and without gradients: all chunks have one shape, and the model is one graph around them.
+    assert of_chunk.frame_count == of_model.frame_count == 2
     torch._dynamo.reset()  # this code was compiled for another LOGITS_AT_ONCE
     for eager, compiled in zip(*found, strict=True):
         assert error(compiled, eager) < tolerance
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_chunks_are_alike_and_of_whole_tiles_and_hold_no_more_logits_than_they_may(compiled):
+    V, most = 50304, loss.LOGITS_AT_ONCE_COMPILED if compiled else loss.LOGITS_AT_ONCE
+    for N in (1, 1000, 64 * 1024, 63 * 1000, 8 * 2048 + 1):
+        chunks, rows = loss.split(N, V, compiled)
+        assert (chunks - 1) * rows < N <= chunks * rows  # none is empty
+        assert chunks == 1 or rows % 128 == 0
+        assert rows * V <= most + 128 * V
+    assert loss.split(64 * 1024, V, compiled) == ((4, 16384) if compiled else (13, 5120))
+
+
+class OnCUDA(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_on_a_gpu_no_part_of_the_sum_is_rounded(monkeypatch):
+    """There, torch.addmm can add the product of two bfloat16 matrices to a float32 one."""
+
+    def addmm(total, a, b, out_dtype, out):
+        assert total is out and out_dtype == torch.float32
+        out.copy_(total + a.float() @ b.float())
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    numbers = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 64, generator=numbers).bfloat16() for _ in range(2))
+    errors = []
+    for total in (torch.zeros(64, 64), torch.zeros(64, 64).as_subclass(OnCUDA)):
+        for start in range(0, 512, 8):
+            loss.add_product(total, a[start : start + 8].T, b[start : start + 8])
+        errors.append(error(total.as_subclass(torch.Tensor), a.double().T @ b.double()))
+    assert errors[0] > 1e-3 and errors[1] < 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_sum_on_a_real_gpu(dtype):
+    a, b = (torch.randn(4096, 256, device="cuda", dtype=dtype) for _ in range(2))
+    total = torch.zeros(256, 256, device="cuda")
+    for start in range(0, 4096, 128):
+        loss.add_product(total, a[start : start + 128].T, b[start : start + 128])
+    assert error(total, a.double().T @ b.double()) < 1e-5
