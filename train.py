@@ -27,11 +27,11 @@ from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import LossSettings, next_token_loss
 from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
-from kqv.training.optimizer import OptimizerSettings, set_learning_rates, step_unless
+from kqv.training.optimizer import OptimizerSettings, norm_of_gradients, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
 from kqv.training.schedule import ScheduleSettings
-from kqv.training.sharding import full_tensor, is_sharded
+from kqv.training.sharding import is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ActivationSettings,
@@ -41,6 +41,7 @@ from kqv.training.start import (
     build_model,
     checkpoint_activations,
     compile_blocks,
+    narrow_stream,
     require_divisible,
     require_same_start,
     resolve_start,
@@ -145,11 +146,10 @@ def train_step(model, state, batches, config, world, autocast):
         nothing = torch.full_like(loss_sum, math.nan)
         return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
     state.scaler.unscale_(state.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
-    grad_norm = full_tensor(grad_norm)
+    grad_norm = norm_of_gradients(state.model.parameters())
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
-    step_unless(bad, state.optimizer)
+    step_unless(bad, state.optimizer, grad_norm, config.grad_clip)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
     return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
@@ -184,6 +184,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
         errors.warn(line)
     evaluated = state.evaluated
     forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
+    narrow_stream(gpt)
     if compiled and sharded:
         compile_blocks(gpt)
     if config.activation_checkpointing:

@@ -32,8 +32,8 @@ class Job:
     checkpointing: bool = False
     muon: bool = False
     compiled: bool = False
-    itemsize: int = 2  # bytes of a number in matrix products: 2 in bfloat16, 4 in float32
-    norm_itemsize: int = 4  # bytes of a number that goes into LayerNorm: autocast on a GPU makes it float32
+    itemsize: int = 2  # bytes of a number in matrix products and the stream: 2 in bfloat16, 4 in float32
+    norm_itemsize: int = 0  # of a number that goes into LayerNorm; 0: itemsize
 
     @property
     def tokens(self):
@@ -91,7 +91,7 @@ def linear_layers(module):
 def block_activations(job):
     """Bytes that autograd keeps of one block for its backward pass."""
     alone = replace(job.shape, n_layer=1, vocab_size=1, dropout=0.0)
-    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize)
+    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize or job.itemsize)
 
 
 @functools.lru_cache(maxsize=64)
@@ -178,7 +178,7 @@ def peaks(job):
         copies = 2 * sum(map(count, linear_layers(gpt))) if job.itemsize == 2 else 0
         copies_later = copies / layers if job.checkpointing else copies
         reducing, blocks_left = 0, layers
-    stream = job.tokens * job.shape.n_embd * (seen if job.sharded else 4)  # what goes into a block
+    stream = job.tokens * job.shape.n_embd * job.itemsize  # what goes into a block
     in_block, again = block_activations(job), 0
     if job.checkpointing:  # a block is computed again, beside the largest gradient within it
         widest = max(layer.out_features for layer in linear_layers(gpt.transformer.h[-1]))

@@ -152,7 +152,9 @@ def _(x, weight, targets, rows, ids, smoothing, with_gradient=False):
 
 def add_product(total, a, b):
     """Add a @ b to a total in float32. On a GPU the product is not rounded to the type of a and b before."""
-    if total.is_cuda:
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -1,0 +1,70 @@
+"""The order of a run's steps, and the residual stream that it trains with."""
+
+import pytest
+import torch
+from conftest import TINY_RUN, random_gpt, random_ids
+
+import train
+from kqv.text.dataset import Dataset
+from kqv.training.loss import next_token_loss
+from kqv.training.start import narrow_stream
+from model import Block, NextToken
+
+
+def test_the_next_steps_batch_is_read_before_the_host_waits_for_a_step(cli, tiny_set, monkeypatch):
+    """Else a GPU has nothing to do while the batch is read."""
+    noted = []
+    training_batch, tolist = Dataset.training_batch, torch.Tensor.tolist
+
+    def read(data, batch_size, block_size, seed, step, index, *more):
+        noted.append((step, index))
+        return training_batch(data, batch_size, block_size, seed, step, index, *more)
+
+    def wait(tensor):
+        if len(tensor) == 3:  # a step's loss, norm of the gradient, and bad steps
+            noted.append("wait")
+        return tolist(tensor)
+
+    monkeypatch.setattr(Dataset, "training_batch", read)
+    monkeypatch.setattr(torch.Tensor, "tolist", wait)
+    argv = ["--dataset=tiny", "--max_iters=3", "--eval_interval=2", "--gradient_accumulation_steps=2"]
+    assert cli(train.main, *TINY_RUN, *argv)[0] == 0
+    first, second, third = ([(step, 0), (step, 1)] for step in range(3))
+    assert noted == [*first, second[0], "wait", second[1], third[0], "wait", third[1], "wait"]
+
+
+@pytest.mark.parametrize(
+    "dtype, stream", [("bfloat16", torch.bfloat16), ("float16", torch.float32), ("float32", torch.float32)]
+)
+def test_the_residual_stream_has_the_precision_of_bfloat16_products(
+    dtype, stream, cli, tiny_set, monkeypatch
+):
+    seen, forward = set(), Block.forward
+
+    def noting(block, x, *more):
+        y = forward(block, x, *more)
+        seen.update((x.dtype, y.dtype))
+        return y
+
+    monkeypatch.setattr(Block, "forward", noting)
+    assert cli(train.main, *TINY_RUN, "--dataset=tiny", "--max_iters=1", f"--dtype={dtype}")[0] == 0
+    assert seen == {stream}
+
+
+def test_a_stream_in_bfloat16_rounds_gradients_as_much_as_products_in_it_do(every_shape):
+    def gradients(dtype, narrow):
+        gpt = random_gpt(n_layer=4, std=0.1, block_size=32)
+        if narrow:
+            narrow_stream(gpt)
+        idx, targets = random_ids(4, 32), random_ids(4, 32, seed=1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = NextToken(gpt, next_token_loss)(idx, targets)
+        loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in gpt.parameters()])
+
+    truth = gradients(torch.float32, narrow=True)
+    assert torch.equal(truth, gradients(torch.float32, narrow=False))
+    wide, narrow = ((gradients(torch.bfloat16, each) - truth).norm() / truth.norm() for each in (False, True))
+    assert 1e-4 < wide < 0.03
+    assert narrow < 3 * wide
+    assert not torch.equal(narrow, wide)
