@@ -22,6 +22,7 @@ from kqv.training.best import adopt_best
 from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
+from kqv.training.float8 import require_float8
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import LossSettings, next_token_loss
@@ -175,7 +176,10 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
-    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
+    float8 = config.dtype_head == "float8"
+    if float8:
+        require_float8(gpt.lm_head.weight, dtype, world.device)
+    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing, float8=float8)
     objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)

@@ -11,11 +11,13 @@ Shapes: N tokens, C channels, V rows of the head, n tokens of a chunk.
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from kqv.settings import setting
+from kqv.training.float8 import Float8Head, Head, gradient_in_float8
 
 LOGITS_AT_ONCE = 2**28  # not compiled, a logit in bfloat16 takes 10 bytes
 LOGITS_AT_ONCE_COMPILED = 2**30  # it takes 4, and fewer chunks write the head's gradient less often
@@ -29,31 +31,38 @@ class LossSettings:
     label_smoothing: float = setting(
         0.0, "share of each target that goes to all ids alike, in training alone", at_least=0.0, below=1.0
     )
+    dtype_head: Literal["auto", "float8"] = setting(
+        "auto", "precision of the head's products; float8: in 8 bits, on GPUs from Ada and Hopper on"
+    )
 
 
-def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0):
+def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0, float8=False):
     """
     x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count -> the mean cross-entropy of the
     logits x @ head.T, in nats. It is model.py's function of the same name with less memory.
 
     With `label_smoothing` (Szegedy et al. 2016) the right answer is not the id alone: so large a share goes
-    to all ids alike. Where no gradient is computed, as in an evaluation, it does not count.
+    to all ids alike. Where no gradient is computed, as in an evaluation, it does not count, and no product is
+    in `float8`.
     """
     compiled, with_gradient = torch.compiler.is_compiling(), torch.is_grad_enabled()
+    float8 = float8 and with_gradient
     chunks, rows = split(len(x), len(head), compiled)
     smoothing, ids = label_smoothing if with_gradient else 0.0, vocab_size or head.size(0)
-    if chunks == 1 and smoothing:  # it would be infinite with the bias
+    if chunks == 1 and smoothing and not float8:  # it would be infinite with the bias
         return F.cross_entropy(
             F.linear(x, head)[:, :ids], targets, ignore_index=-1, label_smoothing=smoothing
         )
-    if chunks == 1:
+    if chunks == 1 and not float8:
         return F.cross_entropy(F.linear(x, head, without_padding(head, ids)), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     count = (targets >= 0).sum()
+    if float8:
+        rows = -(-rows // 16) * 16
     if missing := chunks * rows - len(x):  # so that all chunks have one shape, and are compiled once
         x, targets = F.pad(x, (0, 0, 0, missing)), F.pad(targets, (0, missing), value=-1)
-    arguments = head.detach().to(x.dtype), targets, rows, ids, smoothing
+    arguments = head.detach().to(x.dtype), targets, rows, ids, smoothing, with_gradient, float8
     work = loss_in_compiled_chunks if compiled else loss_in_chunks
     if with_gradient:
         return ChunkedCrossEntropy.apply(x, head, work, *arguments) / count
@@ -90,35 +99,35 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, head, work, weight, targets, rows, ids, smoothing):
-        loss, *gradients = work(x, weight, targets, rows, ids, smoothing, True)
+    def forward(ctx, x, head, work, *arguments):
+        loss, *gradients = work(x, *arguments)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss, grad_head * grad_loss, None, None, None, None, None, None
+        return grad_x * grad_loss, grad_head * grad_loss, *[None] * 8
 
 
-def loss_in_chunks(x, weight, targets, rows, ids, smoothing, with_gradient=False, loss_of_chunk=None):
+def loss_in_chunks(x, weight, targets, rows, ids, smoothing, with_gradient, float8, loss_of_chunk=None):
     """
     The summed loss, and its gradients of x (N, C) and in float32 of the weight (V, C), both empty where no
     gradient is wanted. `rows` are a chunk's tokens, `ids` the rows of `weight` that are no padding.
     """
     loss_of_chunk = loss_of_chunk or cross_entropy
+    head = (Float8Head if float8 else Head)(weight)
     loss, grad_x, grad_weight = room_for_loss(x, weight, with_gradient)
-    logits = x.new_empty(rows, weight.size(0))  # (n, V)
+    room = None if float8 else x.new_empty(rows, weight.size(0))  # for the logits of a chunk
     for start in range(0, len(x), rows):
-        part = x[start : start + rows]  # (n, C)
-        torch.mm(part, weight.T, out=logits)
-        answers = targets[start : start + rows]
-        loss_of_part, gradient = loss_of_chunk(logits, answers, ids, smoothing, with_gradient)
+        part, answers = x[start : start + rows], targets[start : start + rows]  # (n, C), (n,)
+        logits = head.logits(part, room)  # (n, V)
+        loss_of_part, gradient, low = loss_of_chunk(logits, answers, ids, smoothing, with_gradient, float8)
         loss += loss_of_part
         if with_gradient:
-            torch.mm(gradient, weight, out=grad_x[start : start + rows])  # (n, V) @ (V, C) -> (n, C)
+            head.grad_x(low if float8 else gradient, grad_x[start : start + rows])  # (n, V) -> (n, C)
             add_product(grad_weight, gradient.T, part)  # (V, n) @ (n, C) -> (V, C)
-            del gradient  # before the next one is made
+        del logits, gradient, low  # before the next ones are made
     return loss, grad_x, grad_weight
 
 
@@ -139,14 +148,15 @@ def loss_in_compiled_chunks(
     rows: int,
     ids: int,
     smoothing: float,
-    with_gradient: bool = False,
+    with_gradient: bool,
+    float8: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss_of_chunk = compiled_cross_entropy()
-    return loss_in_chunks(x, weight, targets, rows, ids, smoothing, with_gradient, loss_of_chunk)
+    arguments = x, weight, targets, rows, ids, smoothing, with_gradient, float8
+    return loss_in_chunks(*arguments, loss_of_chunk=compiled_cross_entropy())
 
 
 @loss_in_compiled_chunks.register_fake
-def _(x, weight, targets, rows, ids, smoothing, with_gradient=False):
+def _(x, weight, targets, rows, ids, smoothing, with_gradient, float8):
     return room_for_loss(x, weight, with_gradient)
 
 
@@ -165,10 +175,11 @@ def compiled_cross_entropy():
     return torch.compile(cross_entropy, dynamic=False)
 
 
-def cross_entropy(logits, targets, ids, smoothing, with_gradient):
+def cross_entropy(logits, targets, ids, smoothing, with_gradient, float8=False):
     """
-    The summed loss of logits (n, V), whose columns from `ids` on are padding, and its gradient (n, V) or
-    None. The logits may be overwritten. `smoothing` is the share of a target that goes to all ids.
+    The summed loss of logits (n, V), whose columns from `ids` on are padding, its gradient (n, V), and the
+    same in float8; None where it is not wanted. The logits may be overwritten. `smoothing` is the share of a
+    target that goes to all ids.
     """
     counts = (targets >= 0)[:, None]  # (n, 1)
     targets = targets.clamp(min=0)[:, None]  # (n, 1)
@@ -181,10 +192,11 @@ def cross_entropy(logits, targets, ids, smoothing, with_gradient):
         expected = expected + smoothing * scores[:, :ids].mean(dim=-1, keepdim=True)
     loss = ((normaliser - expected) * counts).sum()
     if not with_gradient:
-        return loss, None
+        return loss, None, None
     is_target = torch.arange(logits.size(1), device=logits.device) == targets  # (n, V)
     # softmax(logits), less what is expected; in place, since this is what is large
     grad_scores = scores.sub_(normaliser).exp_().add_(is_target, alpha=smoothing - 1)
     if smoothing:
         grad_scores[:, :ids] -= smoothing / ids
-    return loss, grad_scores.mul_(counts).to(logits.dtype)
+    gradient = grad_scores.mul_(counts)
+    return loss, gradient.to(logits.dtype), gradient_in_float8(gradient) if float8 else None

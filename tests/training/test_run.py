@@ -5,7 +5,9 @@ import torch
 from conftest import TINY_RUN, random_gpt, random_ids
 
 import train
+from kqv.errors import UserError
 from kqv.text.dataset import Dataset
+from kqv.training.float8 import require_float8
 from kqv.training.loss import next_token_loss
 from kqv.training.start import narrow_stream
 from model import Block, NextToken
@@ -68,3 +70,24 @@ def test_a_stream_in_bfloat16_rounds_gradients_as_much_as_products_in_it_do(ever
     assert 1e-4 < wide < 0.03
     assert narrow < 3 * wide
     assert not torch.equal(narrow, wide)
+
+
+@pytest.mark.parametrize(
+    "argv, part",
+    [
+        (["--dtype=float32"], "it goes with --dtype=bfloat16, not with float32"),
+        (["--dtype=bfloat16", "--n_embd=24"], "24 channels, not multiples of 16"),
+    ],
+)
+def test_a_head_that_can_not_be_in_float8_is_one_line(argv, part, cli, tiny_set):
+    status, _, err = cli(train.main, *TINY_RUN, "--dataset=tiny", "--dtype_head=float8", *argv)
+    assert status == 1 and part in err and err.count("\n") == 1
+
+
+def test_an_older_gpu_has_no_float8(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(UserError, match=r"^dtype_head=float8 can't be used: NVIDIA A100 has no .*; leave it"):
+        require_float8(torch.zeros(16, 16), torch.bfloat16, torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    require_float8(torch.zeros(16, 16), torch.bfloat16, torch.device("cuda", 1))
