@@ -7,8 +7,8 @@ from conftest import TINY_RUN, random_gpt, random_ids
 import train
 from kqv.errors import UserError
 from kqv.text.dataset import Dataset
+from kqv.training import loss
 from kqv.training.float8 import require_float8
-from kqv.training.loss import next_token_loss
 from kqv.training.start import narrow_stream
 from model import Block, NextToken
 
@@ -60,8 +60,7 @@ def test_a_stream_in_bfloat16_rounds_gradients_as_much_as_products_in_it_do(ever
             narrow_stream(gpt)
         idx, targets = random_ids(4, 32), random_ids(4, 32, seed=1)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = NextToken(gpt, next_token_loss)(idx, targets)
-        loss.backward()
+            NextToken(gpt, loss.next_token_loss)(idx, targets).backward()
         return torch.cat([parameter.grad.flatten() for parameter in gpt.parameters()])
 
     truth = gradients(torch.float32, narrow=True)
@@ -91,3 +90,17 @@ def test_an_older_gpu_has_no_float8(monkeypatch):
         require_float8(torch.zeros(16, 16), torch.bfloat16, torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     require_float8(torch.zeros(16, 16), torch.bfloat16, torch.device("cuda", 1))
+
+
+def test_the_model_and_its_loss_in_chunks_compile_as_one_graph(monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE_COMPILED", 100)
+    monkeypatch.setattr(loss, "compiled_cross_entropy", lambda: loss.cross_entropy)
+    torch._dynamo.reset()
+    gpt, idx, targets = random_gpt(n_layer=1), random_ids(2, 8), random_ids(2, 8, seed=1)
+    narrow_stream(gpt)
+    objective = NextToken(gpt, loss.next_token_loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.compile(objective, backend="eager", fullgraph=True)(idx, targets)
+        assert found.item() == pytest.approx(objective(idx, targets).item(), abs=1e-2)
+    torch._dynamo.reset()
+    assert all(gradient.any() for gradient in torch.autograd.grad(found, list(gpt.parameters())))
