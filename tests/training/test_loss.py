@@ -351,8 +351,11 @@ def test_on_a_gpu_no_part_of_the_sum_is_rounded(monkeypatch):
     assert errors[0] > 1e-3 and errors[1] < 1e-6
 
 
+GPU = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(GPU < (8, 0), reason="needs a CUDA device with bfloat16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_sum_on_a_real_gpu(dtype):
     a, b = (torch.randn(4096, 256, device="cuda", dtype=dtype) for _ in range(2))
@@ -360,3 +363,18 @@ def test_the_sum_on_a_real_gpu(dtype):
     for start in range(0, 4096, 128):
         loss.add_product(total, a[start : start + 128].T, b[start : start + 128])
     assert error(total, a.double().T @ b.double()) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(GPU < (8, 9), reason="needs a CUDA device with products in float8")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float8_on_a_real_gpu(compiled):
+    arguments = inputs(N=1000, V=50304, C=256, uncounted=[3], scale=0.02)
+    x, weight, targets = (tensor.detach().cuda() for tensor in arguments)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    truth = with_gradients(plain_loss, x, weight, targets)
+    ours = functools.partial(loss.next_token_loss, float8=True)
+    ours = torch.compile(ours) if compiled else ours
+    found = with_gradients(ours, x, weight, targets, context=torch.autocast("cuda", torch.bfloat16))
+    assert found[0].item() == pytest.approx(truth[0].item(), abs=1e-2)
+    assert error(found[1], truth[1]) < 0.06 and error(found[2], truth[2]) < 0.02
