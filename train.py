@@ -23,16 +23,17 @@ from kqv.training.best import adopt_best
 from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
+from kqv.training.float8 import require_float8
 from kqv.training.folder import own_folder
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import LossSettings, next_token_loss
 from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
-from kqv.training.optimizer import OptimizerSettings, set_learning_rates, step_unless
+from kqv.training.optimizer import OptimizerSettings, norm_of_gradients, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
 from kqv.training.schedule import ScheduleSettings
-from kqv.training.sharding import full_tensor, is_sharded
+from kqv.training.sharding import is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ActivationSettings,
@@ -42,6 +43,7 @@ from kqv.training.start import (
     build_model,
     checkpoint_activations,
     compile_blocks,
+    narrow_stream,
     require_divisible,
     require_same_start,
     resolve_start,
@@ -146,11 +148,10 @@ def train_step(model, state, batches, config, world, autocast):
         nothing = torch.full_like(loss_sum, math.nan)
         return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
     state.scaler.unscale_(state.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
-    grad_norm = full_tensor(grad_norm)
+    grad_norm = norm_of_gradients(state.model.parameters())
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
-    step_unless(bad, state.optimizer)
+    step_unless(bad, state.optimizer, grad_norm, config.grad_clip)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
     return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
@@ -178,7 +179,10 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     set_precision(config, world.device)
     if data.is_chat:
         attend_within_examples(gpt, data.most_in_row(config.block_size), world.device, dtype)
-    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
+    float8 = config.dtype_head == "float8"
+    if float8:
+        require_float8(gpt.lm_head.weight, dtype, world.device)
+    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing, float8=float8)
     objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
@@ -187,6 +191,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
         errors.warn(line)
     evaluated = state.evaluated
     forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
+    narrow_stream(gpt)
     if compiled and sharded:
         compile_blocks(gpt)
     if config.activation_checkpointing:

@@ -63,6 +63,7 @@ def test_a_loss_in_chunks_gives_the_gradients_of_all_logits_at_once(monkeypatch,
     for at_once in (loss.LOGITS_AT_ONCE, 10_000):
         torch._dynamo.reset()
         monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE_COMPILED", at_once)
         with torch.autocast(DEVICE, torch.bfloat16):
             objective = NextToken(gpt, loss.next_token_loss)
             mean = (torch.compile(objective) if compiled else objective)(idx, targets)

@@ -21,7 +21,7 @@ from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches
 from kqv.training.loss import next_token_loss
-from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision
+from kqv.training.start import ARCHITECTURE, checkpoint_activations, narrow_stream, set_precision
 from kqv.training.state import start_state
 from kqv.training.world import World
 from model import GPT, NextToken
@@ -163,6 +163,7 @@ def own_step(settings, shape, machine, compiled, train_step):
     torch.manual_seed(settings.seed)
     gpt = GPT(shape).to(machine.device)
     state = start_state(settings, gpt, None, machine.dtype, world)
+    narrow_stream(gpt)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
     objective = NextToken(gpt, next_token_loss)
