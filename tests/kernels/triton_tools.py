@@ -1,0 +1,104 @@
+"""
+Triton kernels without a GPU: their numbers by Triton's interpreter, and the machine code that an H100 would run.
+
+    from triton_tools import compiled_for_h100, interpreting, needs_triton
+
+    @needs_triton
+    def test_numbers():
+        with interpreting(module):         # kernels of these modules run on CPU tensors, in Python
+            module.function(cpu_tensor)
+
+    @needs_triton
+    def test_code():
+        code = compiled_for_h100(module.kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, num_warps=8)
+        assert code.spills == 0 and code.registers <= 255
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing")
+
+
+@contextmanager
+def interpreting(*modules):
+    """
+    Within this context, kernels that `modules` have as global names run by Triton's interpreter, and so do
+    functions of Triton's own language that are written in it (tl.sum, tl.sigmoid, ...). `@triton.jit` decides
+    at import whether a kernel is interpreted, so the names are replaced here: call module.kernel.
+    """
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+
+    language = {module for name, module in sys.modules.items() if name.startswith("triton.language")}
+    places = [*{*language, *modules}, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
+    before = [(place, dict(vars(place))) for place in places]  # the interpreter leaves much changed
+    interpreted = {
+        id(value): InterpretedFunction(value.fn)
+        for _, names in before
+        for value in names.values()
+        if isinstance(value, triton.JITFunction)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setattr(InterpretedFunction, "rewritten_fn", {})
+        for place, names in before:
+            for name, value in names.items():
+                if id(value) in interpreted:
+                    setattr(place, name, interpreted[id(value)])
+        try:
+            yield
+        finally:
+            for place, names in before:
+                for name in vars(place).keys() - names.keys():
+                    delattr(place, name)
+                for name, value in names.items():
+                    if vars(place)[name] is not value:
+                        setattr(place, name, value)
+
+
+@dataclass(frozen=True)
+class H100Code:
+    """What the compiler says about a kernel: `registers` of a thread, `spills` in bytes, `shared` in bytes."""
+
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+
+
+def compiled_for_h100(kernel, signature, constants, **options):
+    """
+    The H100Code of a `@triton.jit` function. `signature` has its arguments but the constexpr ones, by name:
+    "*bf16" a pointer, "i32", "fp32". `constants` are the constexpr ones. As at a launch, pointers are taken
+    to be divisible by 16; so are numbers whose type ends in ":16", such as "i32:16". `options` are the
+    compiler's: num_warps, num_stages.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {name: signature.get(name, "constexpr").removesuffix(":16") for name in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature.get(name, "").startswith("*") or signature.get(name, "").endswith(":16")
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # What does not fit into registers is on the stack; a kernel puts nothing else there.
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return H100Code(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
