@@ -2,15 +2,10 @@
 
 import sys
 
-import pytest
 import torch
-from triton_tools import compiled_for_h100, interpreting
+from triton_tools import compiled_for_h100, interpreting, triton
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    pytest.skip("triton is missing", allow_module_level=True)
+tl = triton.language
 
 
 @triton.jit

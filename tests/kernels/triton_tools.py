@@ -1,20 +1,17 @@
 """
-Triton kernels without a GPU: their numbers by Triton's interpreter, and the machine code that an H100 would run.
+Triton kernels without a GPU: their numbers by Triton's interpreter, and the machine code for an H100.
 
-    from triton_tools import compiled_for_h100, interpreting, needs_triton
+    from triton_tools import compiled_for_h100, interpreting  # skips the test file where triton is missing
 
-    @needs_triton
     def test_numbers():
-        with interpreting(module):         # kernels of these modules run on CPU tensors, in Python
+        with interpreting(module):  # kernels of these modules run on CPU tensors, in Python
             module.function(cpu_tensor)
 
-    @needs_triton
     def test_code():
         code = compiled_for_h100(module.kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, num_warps=8)
         assert code.spills == 0 and code.registers <= 255
 """
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -24,7 +21,7 @@ from dataclasses import dataclass
 
 import pytest
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is missing")
+triton = pytest.importorskip("triton", reason="triton is missing")
 
 
 @contextmanager
@@ -34,7 +31,6 @@ def interpreting(*modules):
     functions of Triton's own language that are written in it (tl.sum, tl.sigmoid, ...). `@triton.jit` decides
     at import whether a kernel is interpreted, so the names are replaced here: call module.kernel.
     """
-    import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 
@@ -67,7 +63,7 @@ def interpreting(*modules):
 
 @dataclass(frozen=True)
 class H100Code:
-    """What the compiler says about a kernel: `registers` of a thread, `spills` in bytes, `shared` in bytes."""
+    """A kernel's machine code: `registers` of a thread, `spills` of a thread and `shared` memory in bytes."""
 
     registers: int
     spills: int
@@ -82,7 +78,6 @@ def compiled_for_h100(kernel, signature, constants, **options):
     to be divisible by 16; so are numbers whose type ends in ":16", such as "i32:16". `options` are the
     compiler's: num_warps, num_stages.
     """
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
