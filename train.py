@@ -23,6 +23,7 @@ from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
+from kqv.training.fused_mlp import KernelSettings, fuse_mlps
 from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.loss import LossSettings, next_token_loss
 from kqv.training.muon import MuonSettings
@@ -63,6 +64,7 @@ class TrainSettings(
     ScheduleSettings,
     LossSettings,
     ActivationSettings,
+    KernelSettings,
     InitSettings,
     ModelSettings,
     DepthSettings,
@@ -175,6 +177,8 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
+    if config.fused_mlp:
+        fuse_mlps(gpt, world.device, dtype)
     loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
     objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)

@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 from triton_tools import compiled_for_h100, interpreting, triton
 
@@ -44,3 +45,17 @@ def test_the_code_for_an_h100_tells_registers_and_spills():
     assert ".target sm_90" in code.ptx
     code = compiled_for_h100(spilling_kernel, {"x": "*fp32", "y": "*fp32"}, {"WIDTH": 256}, num_warps=4)
     assert code.spills > 0
+
+
+@triton.jit
+def square_kernel(x, y, WIDTH: tl.constexpr):
+    block = tl.arange(0, WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(y + block, tl.dot(tl.load(x + block), tl.load(x + block)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_product_of_every_precision_runs_on_a_cpu(dtype):
+    x, y = torch.randn(16, 16).to(dtype), torch.empty(16, 16)
+    with interpreting(sys.modules[__name__]):
+        square_kernel[(1,)](x, y, WIDTH=16)
+    torch.testing.assert_close(y, x.float() @ x.float())

@@ -24,6 +24,18 @@ import pytest
 triton = pytest.importorskip("triton", reason="triton is missing")
 
 
+def dot_of_bfloat16(dot):
+    """The interpreter's product `dot`, which would multiply the bits of bfloat16, as of integers."""
+    from triton.runtime.interpreter import TensorHandle
+
+    def as_float32(matrix):
+        if matrix.dtype.scalar != triton.language.bfloat16:
+            return matrix
+        return TensorHandle((matrix.data.astype("uint32") << 16).view("float32"), triton.language.float32)
+
+    return lambda self, a, b, *others: dot(self, as_float32(a), as_float32(b), *others)
+
+
 @contextmanager
 def interpreting(*modules):
     """
@@ -32,7 +44,7 @@ def interpreting(*modules):
     at import whether a kernel is interpreted, so the names are replaced here: call module.kernel.
     """
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
     language = {module for name, module in sys.modules.items() if name.startswith("triton.language")}
     places = [*{*language, *modules}, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base]
@@ -46,6 +58,7 @@ def interpreting(*modules):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setattr(InterpretedFunction, "rewritten_fn", {})
+        patch.setattr(InterpreterBuilder, "create_dot", dot_of_bfloat16(InterpreterBuilder.create_dot))
         for place, names in before:
             for name, value in names.items():
                 if id(value) in interpreted:

@@ -1,0 +1,68 @@
+"""The MLP's kernels on an H100: nothing spills, and the passes over (N, D) numbers are gone."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from h100_code import H100, h100_code, in_own_process
+from torch.nn import functional as F
+from triton_tools import compiled_for_h100
+
+from kqv.kernels import mlp
+
+TILES = {
+    mlp.linear_activation_kernel: {"x": (128, 64), "weight": (256, 64), "a": (128, 128), "slope": (128, 128)},
+    mlp.product_times_kernel: {"dy": (128, 64), "weight": (64, 256), "slope": (128, 128), "dh": (128, 128)},
+}
+
+
+@pytest.mark.parametrize(
+    "kernel, types, constants",
+    [
+        (mlp.linear_activation_kernel, {}, {"bias": None, "f": "gelu"}),
+        (mlp.linear_activation_kernel, {"bias": "*bf16"}, {"f": "gelu"}),
+        (mlp.linear_activation_kernel, {"bias": "*bf16"}, {"f": "relu2"}),
+        (mlp.product_times_kernel, {}, {}),
+    ],
+    ids=["gelu", "gelu with bias", "relu2 with bias", "backward"],
+)
+def test_nothing_spills_and_products_overlap_with_copies(kernel, types, constants):
+    sizes = dict.fromkeys(("N", "C", "D"), "i32:16")
+    tiles = {name: f"tensordesc<bf16[{rows}, {columns}]>" for name, (rows, columns) in TILES[kernel].items()}
+    signature = {**tiles, **types, **sizes, "programs": "i32"}
+    code = compiled_for_h100(kernel, signature, constants, **mlp.LAUNCH)
+    assert code.spills == 0 and code.registers <= 224 and code.shared <= H100.shared_memory_per_block_optin
+    assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in code.ptx  # the largest there are
+    assert "wgmma.wait_group.sync.aligned 1;" in code.ptx.replace("\t", " ")  # the last one may still run
+    assert "cp.async.bulk.tensor.2d.shared::cta.global" in code.ptx  # factors come by TMA
+
+
+N, C, D = 64 * 1024, 768, 3072  # a micro-batch of 124M
+
+
+def plain(x, dy, norm, up, down):
+    """The MLP's half of a block and its gradients."""
+    y = x + F.linear(F.gelu(F.linear(F.layer_norm(x, (C,), norm), up), approximate="tanh"), down)
+    return y, *torch.autograd.grad(y, (x, norm, up, down), dy)
+
+
+def fused(x, dy, norm, up, down):
+    y = x + mlp.MLPProducts.apply(F.layer_norm(x, (C,), norm), up, None, down, None, "gelu")
+    return y, *torch.autograd.grad(y, (x, norm, up, down), dy)
+
+
+def both():
+    """In a process of its own: what an H100 would run for the plain and the fused MLP's half of a block."""
+    shapes = (N, C), (N, C), (C,), (D, C), (C, D)
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    return SimpleNamespace(plain=h100_code(plain, tensors), fused=h100_code(fused, tensors))
+
+
+def test_the_passes_of_gelu_are_gone():
+    found = in_own_process(both)
+    wide = 2 * N * D / 1e9  # GB of (N, D) numbers in bfloat16
+    print(found.plain.launches, found.plain.gigabytes, found.plain.calls, found.plain.call_gigabytes)
+    print(found.fused.launches, found.fused.gigabytes, found.fused.calls, found.fused.call_gigabytes)
+    assert found.fused.launches == found.plain.launches - 2
+    assert found.fused.gigabytes < found.plain.gigabytes - 4.9 * wide
+    assert "65536, 3072" not in found.fused.code
