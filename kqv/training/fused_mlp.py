@@ -8,6 +8,10 @@ import torch
 from kqv.errors import UserError
 from kqv.settings import setting
 
+# The GPUs with a copy engine for tiles (TMA), and memory enough for them on the chip: the H100 and H200, the
+# B200, the B300.
+HAVE_KERNELS = (9, 0), (10, 0), (10, 3)
+
 
 @dataclass(frozen=True)
 class KernelSettings:
@@ -33,8 +37,7 @@ def fuse_mlps(gpt, device, dtype):
 
 def not_fused(config, device, dtype):
     """Why FusedMLP can't be used, in words; None where it can."""
-    # Others have no TMA, or too little memory on the chip.
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in ((9, 0), (10, 0), (10, 3)):
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in HAVE_KERNELS:
         return "needs an NVIDIA GPU such as the H100, H200 or B200"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from triton_tools import compiled_for_h100
 
 from kqv.kernels import mlp
+from kqv.training.fused_mlp import HAVE_KERNELS
 
 TILES = {
     mlp.linear_activation_kernel: {"x": (128, 64), "weight": (256, 64), "a": (128, 128), "slope": (128, 128)},
@@ -66,3 +67,23 @@ def test_the_passes_of_gelu_are_gone():
     assert found.fused.launches == found.plain.launches - 2
     assert found.fused.gigabytes < found.plain.gigabytes - 4.9 * wide
     assert "65536, 3072" not in found.fused.code
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N, C, D", [(1, 8, 16), (257, 96, 384), (8192, 768, 3072)])
+def test_on_the_device_the_numbers_are_those_of_float64(N, C, D, dtype):
+    if torch.cuda.get_device_capability() not in HAVE_KERNELS:
+        pytest.skip("the kernels are for an H100 or a B200")
+    with torch.device("cuda"):
+        x, weight, bias = torch.randn(N, C), torch.randn(D, C) / C**0.5, torch.randn(D)
+        down = torch.randn(C, D)
+    x, weight, bias, down = (tensor.to(dtype) for tensor in (x, weight, bias, down))
+    h = F.linear(x.double(), weight.double(), bias.double()).requires_grad_()
+    exact = F.gelu(h, approximate="tanh")
+    (exact_slope,) = torch.autograd.grad(exact.sum(), h)
+    a, slope = mlp.linear_activation(x, weight, bias, "gelu")
+    dh = mlp.product_times(x, down, slope)
+    for found, right in ((a, exact), (slope, exact_slope), (dh, x.double() @ down.double() * slope.double())):
+        assert (found - right).norm() < torch.finfo(dtype).eps / 2 * right.norm()
