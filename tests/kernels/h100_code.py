@@ -95,15 +95,14 @@ def lowered(graph, inputs, options):
     def stop(lowering):
         code = lowering.codegen()[0]
         code = getattr(code, "value", code)
-        bytes_of = {True: [], False: []}  # called by name?
+        body, own, others = code.split("def call")[1], 0, 0
         for node in lowering.scheduler.nodes:
-            named = isinstance(node, ExternKernelSchedulerNode)
-            bytes_of[named].append(node.get_read_write_buffers_sizes())
-        calls = re.findall(
-            r"extern_kernels\.\w+|torch\.ops\.[\w.]+\(|aten\.[\w.]+\(", code.split("def call")[1]
-        )
-        own, others = bytes_of[False], bytes_of[True]
-        found.append(Report(len(own), sum(own) / 1e9, calls, sum(others) / 1e9, code))
+            if isinstance(node, ExternKernelSchedulerNode):
+                others += node.get_read_write_buffers_sizes()
+            else:
+                own += node.get_read_write_buffers_sizes()
+        calls = re.findall(r"extern_kernels\.\w+|torch\.ops\.[\w.]+\(|aten\.[\w.]+\(", body)
+        found.append(Report(body.count(".run("), own / 1e9, calls, others / 1e9, code))
         raise Found
 
     GraphLowering._compile_to_module = GraphLowering.compile_to_module = stop

@@ -45,8 +45,8 @@ def error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-# The interpreter rounds towards 0, which is twice as far as to the nearest.
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# The most that rounding a number changes it. (The interpreter rounds to bfloat16 towards 0.)
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)

@@ -12,6 +12,7 @@ Triton kernels without a GPU: their numbers by Triton's interpreter, and the mac
         assert code.spills == 0 and code.registers <= 255
 """
 
+import inspect
 import re
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def interpreting(*modules):
         finally:
             for place, names in before:
                 for name in vars(place).keys() - names.keys():
-                    delattr(place, name)
+                    if not inspect.ismodule(vars(place)[name]):
+                        delattr(place, name)
                 for name, value in names.items():
                     if vars(place)[name] is not value:
                         setattr(place, name, value)
