@@ -1,5 +1,6 @@
 """The MLP's kernels on an H100: nothing spills, and the passes over (N, D) numbers are gone."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -37,7 +38,7 @@ def test_nothing_spills_and_products_overlap_with_copies(kernel, types, constant
     assert code.spills == 0 and code.registers <= 224 and code.shared <= H100.shared_memory_per_block_optin
     assert "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16" in code.ptx  # the largest there are
     assert "wgmma.wait_group.sync.aligned 1;" in code.ptx.replace("\t", " ")  # the last one may still run
-    assert "cp.async.bulk.tensor.2d.shared::cta.global" in code.ptx  # factors come by TMA
+    assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::\w+\.global", code.ptx)  # factors come by TMA
 
 
 N, C, D = 64 * 1024, 768, 3072  # a micro-batch of 124M
