@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
-import functools
 import math
 import signal
 import sys
@@ -15,7 +14,6 @@ import torch
 
 from kqv import errors
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
-from kqv.kernels.attention import attend_within_examples
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
@@ -23,12 +21,18 @@ from kqv.training.best import adopt_best
 from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
-from kqv.training.float8 import require_float8
 from kqv.training.folder import own_folder
+from kqv.training.fused_mlp import KernelSettings
 from kqv.training.log import Log, LogSettings, start_tracking
-from kqv.training.loss import LossSettings, next_token_loss
+from kqv.training.loss import LossSettings
 from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
+from kqv.training.objective import (
+    checkpoint_activations,
+    compile_blocks,
+    make_objective,
+    set_precision,
+)
 from kqv.training.optimizer import OptimizerSettings, norm_of_gradients, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
@@ -41,17 +45,12 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
-    checkpoint_activations,
-    compile_blocks,
-    narrow_stream,
     require_divisible,
     require_same_start,
     resolve_start,
-    set_precision,
     smaller_batch,
 )
 from kqv.training.state import belongs_to, changed_loss, start_state
-from model import NextToken
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class TrainSettings(
     ScheduleSettings,
     LossSettings,
     ActivationSettings,
+    KernelSettings,
     InitSettings,
     ModelSettings,
     DepthSettings,
@@ -177,13 +177,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
-    if data.is_chat:
-        attend_within_examples(gpt, data.most_in_row(config.block_size), world.device, dtype)
-    float8 = config.dtype_head == "float8"
-    if float8:
-        require_float8(gpt.lm_head.weight, dtype, world.device)
-    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing, float8=float8)
-    objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
+    objective = make_objective(gpt, config, data, world.device, dtype)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype, world)
@@ -191,7 +185,6 @@ def set_up(config, given, start_checkpoint, world, folder=None):
         errors.warn(line)
     evaluated = state.evaluated
     forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
-    narrow_stream(gpt)
     if compiled and sharded:
         compile_blocks(gpt)
     if config.activation_checkpointing:

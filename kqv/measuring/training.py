@@ -20,11 +20,11 @@ from kqv.settings import setting
 from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches
-from kqv.training.loss import next_token_loss
-from kqv.training.start import ARCHITECTURE, checkpoint_activations, narrow_stream, set_precision
+from kqv.training.objective import checkpoint_activations, make_objective, set_precision
+from kqv.training.start import ARCHITECTURE
 from kqv.training.state import start_state
 from kqv.training.world import World
-from model import GPT, NextToken
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -163,10 +163,9 @@ def own_step(settings, shape, machine, compiled, train_step):
     torch.manual_seed(settings.seed)
     gpt = GPT(shape).to(machine.device)
     state = start_state(settings, gpt, None, machine.dtype, world)
-    narrow_stream(gpt)
+    objective = make_objective(gpt, settings, data, machine.device, machine.dtype)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
-    objective = NextToken(gpt, next_token_loss)
     model = torch.compile(objective) if compiled else objective
     autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 

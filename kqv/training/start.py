@@ -1,12 +1,9 @@
 """From settings to the model that a run trains."""
 
-import os
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
@@ -248,57 +245,6 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         )
     else:
         require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
-
-
-# How it computes
-
-
-def checkpoint_activations(gpt):
-    """
-    Keep only what goes into each block, and compute the block again for its backward pass (Chen et al. 2016).
-    """
-    for block in gpt.transformer.h:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
-
-
-def narrow_stream(gpt):
-    """
-    Let the residual stream have bfloat16 where autocast computes in it, as in a sharded model: every norm and
-    every addition reads and writes half as much. It is cast once, before the first block. (In float16, whose
-    largest number is 65,504, single channels could overflow.)
-    """
-
-    def narrowed(drop, arguments, x):  # x (B, T, C)
-        device = x.device.type
-        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        return x.bfloat16() if low else x
-
-    gpt.transformer.drop.register_forward_hook(narrowed)
-
-
-def compile_blocks(gpt):
-    """
-    Compile each block of a sharded model by itself: what gathers a block's weights before it can't be
-    compiled.
-    """
-    for block in gpt.transformer.h:
-        block.forward = torch.compile(block.forward)
-
-
-def set_precision(config, device):
-    """
-    How float32 products and attention are computed, and with --deterministic that every operation repeats bit
-    for bit. These switches hold for the whole process.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # in TF32
-    if device.type == "cpu":
-        # Over few tokens the CPU's fused attention is slower than plain products, in bfloat16 by far. The
-        # switch is CUDA's by name only.
-        torch.backends.cuda.enable_flash_sdp(config.block_size > 128)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
 
 
 def smaller_batch(config):

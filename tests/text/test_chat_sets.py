@@ -23,7 +23,7 @@ from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.order import packed
 from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
-from kqv.training.start import checkpoint_activations
+from kqv.training.objective import checkpoint_activations
 from model import NextToken
 
 UNHURRIED = settings(

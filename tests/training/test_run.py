@@ -9,7 +9,7 @@ from kqv.errors import UserError
 from kqv.text.dataset import Dataset
 from kqv.training import loss
 from kqv.training.float8 import require_float8
-from kqv.training.start import narrow_stream
+from kqv.training.objective import narrow_stream
 from model import Block, NextToken
 
 
