@@ -16,13 +16,19 @@ from kqv.settings import setting
 
 
 @dataclass(frozen=True)
-class DeviceSettings:
+class PlacementSettings:
     """Device"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision; auto: what the device is fast in"
     )
+
+
+@dataclass(frozen=True)
+class DeviceSettings(PlacementSettings):
+    """Compilation"""
+
     compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
 
 
