@@ -59,10 +59,8 @@ class GPTConfig:
                 wanted = f"one of {', '.join(map(str, choices))}" if choices else wanted
                 raise ValueError(f"{name} is {value!r}, but it must be {wanted}")
         if not self.head_size and self.n_embd % self.n_head:
-            near = self.n_embd - self.n_embd % self.n_head or self.n_head
-            raise ValueError(
-                f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: use n_embd={near}"
-            )
+            C = self.n_embd - self.n_embd % self.n_head or self.n_head
+            raise ValueError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: use n_embd={C}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}")
         if self.positions == "rotary" and self.head_channels % 2:
@@ -170,26 +168,32 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, mask=None, rotation=None, positions=None, cache=None):
         """
-        x (B, T, C) -> (B, T, C). `mask` (B, 1, T, S) is True where token t may look at token s; None means
-        the causal triangle, S = T. `rotation` is what `rotate` takes, for rotary positions. With a
-        LayerCache, keys and values are kept there at `positions` (B, T).
+        x (B, T, C) -> (B, T, C). `mask` (B, 1, T, S): may token t look at token s? None: the causal triangle,
+        S = T. `rotation` is what `rotate` takes. A LayerCache keeps keys and values at `positions` (B, T).
         """
-        T, dropout_p = x.size(1), self.resid_dropout.p if self.training else 0.0
         # (B, T, C) -> (B, T, (nh + 2 nkv) hs) -> (B, T, nh, hs) and 2 x (B, T, nkv, hs)
         q, k, v = self.c_attn(x).unflatten(2, (-1, self.head_size)).split(self.heads, dim=2)
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
-            k, v = cache.update(k, v, positions, T if mask is None else mask.size(-1))  # 2 x (B, S, nkv, hs)
+            k, v = cache.update(k, v, positions, x.size(1) if mask is None else mask.size(-1))  # S of them
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, nh, T, hs), 2 x (B, nkv, S, hs)
-        if T == 1 and not torch.compiler.is_compiling():  # faster: a group's queries as rows of one product
-            q = q.reshape(len(x), k.size(1), -1, self.head_size)  # (B, nkv, nh / nkv, hs)
-        # The formula above, as one kernel that never writes the (T, S) scores to memory (Dao et al. 2022).
-        how = {"is_causal": mask is None, "enable_gqa": q.size(1) != k.size(1)}
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, **how)  # as q
-        y = y.reshape(len(x), -1, T, self.head_size).transpose(1, 2).flatten(2)  # (B, T, nh hs): side by side
+        y = self.attend(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, T, nh hs): heads side by side
         return self.resid_dropout(self.c_proj(y))  # (B, T, C)
+
+    def attend(self, q, k, v, mask):
+        """The formula above: q (B, nh, T, hs), k and v (B, nkv, S, hs), the `mask` of `forward` -> as q."""
+        shape, group = q.shape, q.size(1) // k.size(1)
+        if q.size(2) == 1 and not torch.compiler.is_compiling():  # faster: a group as rows of one product
+            q = q.reshape(len(q), k.size(1), group, -1)  # (B, nkv, nh / nkv, hs)
+        elif mask is not None and group > 1:  # no fused kernel of a GPU takes both a mask and groups
+            k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))  # 2 x (B, nh, S, hs)
+        # cuDNN's kernel errs with some masks (pytorch issue 196678), and is slow to prepare for a new length.
+        torch.backends.cuda.enable_cudnn_sdp(self.training and mask is None)
+        # As one kernel, which never writes the (T, S) scores to memory (Dao et al. 2022).
+        how = {"dropout_p": self.resid_dropout.p * self.training, "enable_gqa": q.size(1) != k.size(1)}
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, **how).reshape(shape)
 
 
 class MLP(nn.Module):
@@ -243,9 +247,8 @@ class GPT(nn.Module):
         parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}  # token id -> vector
         if config.positions == "learned":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)  # position -> vector
-        parts["drop"] = nn.Dropout(config.dropout)
-        parts["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        parts["ln_f"] = make_norm(config.n_embd, config)
+        blocks = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        parts |= {"drop": nn.Dropout(config.dropout), "h": blocks, "ln_f": make_norm(config.n_embd, config)}
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie_head()
@@ -291,7 +294,7 @@ class GPT(nn.Module):
                 raise ValueError("positions and a cache exclude each other: the cache knows the positions")
             positions, mask = cache.place(T)  # (B, T), (B, 1, T, S)
         elif positions is not None:
-            mask = mask_of_examples(positions)  # (B, 1, T, T)
+            mask = self.mask_of_examples(positions)  # (B, 1, T, T)
         else:
             positions, mask = torch.arange(T, device=idx.device)[None], None  # (1, T), the causal triangle
         x, rotation = self.embed(idx, positions)
@@ -316,6 +319,13 @@ class GPT(nn.Module):
             waves = torch.cat((angles.sin(), angles.cos()), dim=-1)[..., : config.n_embd]
             x = x * math.sqrt(config.n_embd) + waves.to(x.dtype)
         return self.transformer.drop(x), rotation
+
+    @staticmethod
+    def mask_of_examples(positions):
+        """positions (B, T), from 0 in each example of a row -> (B, 1, T, T): may token t look at token s?"""
+        order = torch.arange(positions.size(1), device=positions.device)  # (T,)
+        begin = (order - positions)[:, None, :, None]  # (B, 1, T, 1): where the example of token t begins
+        return (begin <= order) & (order <= order[:, None])  # (B, 1, T, T): s is in it, and not after t
 
     @classmethod
     def from_weights(cls, config, weights, copy=True):
@@ -351,16 +361,6 @@ class GPT(nn.Module):
         channels = self.config.n_layer * self.config.n_head * self.config.head_channels
         looked_up = 0 if self.config.tied_head else self.transformer.wte.weight.numel()
         return 6 * (self.num_parameters() - looked_up) + 12 * channels * self.config.block_size
-
-
-def mask_of_examples(positions):
-    """
-    positions (B, T), which begin at 0 with each example of a row -> (B, 1, T, T): True where token t may look
-    at token s, which is not later and not before the example's beginning. All heads share it.
-    """
-    order = torch.arange(positions.size(1), device=positions.device)  # (T,)
-    begin = (order - positions)[:, None, :, None]  # (B, 1, T, 1): where the example of token t begins
-    return (begin <= order) & (order <= order[:, None])  # (B, 1, T, T)
 
 
 def next_token_loss(x, head, targets, vocab_size=None):

@@ -98,8 +98,11 @@ def sample(config, given):
         texts = [completed(text, tokenizer) for text in texts]
         prompts = [encode_prompt(text, tokenizer, config) for text in texts]
         prompts = fitted(texts, prompts, tokenizer, config, block_size)
-    steps = TYPICAL_ANSWER if asks else len(batched(prompts, config)) * config.max_new_tokens
-    writer = Writer(Engine(gpt, choose_engine(config.engine, device, gpt, steps)), tokenizer, config)
+    batches = batched(prompts, config)
+    steps = TYPICAL_ANSWER if asks else len(batches) * config.max_new_tokens
+    rows = max(map(len, batches), default=1) * max(1, config.beams)
+    engine = Engine(gpt, choose_engine(config.engine, device, gpt, steps, rows))
+    writer = Writer(engine, tokenizer, config)
     if config.evaluate:
         evaluation.report(config, gpt, data, examples, writer.records(prompts))
     elif asks:

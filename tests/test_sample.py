@@ -15,6 +15,7 @@ from conftest import ROOT, process_environment, train_in
 from known_models import SMALL, forward_hook, gpt_of, gpt_that_likes, gpt_that_writes, parsed, save
 
 import sample
+from kqv.errors import UserError
 from kqv.formats import loading
 from kqv.generation import choice
 from kqv.generation.choice import GRAPH_FROM, choose_engine, generation_dtype
@@ -765,14 +766,6 @@ def test_the_precision_asked_for_is_the_models(recite):
     assert seen == [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture(params=[True, False], ids=["compiler", "no compiler"])
-def has_compiler(request, monkeypatch):
-    """Whether a C++ compiler is found."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CXX", sys.executable if request.param else "")
-    return request.param
-
-
 @pytest.mark.parametrize(
     "device, steps, taken",  # of a large model, where there is a compiler
     [
@@ -786,53 +779,77 @@ def has_compiler(request, monkeypatch):
         ("mps", 10**9, "plain"),
     ],
 )
-def test_auto_takes_the_engine_that_pays_for_so_many_steps(has_compiler, sizes, device, steps, taken):
+@pytest.mark.parametrize("lacking", [None, "no compiler is found: install one"])
+def test_auto_takes_the_engine_that_pays_for_so_many_steps(
+    monkeypatch, capsys, sizes, device, steps, taken, lacking
+):
+    monkeypatch.setattr(choice, "cannot_compile", lambda device: lacking)
     device, (small, large) = torch.device(device), sizes
-    if taken == "compiled" and not has_compiler:
-        taken = "graph" if device.type == "cuda" else "plain"
-    assert choose_engine("auto", device, large, steps) == taken
-    assert choose_engine("auto", device, small, steps) == ("plain" if device.type == "cpu" else taken)
+    uncompiled = "graph" if device.type == "cuda" else "plain"
+    for gpt in (large, small):
+        expected = taken
+        warned = lacking and taken == "compiled" and not (gpt is small and device.type == "cpu")
+        if taken == "compiled" and (lacking or (gpt is small and device.type == "cpu")):
+            expected = uncompiled
+        assert choose_engine("auto", device, gpt, steps, 1) == expected
+        err = capsys.readouterr().err
+        assert err == (f"warning: the model is not compiled, and so slower: {lacking}\n" if warned else "")
 
 
 @pytest.mark.parametrize(
-    "argv, steps",
+    "argv, steps, rows",
     [
-        (["--prompts=two.txt", "--max_new_tokens=30"], 30),
-        (["--prompts=two.txt", "--max_new_tokens=30", "--batch_size=1"], 60),
-        (["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--batch_size=2"], 90),
-        (["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--beams=3", "--batch_size=1"], 60),
-        (["--chat", "--max_new_tokens=0"], sample.TYPICAL_ANSWER),
+        (["--prompts=two.txt", "--max_new_tokens=30"], 30, 2),
+        (["--prompts=two.txt", "--max_new_tokens=30", "--batch_size=1"], 60, 1),
+        (["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--batch_size=2"], 90, 2),
+        (
+            ["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--beams=3", "--batch_size=1"],
+            60,
+            3,
+        ),
+        (["--chat", "--max_new_tokens=0"], sample.TYPICAL_ANSWER, 1),
     ],
 )
-def test_the_engine_is_chosen_by_the_number_of_steps(cli, tmp_path, monkeypatch, argv, steps):
+def test_the_engine_is_chosen_by_the_number_of_steps(cli, tmp_path, monkeypatch, argv, steps, rows):
     tok = CharTokenizer("ab")
     tok = ChatTokenizer(tok) if "--chat" in argv else tok
     save(gpt_that_likes([1], tok.vocab_size), tok, tmp_path / "out")
     (tmp_path / "two.txt").write_text("a\nb\n")
     asked = []
-    monkeypatch.setattr(sample, "choose_engine", lambda *given: asked.append(given[-1]) or "plain")
+    monkeypatch.setattr(sample, "choose_engine", lambda *given: asked.append(given[-2:]) or "plain")
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         status, _, err = cli(sample.main, "--device=cpu", *argv)
-    assert (status, err, asked) == (0, "", [steps])
+    assert (status, err, asked) == (0, "", [(steps, rows)])
 
 
 @pytest.mark.parametrize(
     "name, says",
     [
         ("graph", "a CUDA graph needs a CUDA device, not cpu"),
-        ("compiled", "torch.compile needs a C++ compiler, and none is found (g++)"),
-        ("kernels", "nothing runs on cpu"),
+        ("compiled", "no C++ compiler is found: install g++"),
+        ("kernels", "a CUDA graph needs a CUDA device, not cpu"),
     ],
 )
 def test_an_engine_that_cannot_run_here_is_refused_in_a_line(refusal, tmp_path, monkeypatch, name, says):
     save(gpt_that_likes([1], 2), CharTokenizer("ab"), tmp_path / "out")
-    kernels = SimpleNamespace(why_not=lambda gpt, device: f"nothing runs on {device}")
-    monkeypatch.setitem(sys.modules, "kqv.kernels.decoding", kernels)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "")
     line = refusal(sample.main, "--start=a", "--device=cpu", f"--engine={name}")
-    assert line == f"error: --engine={name} can't be used: {says}. Use --engine=auto\n"
+    assert line == f"error: --engine={name} can't be used: {says}. Or use --engine=auto\n"
+
+
+def test_the_kernels_are_used_or_refused_with_their_reason(monkeypatch, sizes):
+    kernels = SimpleNamespace(
+        MOST_TEXTS=8, why_not=lambda gpt, device: "no triton" if gpt is sizes[1] else None
+    )
+    monkeypatch.setitem(sys.modules, "kqv.kernels.decoding", kernels)
+    gpu, (small, large) = torch.device("cuda"), sizes
+    assert choose_engine("kernels", gpu, small, 1, 8) == "kernels"
+    with pytest.raises(UserError, match="at most 8 texts at once, not 9: use a smaller --batch_size"):
+        choose_engine("kernels", gpu, small, 1, 9)
+    with pytest.raises(UserError, match="--engine=kernels can't be used: no triton"):
+        choose_engine("kernels", gpu, large, 1, 1)
 
 
 def test_compile_is_train_pys_and_says_what_it_is_here(refusal):

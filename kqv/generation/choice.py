@@ -1,12 +1,13 @@
 """Which engine writes, and in which precision."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from kqv.device import find_dtype, has_compiler
-from kqv.errors import UserError
+from kqv.device import cannot_compile, find_dtype
+from kqv.errors import UserError, warn
 from kqv.settings import setting
 
 GRAPH_FROM = (
@@ -26,35 +27,34 @@ class EngineSettings:
     )
 
 
-def choose_engine(name, device, gpt, steps):
+def choose_engine(name, device, gpt, steps, rows):
     """
-    The engine of that name, or for "auto" one that fits so many decoding steps -> a kind of Engine. Raises
-    UserError for one that can't run here. "auto" never takes the project's own kernels, which have not run on
-    a GPU yet.
+    The engine of that name, or for "auto" one that fits so many decoding steps of so many rows -> a kind of
+    Engine. Raises UserError for one that can't run here. "auto" never takes the project's own kernels, which
+    have not run on a GPU yet.
     """
     if name != "auto":
-        if reason := cannot_run(name, device, gpt):
-            raise UserError(f"--engine={name} can't be used: {reason}. Use --engine=auto")
+        if reason := cannot_run(name, device, gpt, rows):
+            raise UserError(f"--engine={name} can't be used: {reason}. Or use --engine=auto")
         return name
-    compile_from = COMPILE_FROM.get(device.type)
-    if compile_from and steps >= compile_from and (device.type == "cuda" or is_large(gpt)):
-        if not cannot_run("compiled", device, gpt):
+    if steps >= COMPILE_FROM.get(device.type, math.inf) and (device.type == "cuda" or is_large(gpt)):
+        if not (reason := cannot_compile(device)):
             return "compiled"
+        warn(f"the model is not compiled, and so slower: {reason}")
     return "graph" if device.type == "cuda" and steps >= GRAPH_FROM else "plain"
 
 
-def cannot_run(name, device, gpt):
-    """Why that engine can't run on the device, or None."""
-    if name == "graph" and device.type != "cuda":
+def cannot_run(name, device, gpt, rows):
+    """Why that engine can't write `rows` texts at once on the device; None where it can."""
+    if name in ("graph", "kernels") and device.type != "cuda":
         return f"a CUDA graph needs a CUDA device, not {device}"
     if name == "compiled":
-        if device.type == "mps":
-            return "torch.compile is used on cuda and cpu, not on mps"
-        return None if has_compiler() else "torch.compile needs a C++ compiler, and none is found (g++)"
+        return cannot_compile(device) if device.type != "mps" else "torch.compile is not used on mps"
     if name == "kernels":
-        from kqv.kernels.decoding import why_not  # here, since it loads Triton
+        from kqv.kernels.decoding import MOST_TEXTS, why_not  # here, since it loads Triton
 
-        return why_not(gpt, device)
+        few = f"the kernels write at most {MOST_TEXTS} texts at once, not {rows}: use a smaller --batch_size"
+        return why_not(gpt, device) or (few if rows > MOST_TEXTS else None)
     return None
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,9 @@ def bench_train(config, train):
     """
     device = find_device(config.device)
     presets = chosen_presets(config.presets, config.batch_sizes, device)
+    config = replace(config, compile=find_compile(config.compile, device))
     machine = Machine(device, find_dtype(config.dtype, device), config.rounds)
-    print_machine(config, machine, find_compile(config.compile, device))
+    print_machine(config, machine, config.compile)
     for name, preset in presets.items():
         with tempfile.TemporaryDirectory() as folder:
             write_random_set(Path(folder), preset.shape)
@@ -111,7 +112,7 @@ def measure_training(config, settings, shape, machine, train_step, what):
     """
     {name: figure} of train.py's step with `settings` and, where asked for, of a plain one in turns with it.
     """
-    compiled = find_compile(config.compile, machine.device)
+    compiled = config.compile
     ours = own_step(settings, shape, machine, compiled, train_step)
     reset_peak_memory(machine.device)
     first = machine.seconds(ours)
