@@ -68,15 +68,17 @@ class Engine:
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
         on_cpu, step = self.device.type == "cpu", decode
         self.ahead = AHEAD if self.device.type == "cuda" else 0
-        self.compile_for_cpu = kind == "compiled" and on_cpu
-        self.records = kind in ("graph", "kernels") or kind == "compiled" and not on_cpu
+        self.compiled = kind == "compiled"
+        self.records = kind in ("graph", "kernels") or self.compiled and not on_cpu
         self.recorded = None  # the RecordedSteps
-        if kind == "compiled":
+        if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
             if on_cpu:
                 decoder = compiled_for_decoding(gpt)
             else:
-                step = torch.compile(decode, fullgraph=True, dynamic=False)
+                # Tuned so, products of one row are code of the compiler's, too, that others are fused with.
+                options = {"coordinate_descent_tuning": True}
+                step = torch.compile(decode, fullgraph=True, dynamic=False, options=options)
         elif kind == "kernels":
             from kqv.kernels.decoding import KernelDecoder  # here, since it loads Triton
 
@@ -85,15 +87,15 @@ class Engine:
 
     def span_for(self, length):
         """The slots that a step looks at where the longest row has `length` tokens; few where each costs."""
-        if self.compile_for_cpu:
-            length = max(length, 2)  # one slot alone has no mask, which would be one more shape to compile
-        elif self.records:
+        if self.records:
             length = max(SHORTEST_SPAN, power_of_two(length))
+        elif self.compiled:
+            length = max(length, 2)  # one slot alone has no mask, which would be one more shape to compile
         return min(length, self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
         """A KVCache for texts of at most `slots` tokens."""
-        if self.compile_for_cpu or self.records:
+        if self.compiled or self.records:
             # A compiler takes the shape of a cache for a constant, so there are few: a power of two.
             slots = min(max(FEWEST_SLOTS, power_of_two(slots)), self.gpt.config.block_size)
         if not self.records:
@@ -146,7 +148,7 @@ class Engine:
         """
         span = self.span_for(length)
         # In plain operations, attention is fused with what is around it.
-        attention = sdpa_kernel(SDPBackend.MATH) if self.compile_for_cpu else nullcontext()
+        attention = sdpa_kernel(SDPBackend.MATH) if self.compiled else nullcontext()
         with evaluating(self.gpt), attention:
             if self.recorded and cache is self.recorded.cache:
                 return self.recorded(self.decode, span, sampler, tokens, *inputs)

@@ -13,7 +13,7 @@ from conftest import FAMILIES, SHAPES, random_gpt, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_models import gpt_of
-from reference import exact_gpt, log_softmax, next_logits, positions_read, probabilities, texts_of
+from reference import MODES, exact_gpt, log_softmax, next_logits, positions_read, probabilities, texts_of
 from torch import nn
 
 from kqv.errors import UserError
@@ -24,18 +24,6 @@ from kqv.generation.engine import Engine
 from kqv.generation.sampling import PLAIN
 from kqv.generation.stream import ContextWindow, generate, stream
 
-MODES = {
-    "greedy": replace(PLAIN, temperature=0),
-    "plain": PLAIN,
-    "temperature": replace(PLAIN, temperature=1.7),
-    "top_k": replace(PLAIN, top_k=5),
-    "top_p": replace(PLAIN, top_p=0.7),
-    "min_p": replace(PLAIN, min_p=0.2),
-    "repetition_penalty": replace(PLAIN, repetition_penalty=1.8),
-    "repetitions wanted": replace(PLAIN, repetition_penalty=0.6),
-    "greedy, repetition_penalty": replace(PLAIN, temperature=0, repetition_penalty=1.8),
-    "all": replace(PLAIN, temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.4),
-}
 samplings = st.builds(
     partial(replace, PLAIN),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
@@ -427,7 +415,7 @@ def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
 def test_a_compiled_cache_follows_the_text_in_powers_of_two():
     """A model with a long context does not take memory for all of it."""
     engine = Engine(random_gpt(block_size=8192, positions="rotary"))
-    engine.compile_for_cpu = True
+    engine.compiled = True
     slots = [engine.new_cache(1, needed).layers[0].k.size(1) for needed in (10, 1025, 8192)]
     assert slots == [1024, 2048, 8192]
 

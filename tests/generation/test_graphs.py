@@ -11,8 +11,7 @@ import pytest
 import torch
 from conftest import random_gpt
 from recording import recording_engine, recordings
-from reference import exact_gpt, texts_of
-from test_engine import MODES
+from reference import MODES, exact_gpt, texts_of
 
 from kqv.errors import UserError
 from kqv.generation import engine as engines
