@@ -773,7 +773,7 @@ def test_the_precision_asked_for_is_the_models(recite):
         ("cuda", GRAPH_FROM - 1, "plain"),
         ("cuda", GRAPH_FROM, "graph"),
         ("cuda", 2000, "graph"),
-        ("cuda", 200_000, "compiled"),
+        ("cuda", 500_000, "compiled"),
         ("cpu", 1999, "plain"),
         ("cpu", 2000, "compiled"),
         ("mps", 10**9, "plain"),

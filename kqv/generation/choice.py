@@ -13,7 +13,7 @@ from kqv.settings import setting
 GRAPH_FROM = (
     64  # decoding steps from which recording a CUDA graph saves more time than it takes, as predicted
 )
-COMPILE_FROM = {"cpu": 2000, "cuda": 200_000}  # the same of compiling; on a GPU it is predicted, not measured
+COMPILE_FROM = {"cpu": 2000, "cuda": 500_000}  # the same of compiling; on a GPU it is predicted, not measured
 
 
 @dataclass(frozen=True)

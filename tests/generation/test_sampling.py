@@ -66,10 +66,11 @@ def test_uniforms_are_each_rows_own_for_ever_and_below_1(monkeypatch):
     ],
     ids=str,
 )
-def test_draws_follow_the_probabilities_that_are_left(sampling):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_draws_follow_the_probabilities_that_are_left(sampling, rounded):
     logits = np.array([0.3, -1.2, 2.0, 0.9, -0.4, 1.4])
     numbers = torch.cat(list(islice(uniforms(0, range(100), "cpu"), 200)))  # (20000, 1)
-    ids = draw(torch.tensor(logits, dtype=torch.float32).expand(len(numbers), -1), numbers, sampling)
+    ids = draw(torch.tensor(logits, dtype=torch.float32).expand(len(numbers), -1), numbers, sampling, rounded)
     counts = np.bincount(ids.flatten().numpy(), minlength=6)
     expected = probabilities(logits, sampling) * len(numbers)
     likely = expected > 0
@@ -95,10 +96,13 @@ def test_draws_follow_the_probabilities_that_are_left(sampling):
         min_p=st.floats(0, 1),
     ),
     uniform=st.floats(0, LARGEST.item(), width=32),
+    rounded=st.booleans(),
 )
-@example(logits=[0.0, 0.0, -1.0, 1.0], sampling=changed(top_p=0.5), uniform=0.0)
-def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(logits, sampling, uniform):
-    drawn = draw(torch.tensor([logits]), torch.tensor([[uniform]]), sampling)
+@example(logits=[0.0, 0.0, -1.0, 1.0], sampling=changed(top_p=0.5), uniform=0.0, rounded=False)
+def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
+    logits, sampling, uniform, rounded
+):
+    drawn = draw(torch.tensor([logits]), torch.tensor([[uniform]]), sampling, rounded)
     assert drawn.shape == (1, 1) and drawn.dtype == torch.long
     loose = probabilities(logits, sampling, slack=1e-5)
     assert loose[drawn.item()] > 0
@@ -108,6 +112,31 @@ def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
     if distinct and ((loose > 0) == (tight > 0)).all():
         cdf = np.array([0, *loose.cumsum()])
         assert cdf[drawn.item()] - 1e-5 <= uniform <= cdf[drawn.item() + 1] + 1e-5
+
+
+def test_one_sampler_serves_every_sampling_of_its_work():
+    logits = torch.randn(300, 50, generator=torch.Generator().manual_seed(0))
+    numbers = torch.rand(300, 1, generator=torch.Generator().manual_seed(1))
+    texts = [[row % 50] for row in range(300)]
+    one = sampler_of(changed(top_k=5, repetition_penalty=2.0), texts, 50, rounded=True)
+    for sampling in (
+        changed(top_k=8, repetition_penalty=1.5, temperature=0.3),
+        changed(top_k=6, repetition_penalty=0.5, top_p=0.6),
+        changed(top_k=7, repetition_penalty=3.0, min_p=0.4, temperature=2.0),
+    ):
+        assert Work.of(sampling, 50, rounded=True) == one.work
+        one.begin(sampling, texts)
+        own = sampler_of(sampling, texts, 50)  # which looks for the top_k alone
+        for _ in range(3):
+            assert one(logits, numbers)[0].equal(own(logits, numbers)[0])
+    for other in (
+        {"top_k": 9},
+        {"top_k": 4},
+        {"temperature": 0},
+        {"logprobs": True},
+        {"repetition_penalty": 1},
+    ):
+        assert Work.of(replace(sampling, **other), 50, rounded=True) != one.work
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30, 1e39, 1.7e308])
