@@ -15,6 +15,7 @@ import torch
 
 from kqv import errors
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
+from kqv.kernels.attention import attend_within_examples
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
 from kqv.training.batches import DataSettings
@@ -175,6 +176,8 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
+    if data.is_chat:
+        attend_within_examples(gpt, data.most_in_row(config.block_size), world.device, dtype)
     loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
     objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)

@@ -14,6 +14,7 @@ from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate, stream
+from kqv.kernels.attention import attend_within_examples
 from kqv.training import loss
 from model import NextToken
 
@@ -68,6 +69,26 @@ def test_a_loss_in_chunks_gives_the_gradients_of_all_logits_at_once(monkeypatch,
         found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
     for whole, chunked in zip(*found, strict=True):
         assert (chunked - whole).norm() < 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_examples_by_their_borders_have_the_gradients_of_a_mask(n_kv_head, compiled):
+    idx, targets = random_ids(4, 300, below=50).to(DEVICE), random_ids(4, 300, below=50, seed=1).to(DEVICE)
+    lengths = [[1, 2, 97, 100, 100], [300], [150, 150], [64, 64, 64, 64, 44]]
+    positions = torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+    found = []
+    for by_borders in (False, True):
+        torch._dynamo.reset()
+        gpt = small_gpt(n_head=4, n_kv_head=n_kv_head)
+        if by_borders and not attend_within_examples(gpt, 6, torch.device(DEVICE), torch.bfloat16):
+            pytest.skip("this GPU or torch has no kernel for borders")
+        objective = NextToken(gpt)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            mean = (torch.compile(objective) if compiled else objective)(idx, targets, positions.to(DEVICE))
+        found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
+    for masked, bordered in zip(*found, strict=True):
+        assert (bordered - masked).norm() < 0.02 * masked.norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

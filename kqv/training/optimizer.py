@@ -82,9 +82,9 @@ def step_unless(bad, optimizer):
     Update the weights, unless `bad`: a tensor of one bool, on the device. A skipped step changes neither a
     weight nor the optimizer's state.
     """
-    # A fused optimizer reads `found_inf` on the device, so the host need not wait. Not so in its first step,
-    # which makes its state: torch's SGD leaves that uninitialised when it skips.
-    if optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
+    # A fused optimizer reads `found_inf` on the device, so the host need not wait. Not so on MPS, where it is
+    # ignored, and in the first step, which makes the state: torch's SGD leaves that uninitialised.
+    if optimizer.state and not bad.is_mps and all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = bad.float()
         optimizer.step()
     elif not bad:

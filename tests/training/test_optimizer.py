@@ -296,6 +296,27 @@ def test_a_bad_step_changes_neither_weights_nor_state(make, scaled):
     assert scaler.get_scale() == 1.0  # 8, halved at each of three bad steps
 
 
+class OnMPS(torch.Tensor):
+    """A stand-in for a tensor on MPS, whose fused optimizers ignore `found_inf`."""
+
+    is_mps = True
+
+
+def test_on_mps_a_bad_step_is_not_left_to_the_optimizer(make, monkeypatch):
+    gpt = random_gpt(n_layer=1)
+    optimizer = make(gpt)
+    for seed, bad in enumerate([False, True, False]):
+        before, taken = state_of(gpt, optimizer), optimizer.step
+        steps = []
+        monkeypatch.setattr(optimizer, "step", lambda: steps.append(taken()))  # noqa: B023
+        for parameter in gpt.parameters():
+            parameter.grad = torch.full_like(parameter, seed + 1.0)
+        step_unless(torch.tensor(bad).as_subclass(OnMPS), optimizer)
+        assert len(steps) == (not bad) and not hasattr(optimizer, "found_inf")
+        assert same(before, state_of(gpt, optimizer)) == bad
+        monkeypatch.undo()
+
+
 def test_a_resumed_optimizer_goes_on_bit_for_bit(make):
     gpt = random_gpt(n_layer=1)
     optimizer = make(gpt)
