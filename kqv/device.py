@@ -126,14 +126,14 @@ def machine_memory():
     return min([memory, *(limit for limit in limits if limit > 0)])  # -1: no limit
 
 
-def find_compile(choice, device, pays=None):
+def find_compile(choice, device):
     """
-    Whether to use torch.compile: True, False, or "auto", which is True where it `pays`, by default on a CUDA
-    device. Where compiling can't work, "auto" is False, with a warning, and True raises UserError.
+    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Where compiling can't
+    work, "auto" is False, with a warning, and True raises UserError.
     """
     asked = choice is True
     if choice == "auto":
-        choice = device.type == "cuda" if pays is None else pays
+        choice = device.type == "cuda"
     reason = cannot_compile(device) if choice else None
     if reason and asked:
         raise UserError(f"--compile=True can't work: {reason}, or use --compile=False")
