@@ -128,8 +128,8 @@ def machine_memory():
 
 def find_compile(choice, device):
     """
-    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Where compiling can't
-    work, "auto" is False, with a warning, and True raises UserError.
+    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Where compiling
+    can't work, "auto" is False, with a warning, and True raises UserError.
     """
     asked = choice is True
     if choice == "auto":
