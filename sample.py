@@ -10,14 +10,15 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 import sys
 from dataclasses import dataclass
 
-from kqv.device import DeviceSettings, find_compile, find_device, out_of_memory_as
+from kqv.device import PlacementSettings, find_device, out_of_memory_as
 from kqv.errors import UsageError, UserError
 from kqv.formats import loading
 from kqv.formats.loading import WeightsSettings
 from kqv.generation import evaluation
 from kqv.generation.beams import BeamSettings
+from kqv.generation.choice import EngineSettings, choose_engine, generation_dtype
 from kqv.generation.conversation import Conversation
-from kqv.generation.engine import Engine, compiling_pays, generation_dtype
+from kqv.generation.engine import Engine
 from kqv.generation.evaluation import EvaluationSettings
 from kqv.generation.printing import is_plain, print_continuations
 from kqv.generation.prompts import PromptSettings, completed, encode_prompt, fitted, read_prompts
@@ -27,7 +28,9 @@ from kqv.settings import fill, read_given, refuse, refuse_unused
 
 OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "compile")
+OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "engine")
+
+TYPICAL_ANSWER = 100  # tokens; of a conversation nobody knows how many there will be
 
 UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
     (("dataset", "max_examples", "bleu"), lambda c: not c.evaluate, "without --evaluate=train or val"),
@@ -45,7 +48,14 @@ UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing
 
 @dataclass(frozen=True)
 class SampleSettings(
-    DeviceSettings, EvaluationSettings, BeamSettings, Sampling, TextSettings, PromptSettings, WeightsSettings
+    EngineSettings,
+    PlacementSettings,
+    EvaluationSettings,
+    BeamSettings,
+    Sampling,
+    TextSettings,
+    PromptSettings,
+    WeightsSettings,
 ):
     """
     usage: python sample.py [config.py ...] [--name=value ...]
@@ -88,8 +98,11 @@ def sample(config, given):
         texts = [completed(text, tokenizer) for text in texts]
         prompts = [encode_prompt(text, tokenizer, config) for text in texts]
         prompts = fitted(texts, prompts, tokenizer, config, block_size)
-    pays = compiling_pays(batched(prompts, config), device, gpt, config)
-    writer = Writer(Engine(gpt, find_compile(config.compile, device, pays)), tokenizer, config)
+    batches = batched(prompts, config)
+    steps = TYPICAL_ANSWER if asks else len(batches) * config.max_new_tokens
+    rows = max(map(len, batches), default=1) * max(1, config.beams)
+    engine = Engine(gpt, choose_engine(config.engine, device, gpt, steps, rows))
+    writer = Writer(engine, tokenizer, config)
     if config.evaluate:
         evaluation.report(config, gpt, data, examples, writer.records(prompts))
     elif asks:

@@ -19,13 +19,19 @@ from kqv.settings import setting
 
 
 @dataclass(frozen=True)
-class DeviceSettings:
+class PlacementSettings:
     """Device"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision; auto: what the device is fast in"
     )
+
+
+@dataclass(frozen=True)
+class DeviceSettings(PlacementSettings):
+    """Compilation"""
+
     compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
 
 
@@ -120,14 +126,14 @@ def machine_memory():
     return min([memory, *(limit for limit in limits if limit > 0)])  # -1: no limit
 
 
-def find_compile(choice, device, pays=None):
+def find_compile(choice, device):
     """
-    Whether to use torch.compile: True, False, or "auto", which is True where it `pays`, by default on a CUDA
-    device. Where compiling can't work, "auto" is False, with a warning, and True raises UserError.
+    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Where compiling
+    can't work, "auto" is False, with a warning, and True raises UserError.
     """
     asked = choice is True
     if choice == "auto":
-        choice = device.type == "cuda" if pays is None else pays
+        choice = device.type == "cuda"
     reason = cannot_compile(device) if choice else None
     if reason and asked:
         raise UserError(f"--compile=True can't work: {reason}, or use --compile=False")

@@ -125,7 +125,7 @@ def measure_generation(config, gpt, batch_sizes, device):
     compiled = find_compile(config.compile, device)
     machine = Machine(device, dtype, config.rounds)
     print_machine(config, machine, compiled, parameters=gpt.num_parameters())
-    engine = Engine(gpt, compiled)
+    engine = Engine(gpt, "compiled" if compiled else "plain")
     prefill = measure_prefill(engine, config.prefill_length, machine)
     print_figures(config, "prefill", prefill)
     for batch_size in batch_sizes:
@@ -233,10 +233,13 @@ def measure_uncached(engine, length, machine):
     tokens = window.refill()
     again = machine.median(lambda: gpt.lm_head(gpt.hidden(idx)[:, -1]).argmax())
 
+    def greedy(logits):
+        return (logits.argmax(dim=-1),)
+
     def once():
         window.cache.length.fill_(length - 1)
         window.n_cached = length - 1
-        return window.step(tokens, lambda logits: (logits.argmax(dim=-1),))
+        return window.step(tokens, greedy)
 
     cached = machine.median(once)
     return {
