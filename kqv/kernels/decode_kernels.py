@@ -1,13 +1,13 @@
 """
 The Triton kernels of one decoding step: each of B texts reads one token. `decoding.py` launches them.
 
-At so few texts a product is a matrix times a vector, limited by the speed at which weights are read. A program
-takes ROWS rows of a weight, asks for all of them at once, and computes the vector while they come. Each
-program computes the vector's norm again: that costs less than a launch of its own. Sums are in float32, and a
-text's numbers do not depend on the texts beside it.
+With so few texts a product is a matrix times a vector, limited by the speed at which weights are read. A
+program takes ROWS rows of a weight, asks for all of them at once, and computes the vector while they come.
+Each program computes the vector's norm again: that costs less than one more launch. Sums are in float32, and
+a text's numbers do not depend on the texts beside it.
 
-Shapes: B texts, K channels in, N channels out, nh heads of queries, nkv heads of keys and values, hs head size,
-P splits of the attended slots. A size that ends in _P is rounded up to a power of two, as Triton wants it.
+Shapes: B texts, K channels in, N channels out, nh heads of queries, nkv heads of keys and values, hs head
+size, P splits of the slots. A size that ends in _P is rounded up to a power of two, as Triton wants it.
 """
 
 import triton
@@ -30,11 +30,13 @@ def normalise(v, at, inside, weight, bias, SIZE: tl.constexpr, EPS: tl.constexpr
 
 
 @triton.jit
-def read_rows(weight, rows, N: tl.constexpr, K: tl.constexpr, K_P: tl.constexpr):
-    """weight (N, K) -> its `rows` (ROWS, K_P), zero past the end. In their own dtype, to need few registers."""
-    at = tl.arange(0, K_P)
-    inside = (rows < N)[:, None] & (at < K)[None, :]
-    return tl.load(weight + rows.to(tl.int64)[:, None] * K + at[None, :], mask=inside, other=0.0)
+def read_rows(weight, rows, at, inside, N: tl.constexpr, K: tl.constexpr):
+    """
+    weight (N, K) -> of its `rows` the numbers `at` (K_P,) that are `inside`, else zero (ROWS, K_P). They stay
+    in their own dtype, to need few registers.
+    """
+    where = rows.to(tl.int64)[:, None] * K + at[None, :]
+    return tl.load(weight + where, mask=(rows < N)[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit
@@ -44,6 +46,12 @@ def times(w, v, bias, rows, N: tl.constexpr):
     if bias is not None:
         y += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
     return y
+
+
+@triton.jit
+def add(x, y, rows, N: tl.constexpr):
+    """x (N,) += y (ROWS,) at `rows`"""
+    tl.store(x + rows, tl.load(x + rows, mask=rows < N, other=0.0) + y, mask=rows < N)
 
 
 @triton.jit
@@ -86,9 +94,9 @@ def norm_linear_kernel(
     gate^T + gate_bias) instead. ACTIVATION "none" gives queries, keys and values, and logits.
     """
     rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K_P)
-    w = read_rows(weight, rows, N, K, K_P)
+    w = read_rows(weight, rows, at, at < K, N, K)
     if ACTIVATION == "swiglu":
-        g = read_rows(gate, rows, N, K, K_P)
+        g = read_rows(gate, rows, at, at < K, N, K)
     for text in range(B):
         v = tl.load(x + text * K + at, mask=at < K, other=0.0)
         v = normalise(v, at, at < K, norm_weight, norm_bias, K, EPS, RMS)
@@ -155,9 +163,8 @@ def attend_kernel(
     k_bias,
     cos,
     sin,
-    sums,
-    peaks,
-    totals,
+    results,
+    logsums,
     slots,
     split_slots,
     EPS: tl.constexpr,
@@ -170,9 +177,9 @@ def attend_kernel(
 ):
     """
     Attention of the newest token over one split of the slots, for one head of queries of one text; a program
-    is (split, head, text). qkv (B, nh + 2 nkv, hs) -> the softmax in parts, of scores s and values v:
-    peaks (B, P, nh) = max s, totals (B, P, nh) = sum exp(s - peak), sums (B, P, nh, hs) = sum exp(s - peak) v.
-    A split is `split_slots` long, a multiple of BLOCK. One that begins past the text has peak -inf.
+    is (split, head, text). qkv (B, nh + 2 nkv, hs) -> results (B, P, nh, hs), the softmax of the split's
+    scores times its values, and logsums (B, P, nh), the logarithm of the sum of exp(score). A split is
+    `split_slots` long, a multiple of BLOCK. One that begins past the text has a result of 0 and logsum -inf.
 
     The newest key and value go to the cache, keys and values (B, slots, nkv, hs), at the text's position.
     """
@@ -207,48 +214,44 @@ def attend_kernel(
         summed = summed * tl.exp(peak - higher) + tl.sum(p[:, None] * v, axis=0)
         peak = higher
     part = (text * tl.num_programs(0) + split) * NH + head
-    tl.store(peaks + part, peak)
-    tl.store(totals + part, total)
-    tl.store(sums + part * HS + at, summed, mask=inside)
+    tl.store(results + part * HS + at, summed / tl.where(total == 0, 1.0, total), mask=inside)
+    tl.store(logsums + part, peak + tl.log(total))
 
 
 @triton.jit
 def combine_linear_kernel(
-    sums,
-    peaks,
-    totals,
+    results,
+    logsums,
     weight,
     bias,
     x,
     B,
     NH: tl.constexpr,
+    NH_P: tl.constexpr,
     HS: tl.constexpr,
+    HS_P: tl.constexpr,
     N: tl.constexpr,
-    K_P: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """
-    x (B, N) += y weight^T + bias, weight (N, K), K = nh hs. y (B, K) is attention's result, from the parts of
-    `attend_kernel`: sum over splits of sums exp(peak - highest peak) / the same of totals.
+    x (B, N) += y weight^T + bias, weight (N, nh hs). y (B, nh hs) is attention over all slots: the mean of
+    the splits' results (B, P, nh, hs), each weighted by its sum of exp(score), as logsums (B, P, nh) tell it.
     """
-    K: tl.constexpr = NH * HS
-    rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K_P)
-    w = read_rows(weight, rows, N, K, K_P)
+    rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, NH_P * HS_P)
+    head, channel = at // HS_P, at % HS_P
+    w = read_rows(weight, rows, head * HS + channel, (head < NH) & (channel < HS), N, NH * HS)
+    split, head, channel = tl.arange(0, SPLITS), tl.arange(0, NH_P), tl.arange(0, HS_P)
+    part = split[:, None] * NH + head[None, :]  # (P, NH_P)
+    at = part[:, :, None] * HS + channel[None, None, :]  # (P, NH_P, HS_P)
+    inside = (head < NH)[None, :, None] & (channel < HS)[None, None, :]
     for text in range(B):
-        part = text * (SPLITS * NH) + at // HS  # (K_P,), of the first split
-        highest = tl.load(peaks + part, mask=at < K, other=0.0)  # split 0 is never empty
-        for split in tl.static_range(1, SPLITS):
-            highest = tl.maximum(highest, tl.load(peaks + part + split * NH, mask=at < K, other=0.0))
-        total = tl.zeros((K_P,), tl.float32)
-        v = tl.zeros((K_P,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            share = tl.exp(tl.load(peaks + part + split * NH, mask=at < K, other=0.0) - highest)
-            total += share * tl.load(totals + part + split * NH, mask=at < K, other=1.0)
-            v += share * tl.load(sums + (text * SPLITS + split) * K + at, mask=at < K, other=0.0)
-        y = times(w, v / total, bias, rows, N)
-        stream = x + text * N + rows
-        tl.store(stream, tl.load(stream, mask=rows < N, other=0.0) + y, mask=rows < N)
+        logsum = tl.load(logsums + text * (SPLITS * NH) + part, mask=(head < NH)[None, :], other=0.0)
+        share = tl.exp(logsum - tl.max(logsum, axis=0)[None, :])  # split 0 is never empty
+        share = share / tl.sum(share, axis=0)[None, :]
+        result = tl.load(results + text * (SPLITS * NH * HS) + at, mask=inside, other=0.0)
+        y = tl.reshape(tl.sum(share[:, :, None] * result, axis=0), (NH_P * HS_P,))
+        add(x + text * N, times(w, y, bias, rows, N), rows, N)
 
 
 @triton.jit
@@ -257,8 +260,7 @@ def linear_kernel(
 ):
     """x (B, N) += h weight^T + bias, h (B, K), weight (N, K)"""
     rows, at = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K_P)
-    w = read_rows(weight, rows, N, K, K_P)
+    w = read_rows(weight, rows, at, at < K, N, K)
     for text in range(B):
         y = times(w, tl.load(h + text * K + at, mask=at < K, other=0.0), bias, rows, N)
-        stream = x + text * N + rows
-        tl.store(stream, tl.load(stream, mask=rows < N, other=0.0) + y, mask=rows < N)
+        add(x + text * N, y, rows, N)

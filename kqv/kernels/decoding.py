@@ -1,6 +1,6 @@
 """
-One decoding step as few Triton kernels: five a layer, one before and one after them. torch.compile makes about
-twelve of a layer, and at batch 1 a launch costs more than most of them compute.
+One decoding step as few Triton kernels: five a layer, one before and one after them. At batch 1 a launch takes
+longer than what most of them compute.
 
     embed                                           token and place -> the residual stream x
     a layer's 1. norm_linear   x -> queries, keys, values
@@ -23,9 +23,9 @@ MOST_TEXTS = 8  # of one step; the products' time grows with each text
 MOST_CHANNELS = 32768  # into a product: a program holds whole rows of a weight
 MOST_HEAD_SIZE = 256
 DTYPES = torch.float32, torch.bfloat16, torch.float16
-ROWS, HEAD_ROWS = 4, 8  # of a weight, that a program reads: 192 programs at 768 channels, for 132 processors
+PROCESSORS = 132  # of an H100; each gets a program or two
+ROWS, HEAD_ROWS = 4, 8  # of a weight, that a program reads at most
 BLOCK = 64  # slots that a program of attention reads at once
-PROGRAMS = 132  # of attention, at least, where there are slots for so many
 MOST_SPLITS = 8  # each program of the next product reads the results of all splits
 
 
@@ -44,7 +44,8 @@ def why_not(gpt, device):
     config, dtype = gpt.config, gpt.lm_head.weight.dtype
     if dtype not in DTYPES:
         return f"the kernels compute in float32, bfloat16 and float16, not in {str(dtype)[6:]}"
-    widest = max(config.n_embd, config.inner_channels, config.n_head * config.head_channels)
+    heads = power_of_two(config.n_head) * power_of_two(config.head_channels)
+    widest = max(config.n_embd, config.inner_channels, heads)
     if widest > MOST_CHANNELS:
         return f"the kernels take {MOST_CHANNELS} channels at most, but the model has {widest}"
     if config.head_channels > MOST_HEAD_SIZE:
@@ -57,14 +58,15 @@ def power_of_two(number):
     return 1 << (number - 1).bit_length()
 
 
-def splits_of(span, rows_of_heads):
+def splits_of(span, heads):
     """
-    How attention over `span` slots is split, for B nh heads -> (how many splits, slots of each): as many as
-    fill the GPU.
+    How attention over `span` slots is split, for B nh = `heads` -> (how many splits, slots of each): a power
+    of two, with at most one program for each processor, and at least BLOCK slots for each.
     """
-    splits = min(MOST_SPLITS, power_of_two(-(-PROGRAMS // rows_of_heads)), power_of_two(-(-span // BLOCK)))
-    blocks = -(-span // (BLOCK * splits))
-    return splits, blocks * BLOCK
+    splits = 1
+    while 2 * splits <= min(MOST_SPLITS, PROCESSORS // heads) and splits * BLOCK < span:
+        splits *= 2
+    return splits, -(-span // (BLOCK * splits)) * BLOCK
 
 
 class KernelDecoder:
@@ -79,13 +81,15 @@ class KernelDecoder:
 
         config, device = gpt.config, gpt.lm_head.weight.device
         self.gpt, self.config, self.kernels = gpt, config, decode_kernels
+        hs = config.head_channels
+        self.heads = {"NH": config.n_head, "HS": hs, "HS_P": power_of_two(hs)}
         self.norm = {"EPS": config.norm_eps, "RMS": config.norm == "rmsnorm"}
         self.places, self.cos, self.sin, self.scale = None, None, None, 1.0
         order = torch.arange(config.block_size, device=device)
         if config.positions == "learned":
             self.places = gpt.transformer.wpe.weight
         elif config.positions == "rotary":
-            angles = angles_of(order, config.head_channels, config)  # (block_size, hs / 2)
+            angles = angles_of(order, hs, config)  # (block_size, hs / 2)
             self.cos, self.sin = angles.cos(), angles.sin()
         else:
             angles = angles_of(order, config.n_embd, config)  # (block_size, C / 2), rounded up
@@ -98,7 +102,7 @@ class KernelDecoder:
         tokens (B, 1), the newest of each row, and a KVCache with room for it -> logits (B, V) in float32. As
         on any GPU, a row without room is not noticed. Raises ValueError for more than MOST_TEXTS rows.
         """
-        B, C, V = len(tokens), self.config.n_embd, self.config.vocab_size
+        B, C = len(tokens), self.config.n_embd
         if tokens.shape != (B, 1) or B > MOST_TEXTS:
             raise ValueError(
                 f"the kernels read one token of at most {MOST_TEXTS} texts, not {tuple(tokens.shape)}"
@@ -109,51 +113,69 @@ class KernelDecoder:
         )
         for block, layer in zip(transformer.h, cache.layers, strict=True):
             qkv = self.norm_linear(x, block.ln_1, block.attn.c_attn)  # (B, (nh + 2 nkv) hs)
-            self.attend(qkv, block.attn, layer, cache, x)
+            self.combine_linear(*self.attend(qkv, block.attn, layer, cache), block.attn.c_proj, x)
             mlp = block.mlp
             h = self.norm_linear(x, block.ln_2, mlp.c_fc, mlp.activation, getattr(mlp, "c_gate", None))
-            self.linear(self.kernels.linear_kernel, (h,), mlp.c_proj, x, K=h.size(1))
-        return self.norm_linear(x, transformer.ln_f, self.gpt.lm_head, rows=HEAD_ROWS)[:, :V]
+            self.linear(h, mlp.c_proj, x)
+        return self.norm_linear(x, transformer.ln_f, self.gpt.lm_head, most_rows=HEAD_ROWS)
 
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.gpt.lm_head.weight.device)
 
-    def norm_linear(self, x, norm, linear, activation="none", gate=None, rows=ROWS):
+    def norm_linear(self, x, norm, linear, activation="none", gate=None, most_rows=ROWS):
         """x (B, K) -> activation(linear(norm(x))) (B, N); with a `gate`, SwiGLU."""
         N, K = linear.weight.shape
-        y, how = self.empty(len(x), N), tiling(K, rows)
+        y, K_P = self.empty(len(x), N), power_of_two(K)
         weights = norm.weight, getattr(norm, "bias", None), linear.weight, linear.bias
         weights += (gate.weight, gate.bias) if gate else (None, None)
-        self.kernels.norm_linear_kernel[(-(-N // how["ROWS"]),)](
-            x, *weights, y, len(x), N, K, ACTIVATION=activation, **self.norm, **how
+        grid, how = tiling(N, K_P, most_rows)
+        self.kernels.norm_linear_kernel[grid](
+            x, *weights, y, len(x), N, K, K_P, ACTIVATION=activation, **self.norm, **how
         )
         return y
 
-    def attend(self, qkv, attention, layer, cache, x):
-        """qkv (B, (nh + 2 nkv) hs): its keys and values go to the cache `layer`; attention is added to x."""
-        B, NH, HS = len(qkv), self.config.n_head, self.config.head_channels
+    def attend(self, qkv, attention, layer, cache):
+        """
+        qkv (B, (nh + 2 nkv) hs); its keys and values go to the cache `layer` -> attention in splits: results
+        (B, P, nh, hs), logsums (B, P, nh).
+        """
+        B, NH, slots = len(qkv), self.config.n_head, layer.k.size(1)
         splits, split_slots = splits_of(cache.span, B * NH)
-        sums, peaks, totals = self.empty(B, splits, NH, HS), self.empty(B, splits, NH), self.empty(B, splits, NH)
-        q_norm, k_norm = attention.q_norm, attention.k_norm
-        norms = (getattr(norm, name, None) for norm in (q_norm, k_norm) for name in ("weight", "bias"))
-        HS_P = power_of_two(HS)
+        parts = self.empty(B, splits, NH, self.heads["HS"]), self.empty(B, splits, NH)
+        norms = attention.q_norm, attention.k_norm
+        norms = (getattr(norm, name, None) for norm in norms for name in ("weight", "bias"))
         self.kernels.attend_kernel[(splits, NH, B)](
-            qkv, cache.length, layer.k, layer.v, *norms, self.cos, self.sin, sums, peaks, totals,
-            layer.k.size(1), split_slots, **self.norm, NH=NH, NKV=self.config.kv_heads, HS=HS, HS_P=HS_P,
-            BLOCK=min(BLOCK, 8192 // HS_P),
+            *(qkv, cache.length, layer.k, layer.v, *norms, self.cos, self.sin, *parts, slots, split_slots),
+            NKV=self.config.kv_heads,
+            BLOCK=min(BLOCK, 8192 // self.heads["HS_P"]),
+            **self.heads,
+            **self.norm,
         )
-        parts = sums, peaks, totals
-        self.linear(self.kernels.combine_linear_kernel, parts, attention.c_proj, x, NH=NH, HS=HS, SPLITS=splits)
+        return parts
 
-    def linear(self, kernel, inputs, linear, x, **sizes):
-        """Add linear(what the kernel makes of `inputs`) to x (B, N)."""
+    def combine_linear(self, results, logsums, linear, x):
+        """Add linear(what the splits of attention find together) to x (B, C)."""
+        heads = self.heads | {"NH_P": power_of_two(self.config.n_head), "SPLITS": results.size(1)}
+        grid, how = tiling(len(linear.weight), heads["NH_P"] * heads["HS_P"], ROWS)
+        self.kernels.combine_linear_kernel[grid](
+            results, logsums, linear.weight, linear.bias, x, len(x), N=len(linear.weight), **heads, **how
+        )
+
+    def linear(self, h, linear, x):
+        """Add linear(h) to x (B, N), h (B, K)."""
         N, K = linear.weight.shape
-        how = tiling(K, ROWS)
-        kernel[(-(-N // how["ROWS"]),)](*inputs, linear.weight, linear.bias, x, len(x), N=N, **sizes, **how)
+        grid, how = tiling(N, power_of_two(K), ROWS)
+        self.kernels.linear_kernel[grid](
+            h, linear.weight, linear.bias, x, len(x), N, K, power_of_two(K), **how
+        )
 
 
-def tiling(K, rows):
-    """For a weight (N, K): how many rows a program reads, and its warps: 32 numbers a thread where K allows."""
-    K_P = power_of_two(K)
-    rows = max(1, min(rows, 16384 // K_P))
-    return {"ROWS": rows, "K_P": K_P, "num_warps": min(16, max(4, rows * K_P // 1024))}
+def tiling(N, K_P, most_rows):
+    """
+    For a weight (N, K): the grid, and how many rows a program reads: so few that there are two programs for
+    each processor, and that 16 warps hold them in registers. A thread has 16 to 64 numbers.
+    """
+    rows = most_rows
+    while rows > 1 and (N < 2 * PROCESSORS * rows or rows * K_P > 8192):
+        rows //= 2
+    return (-(-N // rows),), {"ROWS": rows, "num_warps": min(16, max(4, rows * K_P // 1024))}
