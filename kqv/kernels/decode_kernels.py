@@ -3,8 +3,7 @@ The Triton kernels of one decoding step: each of B texts reads one token. `decod
 
 With so few texts a product is a matrix times a vector, limited by the speed at which weights are read. A
 program takes ROWS rows of a weight, asks for all of them at once, and computes the vector while they come.
-Each program computes the vector's norm again: that costs less than one more launch. Sums are in float32, and
-a text's numbers do not depend on the texts beside it.
+Each program computes the vector's norm again: that costs less than one more launch. Sums are in float32.
 
 Shapes: B texts, K channels in, N channels out, nh heads of queries, nkv heads of keys and values, hs head
 size, P splits of the slots. A size that ends in _P is rounded up to a power of two, as Triton wants it.

@@ -1,6 +1,6 @@
 """
-One decoding step as few Triton kernels: five a layer, one before and one after them. At batch 1 a launch takes
-longer than what most of them compute.
+One decoding step as few Triton kernels: five a layer, one before and one after them. At batch 1 a launch
+takes longer than what most of them compute.
 
     embed                                           token and place -> the residual stream x
     a layer's 1. norm_linear   x -> queries, keys, values
@@ -24,7 +24,7 @@ MOST_CHANNELS = 32768  # into a product: a program holds whole rows of a weight
 MOST_HEAD_SIZE = 256
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 PROCESSORS = 132  # of an H100; each gets a program or two
-ROWS, HEAD_ROWS = 4, 8  # of a weight, that a program reads at most
+ROWS = 8  # of a weight, that a program reads at most
 BLOCK = 64  # slots that a program of attention reads at once
 MOST_SPLITS = 8  # each program of the next product reads the results of all splits
 
@@ -41,9 +41,9 @@ def why_not(gpt, device):
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"the kernels need compute capability 8.0, but the GPU has {major}.{minor}"
-    config, dtype = gpt.config, gpt.lm_head.weight.dtype
-    if dtype not in DTYPES:
-        return f"the kernels compute in float32, bfloat16 and float16, not in {str(dtype)[6:]}"
+    config, others = gpt.config, {tensor.dtype for tensor in gpt.state_dict().values()}.difference(DTYPES)
+    if others:
+        return f"the kernels read float32, bfloat16 and float16, not {str(others.pop())[6:]}"
     heads = power_of_two(config.n_head) * power_of_two(config.head_channels)
     widest = max(config.n_embd, config.inner_channels, heads)
     if widest > MOST_CHANNELS:
@@ -117,18 +117,18 @@ class KernelDecoder:
             mlp = block.mlp
             h = self.norm_linear(x, block.ln_2, mlp.c_fc, mlp.activation, getattr(mlp, "c_gate", None))
             self.linear(h, mlp.c_proj, x)
-        return self.norm_linear(x, transformer.ln_f, self.gpt.lm_head, most_rows=HEAD_ROWS)
+        return self.norm_linear(x, transformer.ln_f, self.gpt.lm_head)
 
     def empty(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.gpt.lm_head.weight.device)
 
-    def norm_linear(self, x, norm, linear, activation="none", gate=None, most_rows=ROWS):
+    def norm_linear(self, x, norm, linear, activation="none", gate=None):
         """x (B, K) -> activation(linear(norm(x))) (B, N); with a `gate`, SwiGLU."""
         N, K = linear.weight.shape
         y, K_P = self.empty(len(x), N), power_of_two(K)
         weights = norm.weight, getattr(norm, "bias", None), linear.weight, linear.bias
         weights += (gate.weight, gate.bias) if gate else (None, None)
-        grid, how = tiling(N, K_P, most_rows)
+        grid, how = tiling(N, K_P)
         self.kernels.norm_linear_kernel[grid](
             x, *weights, y, len(x), N, K, K_P, ACTIVATION=activation, **self.norm, **how
         )
@@ -156,7 +156,7 @@ class KernelDecoder:
     def combine_linear(self, results, logsums, linear, x):
         """Add linear(what the splits of attention find together) to x (B, C)."""
         heads = self.heads | {"NH_P": power_of_two(self.config.n_head), "SPLITS": results.size(1)}
-        grid, how = tiling(len(linear.weight), heads["NH_P"] * heads["HS_P"], ROWS)
+        grid, how = tiling(len(linear.weight), heads["NH_P"] * heads["HS_P"])
         self.kernels.combine_linear_kernel[grid](
             results, logsums, linear.weight, linear.bias, x, len(x), N=len(linear.weight), **heads, **how
         )
@@ -164,18 +164,18 @@ class KernelDecoder:
     def linear(self, h, linear, x):
         """Add linear(h) to x (B, N), h (B, K)."""
         N, K = linear.weight.shape
-        grid, how = tiling(N, power_of_two(K), ROWS)
+        grid, how = tiling(N, power_of_two(K))
         self.kernels.linear_kernel[grid](
             h, linear.weight, linear.bias, x, len(x), N, K, power_of_two(K), **how
         )
 
 
-def tiling(N, K_P, most_rows):
+def tiling(N, K_P):
     """
-    For a weight (N, K): the grid, and how many rows a program reads: so few that there are two programs for
+    For a weight (N, K): the grid, and how many rows a program reads: so few that there are four programs for
     each processor, and that 16 warps hold them in registers. A thread has 16 to 64 numbers.
     """
-    rows = most_rows
-    while rows > 1 and (N < 2 * PROCESSORS * rows or rows * K_P > 8192):
+    rows = ROWS
+    while rows > 2 and N < 4 * PROCESSORS * rows or rows > 1 and rows * K_P > 8192:
         rows //= 2
     return (-(-N // rows),), {"ROWS": rows, "num_warps": min(16, max(4, rows * K_P // 1024))}
