@@ -202,9 +202,9 @@ def on_device(number, logits, dtype):
 
 def top_k_threshold(logits, k):
     """
-    logits (B, V) in float32, k a number, or a tensor of one or B -> the k-th largest of each row (B, 1), equal
-    to logits.topk(k).values[:, -1:]. More than k logits reach it where some are equal to it; topk takes any of
-    those. k is limited to 1 and V. With NaN in a row, its threshold means nothing.
+    logits (B, V) in float32, k a number, or a tensor of one or B -> the k-th largest of each row (B, 1),
+    equal to logits.topk(k).values[:, -1:]. More than k logits reach it where some are equal to it; topk takes
+    any of those. k is limited to 1 and V. With NaN in a row, its threshold means nothing.
     """
     maxima, sizes = maxima_of(logits, finite=False)
     k, threshold = on_device(k, logits, torch.int32), torch.empty_like(logits[:, :1])
