@@ -183,29 +183,30 @@ def attend_kernel(
     The newest key and value go to the cache, keys and values (B, slots, nkv, hs), at the text's position.
     """
     split, head, text = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_head: tl.constexpr = NH // NKV  # how many heads of queries share a head of keys
+    group: tl.constexpr = NH // NKV  # heads of queries that share a head of keys and values
+    kv_head = head // group
     at, block = tl.arange(0, HS_P), tl.arange(0, BLOCK)
     inside = at < HS
     position = (tl.load(length + text) - 1).to(tl.int32)  # of the newest token
     qkv += text * ((NH + 2 * NKV) * HS)
-    shared = head // kv_head
     q = rotated(qkv, head, position, q_weight, q_bias, cos, sin, EPS, RMS, HS, HS_P) * (HS**-0.5)
-    k_new = rotated(qkv, NH + shared, position, k_weight, k_bias, cos, sin, EPS, RMS, HS, HS_P)
+    k_new = rotated(qkv, NH + kv_head, position, k_weight, k_bias, cos, sin, EPS, RMS, HS, HS_P)
     k_new = k_new.to(keys.dtype.element_ty)
-    v_new = tl.load(qkv + (NH + NKV + shared) * HS + at, mask=inside, other=0.0).to(keys.dtype.element_ty)
-    first = text.to(tl.int64) * slots * (NKV * HS) + shared * HS  # of the text's keys of this head
-    if (head % kv_head == 0) & (position // split_slots == split) & (position < slots):
-        tl.store(keys + first + position.to(tl.int64) * (NKV * HS) + at, k_new, mask=inside)
-        tl.store(values + first + position.to(tl.int64) * (NKV * HS) + at, v_new, mask=inside)
+    v_new = tl.load(qkv + (NH + NKV + kv_head) * HS + at, mask=inside, other=0.0).to(keys.dtype.element_ty)
+    first = text.to(tl.int64) * slots * (NKV * HS) + kv_head * HS  # of the text's keys of this head
+    if (head % group == 0) & (position // split_slots == split) & (position < slots):
+        newest = first + position.to(tl.int64) * (NKV * HS) + at
+        tl.store(keys + newest, k_new, mask=inside)
+        tl.store(values + newest, v_new, mask=inside)
 
     peak, total, summed = float("-inf"), 0.0, tl.zeros((HS_P,), tl.float32)
     for start in range(split * split_slots, min((split + 1) * split_slots, position + 1), BLOCK):
         slot = start + block  # (BLOCK,)
         offsets = first + slot.to(tl.int64)[:, None] * (NKV * HS) + at[None, :]  # (BLOCK, HS_P)
         kept = (slot < position)[:, None] & inside[None, :]
-        newest = (slot == position)[:, None]  # not read: another program may write it now
-        k = tl.where(newest, k_new[None, :], tl.load(keys + offsets, mask=kept, other=0.0)).to(tl.float32)
-        v = tl.where(newest, v_new[None, :], tl.load(values + offsets, mask=kept, other=0.0)).to(tl.float32)
+        own = (slot == position)[:, None]  # the newest is not read: another program may write it now
+        k = tl.where(own, k_new[None, :], tl.load(keys + offsets, mask=kept, other=0.0)).to(tl.float32)
+        v = tl.where(own, v_new[None, :], tl.load(values + offsets, mask=kept, other=0.0)).to(tl.float32)
         score = tl.where(slot <= position, tl.sum(q[None, :] * k, axis=1), float("-inf"))  # (BLOCK,)
         higher = tl.maximum(peak, tl.max(score, axis=0))
         p = tl.exp(score - higher)

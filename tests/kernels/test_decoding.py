@@ -224,3 +224,26 @@ def test_why_not_says_what_is_missing(monkeypatch):
     assert "heads of 256 channels at most, not 300" in why_not(random_gpt(head_size=300), gpu)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert why_not(gpt, gpu) == "Triton is not installed"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_in_a_cuda_graph_is_the_models(variant, monkeypatch):
+    monkeypatch.undo()
+    gpt = random_gpt(**VARIANTS[variant]).cuda()
+    if reason := why_not(gpt, gpt.lm_head.weight.device):
+        pytest.skip(reason)
+    expected, found, other = (cache.cuda() for cache in caches_of(gpt, [5, 0, 7], 3))
+    for kept in (*expected.buffers(), *found.buffers()):
+        kept.nan_to_num_() if kept.is_floating_point() else None
+    tokens, decoder, graph = random_ids(3, 1).cuda(), KernelDecoder(gpt), torch.cuda.CUDAGraph()
+    decoder(tokens, other)  # compiles
+    with torch.cuda.graph(graph):
+        logits = decoder(tokens, found)
+    graph.replay()
+    with torch.no_grad():
+        torch.testing.assert_close(logits, gpt(tokens, cache=expected)[:, 0], rtol=1e-4, atol=1e-4)
+    assert found.length.tolist() == [6, 1, 8]
+    for mine, theirs in zip(found.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

@@ -61,7 +61,7 @@ def test_what_is_drawn_is_what_the_sampler_draws(settings):
     torch.manual_seed(1)
     for V in (1500, 65):
         x, uniform = torch.randn(6, V + 3)[:, :V] * 2, torch.rand(6, 1)
-        uniform[0], uniform[1] = 0, 1 - 1e-6
+        uniform[0], uniform[1] = 0, 0.999
         assert torch.equal(drawn(x, uniform, *settings), draw(x, uniform, sampling)), V
         tensors = torch.tensor([temperature]), torch.tensor(k), torch.tensor([min_p])
         assert torch.equal(drawn(x, uniform, *tensors), draw(x, uniform, sampling))
@@ -103,3 +103,15 @@ def test_a_row_fits_into_registers(V):
     code = compiled_for_h100(top_k.maxima_kernel, signature, constants, num_warps=4)
     print("maxima", code.registers, code.spills)
     assert code.spills == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_and_draws_the_same(kind):
+    x, uniform = rows(kind, 50257).cuda(), torch.rand(2, 1, device="cuda")
+    for k in (1, 200, 1000):
+        assert torch.equal(top_k.top_k_threshold(x, k), x.topk(k).values[:, -1:])
+    if kind in ("random", "in order"):
+        sampling = replace(PLAIN, temperature=0.8, top_k=200)
+        assert torch.equal(top_k.draw_top_k(x, uniform, 0.8, 200), draw(x, uniform, sampling))
