@@ -24,6 +24,10 @@ def main(argv):
         bench_sample(arguments)
     elif what == "plan":
         bench_plan(parse(BenchPlanSettings, arguments))
+    elif what == "gpu":
+        from kqv.measuring.gpu import BenchGPUSettings, bench_gpu
+
+        bench_gpu(parse(BenchGPUSettings, arguments), train)
     elif what in ("--help", "-h"):
         print("usage: python bench.py train|sample|plan [config.py ...] [--name=value ...]\n")
         print("Measure training or sampling here, or plan a run on other machines by arithmetic.")

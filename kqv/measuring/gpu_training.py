@@ -1,0 +1,176 @@
+"""The training parts of bench.py gpu: each change of the step by itself, all together, and loss curves."""
+
+import math
+import statistics
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from kqv.device import find_dtype, peak_flops
+from kqv.measuring.costs import model_of
+from kqv.measuring.gpu_job import NotHere
+from kqv.measuring.machine import Machine, peak_memory, reset_peak_memory
+from kqv.measuring.plain import plain_step
+from kqv.measuring.presets import PRESETS
+from kqv.measuring.training import own_step, step_settings, write_random_set
+from kqv.training import loss
+from model import GPTConfig
+
+CURVE = 200  # steps of a loss curve
+LEAST_NOISE = 0.02  # nats: what is always allowed between two curves
+MEASURING = 2  # seconds that a variant takes in the rounds, at most
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train: train.py's step with `settings` beside its defaults, or a plain step."""
+
+    settings: dict = field(default_factory=dict)
+    logits_at_once: int = loss.LOGITS_AT_ONCE
+    compiled: bool = True
+    plain: bool = False
+
+
+VARIANTS = {
+    "baseline": Variant(),
+    "plain": Variant(plain=True),
+    "not compiled": Variant(compiled=False),
+}
+
+
+def train_baby(job):
+    """Lines of the variants on nanoGPT's model for tiny Shakespeare: their speed and their loss curves."""
+    shape = GPTConfig(64, 65, 2, 2, 32, bias=False) if job.quick else PRESETS["baby"].shape
+    Trial(job, shape, 50, [name for name, variant in VARIANTS.items() if not variant.plain]).run()
+
+
+def train_124m(job):
+    """The same of GPT-2 124M, with the curves of the baseline and of all changes together."""
+    shape = GPTConfig(64, 512, 2, 2, 64, bias=False) if job.quick else PRESETS["124M"].shape
+    Trial(job, shape, 5, ["baseline", "together"]).run()
+
+
+class Trial:
+    """
+    The variants on one shape of model, 64 rows of the context at a time: `count` steps of each in a
+    measurement, and the loss curves of those that `curves` names.
+    """
+
+    def __init__(self, job, shape, count, curves):
+        self.job, self.shape, self.curves = job, shape, curves
+        self.count, self.rounds = (1, 1) if job.quick else (count, 3)
+        self.batch_size, self.curve_steps = (4, 10) if job.quick else (64, CURVE)
+        self.machine = Machine(job.device, find_dtype("auto", job.device), self.rounds)
+        self.taken = {}  # {variant: [seconds of a step]}
+
+    def run(self):
+        torch._dynamo.config.recompile_limit = 64  # of one function: each variant is a version of it
+        with tempfile.TemporaryDirectory() as self.folder:
+            write_random_set(Path(self.folder), self.shape)
+            self.measure()
+            self.compare_curves()
+
+    def step(self, name):
+        """The variant's step on a new model, as a function without arguments that returns the loss."""
+        variant, job = VARIANTS[name], self.job
+        options = SimpleNamespace(
+            activation_checkpointing=False, device=str(job.device), dtype="auto", compile="auto"
+        )
+        settings = step_settings(options, job.train.TrainSettings, self.shape, self.batch_size, self.folder)
+        if unknown := variant.settings.keys() - vars(settings).keys():
+            raise NotHere(f"train.py has no setting {', '.join(sorted(unknown))}")
+        settings = replace(settings, **variant.settings)
+        compiled = variant.compiled and job.device.type == "cuda"
+        if variant.plain:
+            return plain_step(settings, self.shape, self.machine, compiled)
+        step = own_step(settings, self.shape, self.machine, compiled, job.train.train_step)
+
+        def with_its_chunks():
+            before, loss.LOGITS_AT_ONCE = loss.LOGITS_AT_ONCE, variant.logits_at_once
+            try:
+                return step()
+            finally:
+                loss.LOGITS_AT_ONCE = before
+
+        return with_its_chunks
+
+    def measure(self):
+        """A line for each variant: its speed, from rounds in which all have a turn, the baseline two."""
+        steps, figures = {}, {}
+        for name in VARIANTS:
+            if self.job.seconds_left < MEASURING * len(steps):
+                self.job.emit(name, skipped="no time is left")
+                continue
+            with self.job.reporting(name):
+                steps[name], figures[name] = self.warm(name)
+        if "baseline" in steps:
+            steps["baseline again"], figures["baseline again"] = steps["baseline"], {}
+        self.taken = {name: [] for name in steps}
+        for _ in range(self.rounds):
+            for name in list(steps):
+                step = steps.pop(name)
+                with self.job.reporting(name):  # one that fails has no more turns
+                    taken = self.machine.seconds(lambda: [step() for _ in range(self.count)])  # noqa: B023
+                    self.taken[name].append(taken / self.count)
+                    steps[name] = step
+        ceiling = self.machine.matmul()
+        for name in steps:
+            self.job.emit(name, **self.speed(name, ceiling), **figures[name])
+
+    def warm(self, name):
+        """(the variant's step after three calls, what is to say of these)"""
+        device = self.job.device
+        held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0  # by other variants
+        reset_peak_memory(device)
+        step = self.step(name)
+        first = self.machine.seconds(step)  # compiles
+        self.machine.seconds(lambda: [step() for _ in range(2)])  # the optimizer's state is made
+        return step, {"peak memory GB": (peak_memory(device) - held) / 1e9, "first step s": first}
+
+    def speed(self, name, ceiling):
+        """{name: figure} of a variant's median step, where a large matrix product does `ceiling` FLOP/s."""
+        seconds = statistics.median(self.taken[name])
+        tokens = self.batch_size * self.shape.block_size / seconds
+        flops = model_of(self.shape).flops_per_token() * tokens
+        figures = {"ms a step": seconds * 1e3, "tokens/s": tokens}
+        if "baseline" in self.taken:
+            figures["of baseline"] = statistics.median(self.taken["baseline"]) / seconds
+        if self.job.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(self.job.device), self.machine.dtype)
+            figures |= {"MFU": flops / peak} if peak else {}
+        return {**figures, "of matmul ceiling": flops / ceiling}
+
+    def compare_curves(self):
+        """
+        A line for each loss curve: the mean distance of its second half from the baseline's, which has the
+        same batches. Noise is how far the baseline is from itself where it is not compiled.
+        """
+        baseline, allowed = None, LEAST_NOISE
+        for name in self.curves:
+            seconds = self.curve_steps * statistics.median(self.taken.get(name) or [0])
+            if seconds > self.job.seconds_left:
+                self.job.emit(f"{name}, curve", skipped="no time is left")
+                continue
+            with self.job.reporting(f"{name}, curve"):
+                losses = self.curve(name)
+                baseline = losses if name == "baseline" else baseline
+                distance = math.nan if baseline is None else distance_of(losses, baseline)
+                figures = {"steps": len(losses), "losses": [round(x, 4) for x in losses[9::10].tolist()]}
+                if name == "not compiled":
+                    allowed = max(allowed, 3 * distance)
+                elif not distance <= allowed:
+                    figures["failed"] = f"it is {distance:.3g} from the baseline; noise allows {allowed:.3g}"
+                self.job.emit(f"{name}, curve", **figures, **{"from baseline": distance})
+
+    def curve(self, name):
+        """The losses (steps,) of the variant's first steps."""
+        step = self.step(name)
+        return torch.stack([step().detach().float() for _ in range(self.curve_steps)]).cpu()
+
+
+def distance_of(losses, others):
+    """How far two loss curves are from each other: the mean over their second halves, in nats."""
+    return (losses - others)[len(losses) // 2 :].abs().mean().item()
