@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from kqv.errors import UsageError, UserError, output_may_be_lost
-from kqv.measuring.gpu_decoding import measure_decoding
+from kqv.measuring.gpu_decoding import compare_engines
 from kqv.measuring.gpu_job import Job, NotHere
 from kqv.measuring.gpu_kernels import check_kernels
 from kqv.measuring.gpu_machine import ceilings, versions
@@ -37,7 +37,7 @@ PARTS = {
     "tests": (run_tests, 75),
     "baby": (train_baby, 70),
     "124M": (train_124m, 160),
-    "decode": (measure_decoding, 75),
+    "decode": (compare_engines, 75),
     "shakespeare": (run_shakespeare, 55),
     "start_up": (start_up, 40),
 }
@@ -70,6 +70,7 @@ def bench_gpu(config, train):
     names, device, folder = chosen_parts(config.parts), device_of(config), Path(config.out_dir).resolve()
     if config.data and not Path(config.data).is_file():
         raise UsageError(f"data={config.data} is no file: give a text, or leave it out")
+    folder.mkdir(parents=True, exist_ok=True)
     if not config.isolated:
         for name in names:
             limit = config.seconds or PARTS[name][1]
@@ -128,7 +129,6 @@ class Report:
     """The lines of all parts: printed, added to parts.jsonl in `folder`, and kept for the table."""
 
     def __init__(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.lines = folder, []
         self.file = open(folder / "parts.jsonl", "a", encoding="utf-8")
         self.add({"part": "all", "what": "start", "time": time.strftime("%Y-%m-%d %H:%M:%S")})

@@ -18,7 +18,8 @@ from kqv.measuring.training import step_settings, write_random_set
 from kqv.text.dataset import Dataset
 from model import GPTConfig
 
-FETCHING = 15  # seconds that preparing the built-in plays may take: there may be no network
+FETCHING = 10  # seconds that preparing the built-in plays may take: there may be no network
+STDERR = 2
 STOPPING = 10  # seconds in which a run saves and ends
 
 
@@ -103,7 +104,7 @@ def run_shakespeare(job):
         command += ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--batch_size=4"]
         command += ["--max_iters=20", "--eval_interval=10", "--eval_iters=2", "--warmup_iters=2"]
     start = time.monotonic()
-    with subprocess.Popen(command, cwd=job.root, stdout=sys.stderr.fileno()) as run:
+    with subprocess.Popen(command, cwd=job.root, stdout=STDERR) as run:
         try:
             run.wait(max(1, job.seconds_left - STOPPING))
         except subprocess.TimeoutExpired:
@@ -129,7 +130,7 @@ def prepared_text(job):
     if job.data:
         return Path(job.data).name, prepare(job, "given", Path(job.data).resolve())
     try:
-        return "the built-in plays", prepare(job, "plays", "plays")
+        return "the built-in plays", prepare(job, "plays", "plays", FETCHING)
     except (UserError, subprocess.TimeoutExpired):
         own = job.folder / "project.txt"
         paths = sorted(path for end in ("md", "py") for path in job.root.glob(f"**/*.{end}"))
@@ -138,10 +139,10 @@ def prepared_text(job):
         return "the project's own files", prepare(job, "project", own)
 
 
-def prepare(job, name, source):
+def prepare(job, name, source, seconds=None):
     """The folder of the set of that name, made by prepare.py. Raises UserError, or TimeoutExpired."""
     command = [sys.executable, str(job.root / "prepare.py"), str(source), f"--name={name}"]
-    made = subprocess.run(command, cwd=job.folder, stdout=sys.stderr.fileno(), timeout=FETCHING)
+    made = subprocess.run(command, cwd=job.folder, stdout=STDERR, timeout=seconds)
     if made.returncode:
         raise UserError(f"prepare.py {source} ended with status {made.returncode}")
     return Dataset(job.folder / "data" / name).folder
