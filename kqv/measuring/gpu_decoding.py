@@ -1,5 +1,7 @@
 """The part of bench.py gpu for generation: each engine's tokens, logits and speed beside the plain one's."""
 
+from contextlib import suppress
+
 import torch
 
 from kqv.generation.engine import Engine
@@ -33,6 +35,18 @@ class Trial:
         return Engine(
             GPT.from_weights(self.gpt.config, self.gpt.state_dict()).to(self.job.device, dtype), kind
         )
+
+    def not_for(self, kind):
+        """Why an engine can't be measured, or None."""
+        if kind == "compiled" and self.job.seconds_left < COMPILING:
+            return "no time is left"
+        if kind == "kernels":
+            with suppress(ImportError):
+                from kqv.kernels.decoding import MOST_TEXTS
+
+                if self.batch_size > MOST_TEXTS:
+                    return f"the kernels write at most {MOST_TEXTS} texts at once"
+        return None
 
     def compare_tokens(self, kind):
         """A line that says whether an engine writes the plain one's tokens in float32."""
@@ -82,8 +96,8 @@ def compare_engines(job):
         trial.measure("plain")
     for kind in kinds:
         for trial in trials:
-            if kind == "compiled" and job.seconds_left < COMPILING:
-                job.emit(trial.name(kind), skipped="no time is left")
+            if reason := trial.not_for(kind):
+                job.emit(trial.name(kind), skipped=reason)
                 continue
             trial.measure(kind)
             trial.compare_logits(kind)

@@ -3,6 +3,7 @@ The part of bench.py gpu for numbers: what the project computes in its own way o
 error may be little more than that of torch's own operations in the same precision.
 """
 
+import copy
 import os
 from dataclasses import replace
 from itertools import product
@@ -102,7 +103,15 @@ def check_conversations(job):
         with sdpa_kernel(SDPBackend.MATH):
             usual = gradients(gpt)
     names = ("the loss", *(f"the gradient of {name}" for name, _ in gpt.named_parameters()))
-    compare(job, "conversations", own, usual, gradients(gpt.double()), names)
+    exact = gradients(copy.deepcopy(gpt).double())
+    compare(job, "conversations", own, usual, exact, names)
+    from kqv.kernels.attention import attend_within_examples
+
+    if not attend_within_examples(gpt, 4, job.device, torch.bfloat16):
+        job.emit("conversations, by borders", skipped=f"there is no kernel for it on {job.device}")
+        return
+    with torch.autocast(job.device.type, torch.bfloat16):
+        compare(job, "conversations, by borders", gradients(gpt), usual, exact, names)
 
 
 def check_mlp(job):

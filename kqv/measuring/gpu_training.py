@@ -2,7 +2,9 @@
 
 import math
 import statistics
+import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from kqv.measuring.machine import Machine, peak_memory, reset_peak_memory
 from kqv.measuring.plain import plain_step
 from kqv.measuring.presets import PRESETS
 from kqv.measuring.training import own_step, step_settings, write_random_set
-from kqv.training import loss
+from kqv.training.optimizer import parameters_of, step_unless
 from model import GPTConfig
 
 CURVE = 200  # steps of a loss curve
@@ -26,41 +28,96 @@ MEASURING = 2  # seconds that a variant takes in the rounds, at most
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train: train.py's step with `settings` beside its defaults, or a plain step."""
+    """
+    A way to train: train.py's step with `settings` beside its defaults and, while it runs, with what
+    `replaced` says, {"module.name": value}; or a plain step.
+    """
 
     settings: dict = field(default_factory=dict)
-    logits_at_once: int = loss.LOGITS_AT_ONCE
+    replaced: dict = field(default_factory=dict)
     compiled: bool = True
     plain: bool = False
 
 
-VARIANTS = {
-    "baseline": Variant(),
-    "plain": Variant(plain=True),
-    "not compiled": Variant(compiled=False),
+def clip_apart(bad, optimizer, norm=None, grad_clip=0.0):
+    """kqv.training.optimizer.step_unless, with the clip as a pass of its own over the gradients."""
+    if grad_clip:
+        gradients = [each.grad for each in parameters_of(optimizer) if each.grad is not None]
+        torch._foreach_div_(gradients, (norm / grad_clip).clamp(min=1.0))
+    step_unless(bad, optimizer)
+
+
+# What makes train.py's step as it was before each change.
+WITHOUT = {
+    "bfloat16 stream": {"kqv.measuring.training.narrow_stream": lambda gpt: None},
+    "large chunks": {"kqv.training.loss.LOGITS_AT_ONCE_COMPILED": 2**28},
+    "folded clip": {"train.step_unless": clip_apart},
 }
+
+
+def without_all_but(*changes):
+    """What to replace for a step with only these of the changes."""
+    return {name: it for change in WITHOUT.keys() - changes for name, it in WITHOUT[change].items()}
+
+
+BEFORE = without_all_but()
+FUSED, FLOAT8 = {"fused_mlp": True}, {"dtype_head": "float8"}
+VARIANTS = {  # what tells most comes first: there may be no time for all
+    "baseline": Variant(replaced=BEFORE),
+    "train.py": Variant(),
+    "plain": Variant(plain=True),
+    "together": Variant(FUSED),
+    "folded clip": Variant(replaced=without_all_but("folded clip")),
+    "bfloat16 stream": Variant(replaced=without_all_but("bfloat16 stream")),
+    "fused MLP": Variant(FUSED, BEFORE),
+    "float8 head": Variant(FLOAT8, BEFORE),
+    "large chunks": Variant(replaced=without_all_but("large chunks")),
+    "not compiled": Variant(replaced=BEFORE, compiled=False),
+}
+
+
+@contextmanager
+def replacing(replaced):
+    """A context in which {"module.name": value} are in the place of what is there. Raises NotHere."""
+    before = {}
+    try:
+        for path, value in replaced.items():
+            module, _, name = path.rpartition(".")
+            if not hasattr(sys.modules.get(module), name):
+                raise NotHere(f"there is no {path}")
+            before[path] = getattr(sys.modules[module], name)
+            setattr(sys.modules[module], name, value)
+        yield
+    finally:
+        for path, value in before.items():
+            module, _, name = path.rpartition(".")
+            setattr(sys.modules[module], name, value)
 
 
 def train_baby(job):
     """Lines of the variants on nanoGPT's model for tiny Shakespeare: their speed and their loss curves."""
     shape = GPTConfig(64, 65, 2, 2, 32, bias=False) if job.quick else PRESETS["baby"].shape
-    Trial(job, shape, 50, [name for name, variant in VARIANTS.items() if not variant.plain]).run()
+    curves = ["baseline", "not compiled", *VARIANTS]  # the second one shows the noise
+    Trial(job, shape, 50, VARIANTS, [name for name in dict.fromkeys(curves) if name != "plain"]).run()
 
 
 def train_124m(job):
     """The same of GPT-2 124M, with the curves of the baseline and of all changes together."""
     shape = GPTConfig(64, 512, 2, 2, 64, bias=False) if job.quick else PRESETS["124M"].shape
-    Trial(job, shape, 5, ["baseline", "together"]).run()
+    variants = [
+        name for name in VARIANTS if name != "not compiled"
+    ]  # which may take more memory than there is
+    Trial(job, shape, 5, variants, ["baseline", "together"]).run()
 
 
 class Trial:
     """
-    The variants on one shape of model, 64 rows of the context at a time: `count` steps of each in a
-    measurement, and the loss curves of those that `curves` names.
+    Those of VARIANTS that are named, on one shape of model, 64 rows of the context at a time: `count` steps of
+    each in a measurement, and the loss curves of those that `curves` names.
     """
 
-    def __init__(self, job, shape, count, curves):
-        self.job, self.shape, self.curves = job, shape, curves
+    def __init__(self, job, shape, count, variants, curves):
+        self.job, self.shape, self.variants, self.curves = job, shape, variants, curves
         self.count, self.rounds = (1, 1) if job.quick else (count, 3)
         self.batch_size, self.curve_steps = (4, 10) if job.quick else (64, CURVE)
         self.machine = Machine(job.device, find_dtype("auto", job.device), self.rounds)
@@ -86,21 +143,19 @@ class Trial:
         compiled = variant.compiled and job.device.type == "cuda"
         if variant.plain:
             return plain_step(settings, self.shape, self.machine, compiled)
-        step = own_step(settings, self.shape, self.machine, compiled, job.train.train_step)
+        with replacing(variant.replaced):
+            step = own_step(settings, self.shape, self.machine, compiled, job.train.train_step)
 
-        def with_its_chunks():
-            before, loss.LOGITS_AT_ONCE = loss.LOGITS_AT_ONCE, variant.logits_at_once
-            try:
+        def step_of_variant():
+            with replacing(variant.replaced):
                 return step()
-            finally:
-                loss.LOGITS_AT_ONCE = before
 
-        return with_its_chunks
+        return step_of_variant
 
     def measure(self):
         """A line for each variant: its speed, from rounds in which all have a turn, the baseline two."""
         steps, figures = {}, {}
-        for name in VARIANTS:
+        for name in self.variants:
             if self.job.seconds_left < MEASURING * len(steps):
                 self.job.emit(name, skipped="no time is left")
                 continue

@@ -173,6 +173,10 @@ def own_step(settings, shape, machine, compiled, train_step):
     data = dataset.Dataset(settings.dataset)
     torch.manual_seed(settings.seed)
     gpt = GPT(shape).to(machine.device)
+    if getattr(settings, "fused_mlp", False):
+        from kqv.training.fused_mlp import fuse_mlps
+
+        fuse_mlps(gpt, machine.device, machine.dtype)
     state = start_state(settings, gpt, None, machine.dtype, world)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)

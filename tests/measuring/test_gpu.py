@@ -246,7 +246,7 @@ def variants(job, lines, monkeypatch):
     def run(table, seconds=60):
         monkeypatch.setattr(gpu_training, "VARIANTS", table)
         job.seconds = seconds
-        Trial(job, SHAPE, 1, list(table)).run()
+        Trial(job, SHAPE, 1, list(table), list(table)).run()
         return lines()
 
     return run
@@ -254,10 +254,12 @@ def variants(job, lines, monkeypatch):
 
 def test_a_variant_that_fails_or_is_not_there_leaves_the_others(variants):
     table = {"baseline": Variant(), "wrong": Variant({"beta1": -1.0})}
-    found = variants({**table, "later": Variant({"no_such_setting": 1})})
+    table |= {"later": Variant({"no_such_setting": 1}), "gone": Variant(replaced={"train.no_such_name": 1})}
+    found = variants(table)
     assert found["baseline"]["of baseline"] == 1 and found["baseline again"]["tokens/s"] > 0
     assert "failed" in found["wrong"] and "failed" in found["wrong, curve"]
     assert found["later"]["skipped"] == "not there: train.py has no setting no_such_setting"
+    assert found["gone"]["skipped"] == "not there: there is no train.no_such_name"
 
 
 def test_a_curve_away_from_the_baseline_fails(variants):
