@@ -112,8 +112,8 @@ def train_124m(job):
 
 class Trial:
     """
-    Those of VARIANTS that are named, on one shape of model, 64 rows of the context at a time: `count` steps of
-    each in a measurement, and the loss curves of those that `curves` names.
+    Those of VARIANTS that are named, on one shape of model, 64 rows of the context at a time: `count` steps
+    of each in a measurement, and the loss curves of those that `curves` names.
     """
 
     def __init__(self, job, shape, count, variants, curves):
