@@ -103,7 +103,8 @@ def run_here(job):
         PARTS[job.part][0](job)
     except NotHere as error:
         job.emit("all", skipped=str(error))
-    faulthandler.cancel_dump_traceback_later()
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def chosen_parts(parts):

@@ -139,6 +139,8 @@ class Trial:
         settings = step_settings(options, job.train.TrainSettings, self.shape, self.batch_size, self.folder)
         if unknown := variant.settings.keys() - vars(settings).keys():
             raise NotHere(f"train.py has no setting {', '.join(sorted(unknown))}")
+        if job.device.type == "cpu" and "fused_mlp" in variant.settings:
+            raise NotHere("its kernels need a GPU")
         settings = replace(settings, **variant.settings)
         compiled = variant.compiled and job.device.type == "cuda"
         if variant.plain:
@@ -168,6 +170,7 @@ class Trial:
             for name in list(steps):
                 step = steps.pop(name)
                 with self.job.reporting(name):  # one that fails has no more turns
+                    step()  # others have used the memory since
                     taken = self.machine.seconds(lambda: [step() for _ in range(self.count)])  # noqa: B023
                     self.taken[name].append(taken / self.count)
                     steps[name] = step
