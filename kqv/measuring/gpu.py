@@ -23,7 +23,7 @@ from kqv.measuring.gpu_kernels import check_kernels
 from kqv.measuring.gpu_machine import ceilings, versions
 from kqv.measuring.gpu_process import Process
 from kqv.measuring.gpu_runs import run_shakespeare, run_tests, start_up
-from kqv.measuring.gpu_training import train_124m, train_baby
+from kqv.measuring.gpu_training import train_124m, train_124m_by_kernels, train_baby
 from kqv.measuring.report import format_figure, json_line
 from kqv.settings import setting
 
@@ -34,11 +34,12 @@ PARTS = {
     "versions": (versions, 35),
     "ceilings": (ceilings, 20),
     "kernels": (check_kernels, 50),
-    "tests": (run_tests, 75),
+    "tests": (run_tests, 70),
     "baby": (train_baby, 70),
-    "124M": (train_124m, 160),
-    "decode": (compare_engines, 75),
-    "shakespeare": (run_shakespeare, 55),
+    "124M": (train_124m, 110),
+    "124M_kernels": (train_124m_by_kernels, 70),
+    "decode": (compare_engines, 70),
+    "shakespeare": (run_shakespeare, 50),
     "start_up": (start_up, 40),
 }
 
@@ -78,21 +79,26 @@ def bench_gpu(config, train):
         return
     output_may_be_lost()
     report = Report(folder)
-    command = [sys.executable, str(Path(train.__file__).with_name("bench.py")), "gpu", "--isolated=False"]
-    command += [f"--out_dir={folder}", f"--device={config.device}", f"--quick={config.quick}"]
-    command += [f"--data={Path(config.data).resolve()}"] if config.data else []
-    end = time.monotonic()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a part ends with this process
     try:
-        for name in names:
-            end += config.seconds or PARTS[name][1]
-            seconds = math.ceil(config.seconds or end - time.monotonic())
-            run_part(name, [*command, f"--parts={name}", f"--seconds={seconds}"], seconds, report)
+        run_parts(names, config, train, report)
     finally:
         signal.signal(signal.SIGTERM, before)
         print(report.table(), file=sys.stderr, flush=True)
     if failed := report.failed:
         raise UserError(f"these parts failed: {', '.join(failed)}; their messages are in {config.out_dir}")
+
+
+def run_parts(names, config, train, report):
+    """Run each part in a process of its own."""
+    command = [sys.executable, str(Path(train.__file__).with_name("bench.py")), "gpu", "--isolated=False"]
+    command += [f"--out_dir={report.folder}", f"--device={config.device}", f"--quick={config.quick}"]
+    command += [f"--data={Path(config.data).resolve()}"] if config.data else []
+    end = time.monotonic()
+    for name in names:
+        end += config.seconds or PARTS[name][1]
+        seconds = math.ceil(config.seconds or end - time.monotonic())
+        run_part(name, [*command, f"--parts={name}", f"--seconds={seconds}"], seconds, report)
 
 
 def run_here(job):
@@ -149,12 +155,12 @@ class Report:
         return list(dict.fromkeys(line["part"] for line in self.lines if "failed" in line))
 
     def table(self):
-        """The lines as text for people: a row each, with the first figures."""
+        """The lines as text for people: a row each, with what failed and the first figures."""
         rows = []
         for line in self.lines[1:]:
-            figures = {name: value for name, value in line.items() if name not in ("part", "what")}
-            shown = [format_figure(name, value) for name, value in list(figures.items())[:4]]
-            rows.append(f"{line['part']:<12} {line['what']:<36} {', '.join(shown)[:110]}")
+            names = sorted(list(line)[2:], key=lambda name: name not in ("failed", "skipped"))
+            shown = ", ".join(format_figure(name, line[name]) for name in names)
+            rows.append(f"{line['part']:<12} {line['what']:<36} {shown[:110]}")
         return "\n".join(rows)
 
 

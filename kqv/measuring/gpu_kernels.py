@@ -27,7 +27,7 @@ def check_kernels(job):
     if job.device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU
     set_precision(job.train.TrainSettings(), job.device)
-    for check in (check_loss, check_conversations, check_mlp, check_decoding):
+    for check in (check_loss, check_conversations, check_decoding, check_mlp):
         with job.reporting(check.__name__.removeprefix("check_")):
             check(job)
 
