@@ -11,7 +11,7 @@ from kqv.measuring.machine import Machine
 from kqv.measuring.presets import PRESETS
 from model import GPT, GPTConfig
 
-KINDS = ("graph", "kernels", "compiled")  # of engine; the last takes longest to begin
+KINDS = ("graph", "kernels", "compiled", "compiled, int8")  # of engine; those that compile take long to begin
 LOGITS = 1e-2  # how far logits in bfloat16 may be from the right ones, as a share of their size
 PROMPT, WRITTEN = 100, 128  # tokens, below 256 together: there is one length of the cache to compile for
 COMPILING = 40  # seconds that the compiled engine may take
@@ -32,13 +32,17 @@ class Trial:
         return f"{kind}, batch {self.batch_size}"
 
     def engine(self, kind, dtype):
-        return Engine(
-            GPT.from_weights(self.gpt.config, self.gpt.state_dict()).to(self.job.device, dtype), kind
-        )
+        gpt = GPT.from_weights(self.gpt.config, self.gpt.state_dict())
+        kind, _, weights = kind.partition(", ")
+        if not weights:
+            return Engine(gpt.to(self.job.device, dtype), kind)
+        from kqv.generation.int8 import to_device
+
+        return Engine(to_device(gpt, self.job.device, dtype, weights), kind)
 
     def not_for(self, kind):
         """Why an engine can't be measured, or None."""
-        if kind == "compiled" and self.job.seconds_left < COMPILING:
+        if "compiled" in kind and self.job.seconds_left < COMPILING:
             return "no time is left"
         if kind == "kernels":
             with suppress(ImportError):
@@ -100,5 +104,6 @@ def compare_engines(job):
                 job.emit(trial.name(kind), skipped=reason)
                 continue
             trial.measure(kind)
-            trial.compare_logits(kind)
-            trial.compare_tokens(kind)
+            if "int8" not in kind:
+                trial.compare_logits(kind)
+                trial.compare_tokens(kind)

@@ -54,7 +54,7 @@ class Job:
         try:
             yield
         except (NotHere, ImportError) as error:
-            self.emit(what, skipped=f"not there: {first_line(error, 300)}")
+            self.emit(what, skipped=first_line(error, 300))
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             self.emit(what, failed=f"{type(error).__name__}: {first_line(error, 300)}")

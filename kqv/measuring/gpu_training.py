@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from kqv.device import find_dtype, peak_flops
+from kqv.errors import UserError
 from kqv.measuring.costs import model_of
 from kqv.measuring.gpu_job import NotHere
 from kqv.measuring.machine import Machine, peak_memory, reset_peak_memory
@@ -99,7 +100,8 @@ def replacing(replaced):
 
 def train_baby(job):
     """Lines of all variants on nanoGPT's model for tiny Shakespeare: their speed and their loss curves."""
-    shape = GPTConfig(64, 65, 2, 2, 32, bias=False) if job.quick else PRESETS["baby"].shape
+    shape = GPTConfig(64, 128, 2, 2, 32, bias=False) if job.quick else PRESETS["baby"].shape
+    shape = replace(shape, vocab_size=128)  # its 65 characters, padded
     with Trial(job, shape, 50) as trial:
         trial.measure("baseline", "train.py", "plain", *SINGLE, "not compiled")
         trial.compare_curves("baseline", "not compiled", "train.py", *SINGLE)
@@ -161,8 +163,7 @@ class Trial:
         )
         if unknown := variant.settings.keys() - vars(settings).keys():
             raise NotHere(f"train.py has no setting {', '.join(sorted(unknown))}")
-        if job.device.type == "cpu" and "fused_mlp" in variant.settings:
-            raise NotHere("its kernels need a GPU")
+        self.require(variant.settings)
         settings = replace(settings, **variant.settings)
         compiled = variant.compiled and job.device.type == "cuda"
         if variant.plain:
@@ -175,6 +176,23 @@ class Trial:
                 return step()
 
         return step_of_variant
+
+    def require(self, settings):
+        """Raise NotHere where the device or the shape is none for such settings."""
+        of = self.job.device, self.machine.dtype
+        if "fused_mlp" in settings:
+            from kqv.training.fused_mlp import not_fused
+
+            if reason := not_fused(self.shape, *of):
+                raise NotHere(f"fused_mlp {reason}")
+        if "dtype_head" in settings:
+            from kqv.training.float8 import require_float8
+
+            head = torch.empty(self.shape.vocab_size, self.shape.n_embd, device="meta")
+            try:
+                require_float8(head, *reversed(of))
+            except UserError as error:
+                raise NotHere(str(error)) from None
 
     def measure(self, *variants):
         """A line for each variant: its speed, from rounds in which all have a turn, the baseline two."""

@@ -1,5 +1,6 @@
 """bench.py train: how fast training is here."""
 
+import functools
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -180,7 +181,9 @@ def own_step(settings, shape, machine, compiled, train_step):
     state = start_state(settings, gpt, None, machine.dtype, world)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
-    objective = NextToken(gpt, next_token_loss)
+    in_float8 = getattr(settings, "dtype_head", "auto") == "float8"
+    loss = functools.partial(next_token_loss, float8=True) if in_float8 else next_token_loss
+    objective = NextToken(gpt, loss)
     model = torch.compile(objective) if compiled else objective
     autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 

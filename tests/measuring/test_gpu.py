@@ -219,7 +219,7 @@ def test_an_error_is_a_line_and_the_part_goes_on(job, lines):
         import kqv.nothing  # noqa: F401
     found = lines()
     assert found["one"]["failed"] == "RuntimeError: CUDA error: an illegal memory access"
-    assert found["two"]["skipped"] == "not there: No module named 'kqv.nothing'"
+    assert found["two"]["skipped"] == "No module named 'kqv.nothing'"
 
 
 def test_an_error_larger_than_the_usual_one_fails(job, lines):
@@ -260,8 +260,8 @@ def test_a_variant_that_fails_or_is_not_there_leaves_the_others(variants):
     found = variants(table)
     assert found["baseline"]["of baseline"] == 1 and found["baseline again"]["tokens/s"] > 0
     assert "failed" in found["wrong"] and "failed" in found["wrong, curve"]
-    assert found["later"]["skipped"] == "not there: train.py has no setting no_such_setting"
-    assert found["gone"]["skipped"] == "not there: there is no train.no_such_name"
+    assert found["later"]["skipped"] == "train.py has no setting no_such_setting"
+    assert found["gone"]["skipped"] == "there is no train.no_such_name"
 
 
 def test_a_curve_away_from_the_baseline_fails(variants):
