@@ -16,7 +16,7 @@ import bench
 import train
 from kqv.measuring import gpu_runs, gpu_training
 from kqv.measuring.gpu import PARTS, Report, run_part
-from kqv.measuring.gpu_job import Job
+from kqv.measuring.gpu_job import Job, NotHere
 from kqv.measuring.gpu_kernels import compare
 from kqv.measuring.gpu_training import Trial, Variant
 from model import GPTConfig
@@ -268,6 +268,38 @@ def test_a_curve_away_from_the_baseline_fails(variants):
     found = variants({"baseline": Variant(), "same": Variant(), "fast": Variant({"learning_rate": 0.1})})
     assert found["same, curve"]["from baseline"] == 0 and "failed" not in found["same, curve"]
     assert found["fast, curve"]["failed"].endswith("from the baseline, but noise is 0.02")
+
+
+def test_what_a_variant_replaces_is_there_again_after_it():
+    before = train.step_unless
+    with pytest.raises(NotHere), gpu_training.replacing({"train.step_unless": 1, "train.nothing": 2}):
+        pass
+    assert train.step_unless is before
+    with gpu_training.replacing({"train.step_unless": 1}):
+        assert train.step_unless == 1
+    assert train.step_unless is before
+
+
+def test_a_clip_apart_is_the_clip_of_training():
+    """AdamW's second step depends on the size of the gradient, so on the clip."""
+    weights = []
+    for step in (clipped_apart, clipped_by_torch):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+        for gradient in (torch.tensor([3.0, 0.0, 4.0]), torch.tensor([0.1, 0.2, 0.0])):
+            parameter.grad = gradient
+            step(parameter, optimizer)
+        weights.append(parameter.detach())
+    assert torch.allclose(*weights)
+
+
+def clipped_apart(parameter, optimizer):
+    gpu_training.clip_apart(torch.tensor(False), optimizer, parameter.grad.norm(), 1.0)
+
+
+def clipped_by_torch(parameter, optimizer):
+    torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    optimizer.step()
 
 
 def test_without_time_variants_are_skipped(variants):
