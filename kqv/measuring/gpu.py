@@ -94,11 +94,13 @@ def run_parts(names, config, train, report):
     command = [sys.executable, str(Path(train.__file__).with_name("bench.py")), "gpu", "--isolated=False"]
     command += [f"--out_dir={report.folder}", f"--device={config.device}", f"--quick={config.quick}"]
     command += [f"--data={Path(config.data).resolve()}"] if config.data else []
+    environment = {"TRITON_INTERPRET": "1"} if config.device == "cpu" else {}  # kernels run on a CPU, too
     end = time.monotonic()
     for name in names:
         end += config.seconds or PARTS[name][1]
         seconds = math.ceil(config.seconds or end - time.monotonic())
-        run_part(name, [*command, f"--parts={name}", f"--seconds={seconds}"], seconds, report)
+        command_of_part = [*command, f"--parts={name}", f"--seconds={seconds}"]
+        run_part(name, command_of_part, seconds, report, environment)
 
 
 def run_here(job):
@@ -164,13 +166,14 @@ class Report:
         return "\n".join(rows)
 
 
-def run_part(name, command, seconds, report):
+def run_part(name, command, seconds, report, environment=None):
     """
     Run a part's command for at most so many seconds. Its lines of JSON go to the report, then one about its
     end; all else that it prints goes to NAME.stderr.txt in the report's folder.
     """
     messages = report.folder / f"{name}.stderr.txt"
-    process, start, failed = Process(command, messages, report.add), time.monotonic(), "interrupted"
+    process = Process(command, messages, report.add, environment)
+    start, failed = time.monotonic(), "interrupted"
     try:
         failed = process.run(seconds)
     finally:

@@ -58,3 +58,21 @@ class Job:
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
             self.emit(what, failed=f"{type(error).__name__}: {first_line(error, 300)}")
+
+
+@contextmanager
+def replacing(replaced):
+    """A context in which {"module.name": value} are in the place of what is there. Raises NotHere."""
+    before = {}
+    try:
+        for path, value in replaced.items():
+            module, _, name = path.rpartition(".")
+            if not hasattr(sys.modules.get(module), name):
+                raise NotHere(f"there is no {path}")
+            before[path] = getattr(sys.modules[module], name)
+            setattr(sys.modules[module], name, value)
+        yield
+    finally:
+        for path, value in before.items():
+            module, _, name = path.rpartition(".")
+            setattr(sys.modules[module], name, value)

@@ -4,13 +4,13 @@ error may be little more than that of torch's own operations in the same precisi
 """
 
 import copy
-import os
 from dataclasses import replace
 from itertools import product
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kqv.measuring.gpu_job import replacing
 from kqv.measuring.plain import cross_entropy_of_all
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
@@ -24,8 +24,6 @@ FAMILIES = ("124M", "smollm2-135M", "qwen3-0.6B")
 
 def check_kernels(job):
     """A line for each kind of work, with its relative error and that of torch's operations."""
-    if job.device.type == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU
     set_precision(job.train.TrainSettings(), job.device)
     for check in (check_loss, check_conversations, check_decoding, check_mlp):
         with job.reporting(check.__name__.removeprefix("check_")):
@@ -67,11 +65,10 @@ def check_loss(job):
     functions = {"loss": loss.next_token_loss}
     if job.device.type == "cuda":
         functions["loss, compiled"] = torch.compile(loss.next_token_loss)
-    names = [name for name in ("LOGITS_AT_ONCE", "LOGITS_AT_ONCE_COMPILED") if hasattr(loss, name)]
-    for name in names:
-        setattr(loss, name, N * V // 4)
+    sizes = [name for name in vars(loss) if name.startswith("LOGITS_AT_ONCE")]
+    chunks = {f"kqv.training.loss.{name}": N * V // 4 for name in sizes}
     for what, function in functions.items():
-        with torch.autocast(job.device.type, torch.bfloat16):
+        with replacing(chunks), torch.autocast(job.device.type, torch.bfloat16):
             own, usual = (with_gradients(each, x, head, targets) for each in (function, plain_loss))
         compare(job, what, own, usual, right, ("the loss", "its gradient of x", "its gradient of the head"))
 
@@ -153,6 +150,7 @@ def check_decoding(job):
     """A step of decoding by kernels, for shapes of several families, two blocks of each."""
     from kqv.kernels.decoding import KernelDecoder, why_not
 
+    torch.set_float32_matmul_precision("highest")  # not TF32
     batch_size, slots, T = (2, 64, 40) if job.quick else (8, 1024, 600)
     for family, dtype in product(FAMILIES, (torch.float32, torch.bfloat16)):
         shape = replace(PRESETS[family].shape, n_layer=2, block_size=slots)

@@ -13,11 +13,12 @@ from kqv.errors import first_line
 class Process:
     """
     `command` in a process of its own and a group of its own. Each line of its output that is an object of
-    JSON goes to `take`, as a dict; all else that it prints goes to the file at `messages`.
+    JSON goes to `take`, as a dict; all else that it prints goes to the file at `messages`. `environment` has
+    more variables.
     """
 
-    def __init__(self, command, messages, take):
-        self.command, self.messages, self.take = command, messages, take
+    def __init__(self, command, messages, take, environment=None):
+        self.command, self.messages, self.take, self.environment = command, messages, take, environment
 
     def run(self, seconds):
         """
@@ -27,6 +28,7 @@ class Process:
         with open(self.messages, "wb") as messages:
             process = subprocess.Popen(
                 self.command,
+                env={**os.environ, **(self.environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=messages,

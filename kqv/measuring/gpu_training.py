@@ -2,9 +2,7 @@
 
 import math
 import statistics
-import sys
 import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import torch
 from kqv.device import find_dtype, peak_flops
 from kqv.errors import UserError
 from kqv.measuring.costs import model_of
-from kqv.measuring.gpu_job import NotHere
+from kqv.measuring.gpu_job import NotHere, replacing
 from kqv.measuring.machine import Machine, peak_memory, reset_peak_memory
 from kqv.measuring.plain import plain_step
 from kqv.measuring.presets import PRESETS
@@ -78,24 +76,6 @@ VARIANTS = {
 # A kernel that reads where it must not spoils all that its process computes later: these come last.
 OWN_KERNELS = ("together", "fused MLP", "float8 head")
 SINGLE = ("bfloat16 stream", "folded clip", "large chunks")
-
-
-@contextmanager
-def replacing(replaced):
-    """A context in which {"module.name": value} are in the place of what is there. Raises NotHere."""
-    before = {}
-    try:
-        for path, value in replaced.items():
-            module, _, name = path.rpartition(".")
-            if not hasattr(sys.modules.get(module), name):
-                raise NotHere(f"there is no {path}")
-            before[path] = getattr(sys.modules[module], name)
-            setattr(sys.modules[module], name, value)
-        yield
-    finally:
-        for path, value in before.items():
-            module, _, name = path.rpartition(".")
-            setattr(sys.modules[module], name, value)
 
 
 def train_baby(job):
