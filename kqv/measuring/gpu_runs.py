@@ -31,7 +31,7 @@ class Tests:
     """A plugin of pytest that emits each failure at once, counts, and ends the session at the job's limit."""
 
     def __init__(self, job, exit):
-        self.job, self.exit = job, exit
+        self.job, self.exit, self.output = job, exit, sys.stdout
         self.counts = {"passed": 0, "failed": 0, "skipped": 0}
         self.reasons = set()
 
@@ -40,7 +40,9 @@ class Tests:
             self.counts[report.outcome] += 1
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.job.emit(report.nodeid, failed=first_line(crash.message if crash else report.longrepr, 300))
+            reason = first_line(crash.message if crash else report.longrepr, 300)
+            with redirect_stdout(self.output):
+                self.job.emit(report.nodeid, failed=reason)
         if report.outcome == "skipped":
             self.reasons.add(str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else "expected")
         if self.job.seconds_left < STOPPING:

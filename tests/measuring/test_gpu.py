@@ -204,6 +204,41 @@ def test_every_part_is_rehearsed_without_a_process_of_its_own(cli):
     assert found["loss"]["error"] < 0.01
 
 
+OTHER_TESTS = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_right():
+    print("noise")
+
+def test_wrong():
+    print("noise")
+    assert 1 == 2
+
+def test_not_here():
+    pytest.skip("there is no such card")
+"""
+
+
+def test_each_test_that_fails_has_a_line(part, tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_gpu.py").write_text(OTHER_TESTS, "utf-8")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu", "utf-8")
+    code = f"""
+import sys, types, pathlib, torch
+sys.path.insert(0, {str(ROOT)!r})
+from kqv.measuring import gpu_job, gpu_runs
+train = types.SimpleNamespace(__file__={str(tmp_path / "train.py")!r})
+gpu_runs.run_tests(gpu_job.Job("some", True, torch.device("cpu"), train, pathlib.Path("."), 90))
+"""
+    (wrong, counts, end), messages = part(code, seconds=90)
+    assert wrong["what"].endswith("test_gpu.py::test_wrong") and wrong["failed"] == "assert 1 == 2"
+    assert [counts[f"tests {how}"] for how in ("passed", "failed", "skipped")] == [1, 1, 1]
+    assert counts["reasons of skips"] == ["Skipped: there is no such card"]
+    assert "failed" not in end and "1 failed, 1 passed, 1 skipped" in messages
+
+
 # What parts emit
 
 
