@@ -84,13 +84,25 @@ def bench_train(config, train):
 
 
 def write_random_set(folder, shape):
-    """A prepared set of random tokens, with as many ids as the shape has."""
+    """
+    A prepared set of random tokens, with as many ids as the shape has. As in text, few ids are frequent, and
+    of two tokens, every second follows from the one before it: there is something to learn.
+    """
     first = 0xE000  # the code points before it are no characters
     tokenizer = CharTokenizer("".join(map(chr, range(first, first + shape.vocab_size))))
     random = np.random.default_rng(0)
-    splits = {
-        split: random.integers(shape.vocab_size, size=2**20 + shape.block_size) for split in dataset.SPLITS
-    }
+    share = 1 / (np.arange(shape.vocab_size) + 3)  # Zipf's law
+    follower = random.permutation(shape.vocab_size)
+    splits = {}
+    for split in dataset.SPLITS:
+        size = 2**20 + shape.block_size
+        drawn = random.choice(shape.vocab_size, size, p=share / share.sum())
+        follows = random.random(size) < 0.5
+        follows[0] = False
+        tokens = drawn
+        for _ in range(30):  # few follow so many in a row
+            tokens = np.where(follows, follower[np.roll(tokens, 1)], drawn)
+        splits[split] = tokens
     dataset_writer.write(folder, splits, tokenizer, {})
 
 

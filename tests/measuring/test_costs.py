@@ -18,8 +18,8 @@ from kqv.measuring import costs
 from kqv.measuring.costs import Cluster, Job
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
-from kqv.training.sharding import is_sharded
 from kqv.training.objective import checkpoint_activations, narrow_stream
+from kqv.training.sharding import is_sharded
 from kqv.training.state import start_state
 from kqv.training.world import World
 from model import GPT, Block, GPTConfig, NextToken
