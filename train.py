@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kqv import errors
+from kqv import errors, threads
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
@@ -40,6 +40,7 @@ from kqv.training.start import (
     RunSettings,
     build_model,
     checkpoint_activations,
+    choose_threads,
     compile_blocks,
     require_divisible,
     require_same_start,
@@ -165,6 +166,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     device = world.device.type if world.size > 1 else str(world.device)
     config = replace(config, device=device)  # so that a checkpoint says where it was made
     config, wandb_run = start_tracking(config, start_checkpoint, world)
+    about_threads = choose_threads(config, start_checkpoint, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
@@ -193,7 +195,9 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     log = Log(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
-    log.start(state, config, world, how, start_lines(config, given, world, start_checkpoint, forgotten))
+    how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
+    lines = start_lines(config, given, world, start_checkpoint, forgotten)
+    log.start(state, config, world, how, (*about_threads, *lines))
     if start_checkpoint:
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from kqv import threads
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
@@ -284,6 +285,12 @@ def set_precision(config, device):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
         torch.use_deterministic_algorithms(True)
+
+
+def choose_threads(config, start_checkpoint, world):
+    """Set how many threads compute on a CPU -> lines about it. A resumed run has as many as before."""
+    saved = start_checkpoint.get("threads") if config.init_from == "resume" else None
+    return threads.choose(world.device, saved, config.deterministic)
 
 
 def smaller_batch(config):
