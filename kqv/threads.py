@@ -9,6 +9,10 @@ does not.
 import os
 import time
 
+STAT = "/proc/stat"  # what each core has done since the machine started
+
+SHARE = "/sys/fs/cgroup/cpu.max"  # of the CPU, that a container may take
+
 begun = None  # what `reading` gave when the command began
 
 
@@ -58,7 +62,7 @@ def named(count):
 def core_limit():
     """How many cores this process may use: what it may run on, or its container's share of the CPU."""
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
+        with open(SHARE) as file:
             quota, period = map(int, file.read().split())
     except (OSError, ValueError):  # there is no limit
         return len(own_cores())
@@ -80,7 +84,7 @@ def reading():
     """
     ticks, names = 0, {f"cpu{core}" for core in own_cores()}
     try:
-        with open("/proc/stat") as file:
+        with open(STAT) as file:
             for name, *numbers in map(str.split, file):
                 if name in names:
                     user, nice, system, _idle, _io_wait, *others = map(int, numbers[:8])
