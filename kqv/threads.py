@@ -13,11 +13,11 @@ STAT = "/proc/stat"  # what each core has done since the machine started
 
 SHARE = "/sys/fs/cgroup/cpu.max"  # of the CPU, that a container may take
 
-begun = None  # what `reading` gave when the command began
+begun = None  # what `reading` gave last
 
 
 def begin():
-    """Note when the command begins: `choose` counts from here what other processes do."""
+    """Begin to count what other processes do. A command does so before its slow imports."""
     global begun
     begun = reading()
 
@@ -44,6 +44,7 @@ def choose(device, saved=None, repeatable=False):
     else:
         count = most if repeatable else free
     torch.set_num_threads(count)
+    begin()
     if saved and count != saved:
         return [f"the run had {named(saved)} and has {named(count)} now: results differ in their last bits"]
     if given or count == free == most:
@@ -52,6 +53,20 @@ def choose(device, saved=None, repeatable=False):
         return [f"{named(count)}, as other processes keep cores busy; OMP_NUM_THREADS={most} overrules that"]
     return [
         f"{named(count)}, so that results repeat bit for bit; OMP_NUM_THREADS={free} may be faster just now"
+    ]
+
+
+def crowded(device):
+    """Lines for the user where other processes have come to use cores that threads need."""
+    import torch
+
+    count, free = torch.get_num_threads(), free_cores()
+    begin()
+    if device.type != "cpu" or free >= count:
+        return []
+    return [
+        f"other processes keep cores busy, and {named(count)} wait for each other: stop the run "
+        f"and resume it with OMP_NUM_THREADS={free}, which is faster"
     ]
 
 
@@ -70,7 +85,7 @@ def core_limit():
 
 
 def free_cores():
-    """How many of the cores that this process may run on no other process has used since the start, or 1."""
+    """How many of the cores that this process may run on no other process has used since `begin`, or 1."""
     if not begun:  # not a command but a notebook
         return len(own_cores())
     seconds, all_used, used_here = (now - then for now, then in zip(reading(), begun, strict=True))

@@ -1,5 +1,6 @@
 """How many threads compute: as many as cores are free, and in a resumed run as many as before."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,15 +20,24 @@ RUN = [*TINY_RUN, "--dataset=tiny", "--n_embd=64", "--block_size=64", "--batch_s
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """Stand in for a machine that the process has used for two seconds: machine(cores=4, free=2)."""
+    """Stand in for a machine on which other processes run: machine(cores=4, free=2)."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(threads, "SHARE", str(tmp_path / "cpu.max"))
     usual = torch.get_num_threads()
 
-    def stand_in(cores=2, free=2.0):
+    def stand_in(cores=2, free=2.0, later=None):
+        """From the third reading on, so many are free as `later` says."""
+        now = [10.0, 500.0, 0.1]
+
+        def readings():
+            for number in itertools.count():
+                yield tuple(now)
+                others = cores - (free if number < 1 or later is None else later)
+                now[:] = now[0] + 2, now[1] + 2 * others + 1.7, now[2] + 1.7
+
         monkeypatch.setattr(threads, "own_cores", lambda: range(cores))
-        monkeypatch.setattr(threads, "begun", (10.0, 500.0, 0.1))
-        monkeypatch.setattr(threads, "reading", lambda: (12.0, 500 + 2 * (cores - free) + 1.7, 1.8))
+        monkeypatch.setattr(threads, "reading", readings().__next__)
+        monkeypatch.setattr(threads, "begun", threads.reading())
         torch.set_num_threads(cores)  # what torch does by itself
 
     yield stand_in
@@ -86,7 +96,7 @@ def test_a_run_of_more_threads_than_there_are_cores_has_fewer_here(machine):
 
 def test_only_the_cores_that_the_process_may_run_on_count(monkeypatch, tmp_path):
     (tmp_path / "stat").write_text(
-        "cpu 0 0\ncpu0 100 200 300 9999 9999 1 2 3 50 50\ncpu1 7 0 0 9 9 0 0 0\ncpu10 5 0 0 9 9 0 0 0\nintr 1\n"
+        "cpu 0 0\ncpu0 100 200 300 999 999 1 2 3 5 5\ncpu1 7 0 0 9 9 0 0 0\ncpu10 5 0 0 9 9 0 0 0\nintr 1\n"
     )
     monkeypatch.setattr(threads, "STAT", str(tmp_path / "stat"))
     monkeypatch.setattr(threads, "own_cores", lambda: {0, 10})
@@ -96,7 +106,8 @@ def test_only_the_cores_that_the_process_may_run_on_count(monkeypatch, tmp_path)
 def test_all_cores_are_free_where_the_system_does_not_tell(machine, monkeypatch, tmp_path):
     """No /proc, or zeros in it, or a notebook, where nothing was noted at the start."""
     machine(cores=2)
-    monkeypatch.setattr(threads, "reading", lambda: (12.0, 500.0, 1.8))
+    monkeypatch.setattr(threads, "begun", (10.0, 0.0, 0.1))
+    monkeypatch.setattr(threads, "reading", lambda: (12.0, 0.0, 1.8))
     assert threads.choose(CPU) == [] and torch.get_num_threads() == 2
     monkeypatch.undo()
     monkeypatch.setattr(threads, "STAT", str(tmp_path / "none"))
@@ -123,6 +134,14 @@ def test_a_resumed_run_repeats_the_bits_whatever_else_runs(then, now, machine, c
     assert same(whole["model"], parts["model"]) and same(whole["optimizer"], parts["optimizer"])
     assert not same(whole["model"], other["model"])  # so the number of threads does matter here
     assert (whole["threads"], parts["threads"], other["threads"]) == (then, then, now)
+
+
+@pytest.mark.parametrize("later, crowded", [(2, False), (1, True)])
+def test_a_run_says_that_another_process_came_later(later, crowded, machine, cli, tiny_set):
+    machine(cores=2, free=2, later=later)
+    status, out, err = cli(train.main, *RUN)
+    assert (status, err) == (0, "") and "2 threads" in out.splitlines()[0]
+    assert ("resume it with OMP_NUM_THREADS=1" in out) == crowded
 
 
 @pytest.mark.skipif(len(threads.own_cores()) < 2, reason="needs two cores")

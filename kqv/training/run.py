@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kqv import threads
 from kqv.errors import UserError
 from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
@@ -83,6 +84,8 @@ class TrainingRun:
                 f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
                 f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
             )
+        for line in threads.crowded(self.world.device):
+            self.log.line(line)
         if self.state.note_evaluation(losses["val"]):
             self.best_at = step
 

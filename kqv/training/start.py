@@ -33,7 +33,9 @@ class RunSettings:
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
-    deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
+    deterministic: bool = setting(
+        False, "bit-for-bit repeatable: on a GPU at some cost in speed, on a CPU beside other work"
+    )
 
 
 # A field that GPTConfig gains is a setting here. (block_size is among the settings of the data.)
