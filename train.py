@@ -165,8 +165,8 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     require_divisible(config, world)
     device = world.device.type if world.size > 1 else str(world.device)
     config = replace(config, device=device)  # so that a checkpoint says where it was made
+    about_threads = choose_threads(config, start_checkpoint, world)  # before wandb starts processes
     config, wandb_run = start_tracking(config, start_checkpoint, world)
-    about_threads = choose_threads(config, start_checkpoint, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)

@@ -104,7 +104,7 @@ def reading():
                 if name in names:
                     user, nice, system, _idle, _io_wait, *others = map(int, numbers[:8])
                     ticks += user + nice + system + sum(others)  # interrupts, and what other machines took
-    except OSError:
+    except (OSError, ValueError):
         pass
     return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 

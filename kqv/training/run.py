@@ -84,8 +84,6 @@ class TrainingRun:
                 f"the model's loss at step {step} is not finite, so it is not saved; what was saved before "
                 f"stays: try --dtype=float32 or a --learning_rate below {config.learning_rate}"
             )
-        for line in threads.crowded(self.world.device):
-            self.log.line(line)
         if self.state.note_evaluation(losses["val"]):
             self.best_at = step
 
@@ -115,6 +113,9 @@ class TrainingRun:
                 contents = snapshot(self.state, self.config, self.data.tokenizer, self.wandb_id)
                 seconds = self.saver.save(contents, best=step == self.best_at)
             self.log.saved(step, seconds)
+            advice = [] if self.finished or stopping else threads.crowded(self.world.device)
+            for line in advice:
+                self.log.line(line)
         self.saved_at, self.saved_when = step, time.monotonic()
 
     def batches(self):
