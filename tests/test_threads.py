@@ -82,10 +82,14 @@ def test_a_container_has_its_share(share, count, machine, tmp_path):
     assert threads.choose(CPU) == [] and torch.get_num_threads() == count
 
 
-def test_results_that_are_to_repeat_do_not_depend_on_what_else_runs(machine):
+def test_a_deterministic_run_does_not_depend_on_what_else_runs(machine, cli, tiny_set):
     machine(cores=2, free=1)
-    (line,) = threads.choose(CPU, repeatable=True)
-    assert torch.get_num_threads() == 2 and "repeat bit for bit" in line and "OMP_NUM_THREADS=1" in line
+    try:
+        status, out, err = cli(train.main, *RUN, "--deterministic=True")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (status, err) == (0, "")
+    assert "2 threads, so that results repeat bit for bit; OMP_NUM_THREADS=1" in out
 
 
 def test_a_run_of_more_threads_than_there_are_cores_has_fewer_here(machine):
