@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 import sys
 from dataclasses import dataclass
 
+from kqv import threads
 from kqv.device import PlacementSettings, find_device, out_of_memory_as
 from kqv.errors import UsageError, UserError
 from kqv.formats import loading
@@ -82,6 +83,7 @@ def sample(config, given):
     asks = config.chat or (nothing_given and sys.stdin.isatty())
     texts = [] if config.evaluate or asks else read_prompts(config)
     device = find_device(config.device)
+    threads.choose(device)
     gpt, tokenizer, trained_on = load(config)
     require_conversations(tokenizer, config, given)
     with out_of_memory_as(f"the model does not fit into the memory of {device}: try --device=cpu"):

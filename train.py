@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kqv import errors
+from kqv import errors, threads
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
@@ -45,6 +45,7 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
+    choose_threads,
     require_divisible,
     require_same_start,
     resolve_start,
@@ -166,6 +167,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     require_divisible(config, world)
     device = world.device.type if world.size > 1 else str(world.device)
     config = replace(config, device=device)  # so that a checkpoint says where it was made
+    about_threads = choose_threads(config, start_checkpoint, world)  # before wandb starts processes
     config, wandb_run = start_tracking(config, start_checkpoint, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
@@ -194,7 +196,9 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     log = Log(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
-    log.start(state, config, world, how, start_lines(config, given, world, start_checkpoint, forgotten))
+    how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
+    lines = start_lines(config, given, world, start_checkpoint, forgotten)
+    log.start(state, config, world, how, (*about_threads, *lines))
     if start_checkpoint:
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)

@@ -10,6 +10,7 @@ COMMANDS = ("train", "sample", "prepare", "export", "bench")
 # A room imports from itself and from those before it.
 ROOMS = (
     "printable",
+    "threads",
     "errors",
     "forms",
     "pipes",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from kqv import threads
 from kqv.measuring.report import print_figures
 from kqv.settings import setting
 
@@ -29,6 +30,7 @@ class Machine:
     """
 
     def __init__(self, device, dtype, rounds, clock=time.perf_counter):
+        threads.choose(device)
         self.device, self.dtype, self.rounds, self.clock = device, dtype, rounds, clock
         kind = "cpu" if device.type == "cpu" else "gpu"
         self.numbers = torch.ones(NUMBERS_READ[kind], device=device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kqv import threads
 from kqv.errors import UserError
 from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
@@ -114,6 +115,9 @@ class TrainingRun:
                 contents = snapshot(self.state, self.config, self.data.tokenizer, self.wandb_id)
                 seconds = self.saver.save(contents, best=step == self.best_at)
             self.log.saved(step, seconds)
+            advice = [] if self.finished or stopping else threads.crowded(self.world.device)
+            for line in advice:
+                self.log.line(line)
         self.saved_at, self.saved_when = step, time.monotonic()
 
     def batches(self):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from kqv import threads
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
@@ -29,7 +30,9 @@ class RunSettings:
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
-    deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
+    deterministic: bool = setting(
+        False, "bit-for-bit repeatable: on a GPU at some cost in speed, on a CPU beside other work"
+    )
 
 
 # A field that GPTConfig gains is a setting here. (block_size is among the settings of the data.)
@@ -245,6 +248,12 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         )
     else:
         require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
+
+
+def choose_threads(config, start_checkpoint, world):
+    """Set how many threads compute on a CPU -> lines about it. A resumed run has as many as before."""
+    saved = start_checkpoint.get("threads") if config.init_from == "resume" else None
+    return threads.choose(world.device, saved, config.deterministic)
 
 
 def smaller_batch(config):
