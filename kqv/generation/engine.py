@@ -82,7 +82,7 @@ class Engine:
 
     def __init__(self, gpt, compiled=False):
         self.gpt = self.decoder = gpt
-        self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
+        self.device, self.dtype = gpt.transformer.ln_f.weight.device, gpt.transformer.ln_f.weight.dtype
         self.prefill, self.decode = gpt.hidden, decode
         self.use_cuda_graphs = compiled and self.device.type == "cuda"
         self.compile_for_cpu = compiled and self.device.type == "cpu"
