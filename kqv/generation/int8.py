@@ -45,9 +45,8 @@ class Int8Linear(nn.Linear):
             return super().forward(x)
         else:
             y = F.linear(x, self.int8.to(x.dtype))
-        y = y * self.scale  # (..., out), float32
-        if self.bias is not None:
-            y = y + self.bias
+        scale = self.scale.to(y.dtype)  # (..., out) times (out,)
+        y = y * scale if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, scale)
         return y.to(x.dtype)
 
 
@@ -70,8 +69,8 @@ def quantised(weight):
     A matrix (out, in) in float32 -> (int8 (out, in), scale (out,)). A number is off by half a scale at most.
     A row with a number that is not finite has such a scale, so what it computes is not finite either.
     """
-    scale = weight.abs().amax(dim=1) / 127
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)  # a row may be zeros
+    scale = scale.bfloat16().float()  # so that it is the same number in every dtype
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 

@@ -54,13 +54,14 @@ def test_a_number_is_off_by_half_a_scale_at_most(numbers):
     assert int8.dtype == torch.int8 and int8.abs().max() <= 127 and scale.dtype == torch.float32
     off = (int8.double() * scale.double()[:, None] - torch.from_numpy(numbers).double()).abs()
     assert (off <= scale.double()[:, None] * (0.5 + 1e-4)).all()
-    assert torch.allclose(scale, torch.from_numpy(numbers).abs().amax(dim=1) / 127, atol=1.2e-38)
+    assert torch.allclose(scale, torch.from_numpy(numbers).abs().amax(dim=1) / 127, rtol=0.004, atol=1.2e-38)
+    assert torch.equal(scale, scale.bfloat16().float())
 
 
 def test_a_row_of_zeros_stays_one_and_a_row_spoils_no_other():
-    weight = torch.tensor([[0.0, 0.0], [1e30, -1e30], [1e-30, 5e-31]])
+    weight = torch.tensor([[0.0, 0.0], [1e30, -1e30], [1e-30, 6e-31]])
     int8, scale = quantised(weight)
-    assert int8.tolist() == [[0, 0], [127, -127], [127, 64]]
+    assert int8.tolist() == [[0, 0], [127, -127], [127, 76]]
     torch.testing.assert_close(int8 * scale[:, None], weight, rtol=0.01, atol=0)
 
 
