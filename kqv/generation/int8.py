@@ -24,8 +24,8 @@ FEW_ROWS = 8  # up to so many, torch's product with int8 on a CPU is faster than
 class PrecisionSettings:
     """Precision of the weights"""
 
-    weights: Literal["dtype", "int8"] = setting(
-        "dtype", "as --dtype; int8: matrices in 8 bits, a scale a row: less memory, and faster where compiled"
+    weights: Literal["float", "int8"] = setting(
+        "float", "float: in --dtype; int8: matrices in 8 bits: less memory, and faster where it is compiled"
     )
 
 

@@ -177,7 +177,7 @@ def test_a_trained_model_loses_little_and_writes_what_it_wrote(cli, tiny_set, mo
     assert cli(train.main, *TINY_RUN, "--dataset=tiny", "--max_iters=100", "--lr_decay_iters=100")[0] == 0
     argv = ["--device=cpu", "--dtype=float32"]
     losses = []
-    for weights in ("dtype", "int8"):
+    for weights in ("float", "int8"):
         status, out, err = cli(sample.main, *argv, "--evaluate=val", "--format=jsonl", f"--weights={weights}")
         assert (status, err) == (0, "")
         losses.append(json.loads(out)["loss"])
