@@ -18,6 +18,7 @@ from kqv.generation.cpu_decoding import matvec
 from kqv.settings import setting
 
 FEW_ROWS = 8  # up to so many, torch's product with int8 on a CPU is faster than one with a bfloat16 copy
+PACKED = 64  # that product reads past a row's end where `in` is no multiple of it
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Int8Linear(nn.Linear):
         rows = x.numel() // self.in_features
         if rows == 1 and torch.compiler.is_compiling():
             y = matvec(self.int8, x.reshape(-1)).view(*x.shape[:-1], -1)  # the only copy is in registers
-        elif rows <= FEW_ROWS and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        elif is_for_packed(x, rows):
             ones = x.new_ones(self.out_features)
             y = torch._weight_int8pack_mm(x.reshape(rows, -1), self.int8, ones).view(*x.shape[:-1], -1)
         elif x.dtype == torch.float16:  # whose largest number is too small for sums of whole numbers
@@ -57,6 +58,12 @@ class Int8Embedding(nn.Embedding):
 
     def forward(self, idx):
         return (self.int8[idx] * self.scale[idx][..., None]).to(self.dtype)  # (..., C)
+
+
+def is_for_packed(x, rows):
+    """Whether torch's product of bfloat16 with int8 is the fastest for x (..., in) of so many rows."""
+    on_cpu = x.device.type == "cpu"
+    return on_cpu and rows <= FEW_ROWS and x.dtype == torch.bfloat16 and x.size(-1) % PACKED == 0
 
 
 def dequantised(module):

@@ -77,13 +77,14 @@ def test_numbers_that_are_none_are_noticed_as_they_are_without_int8(value):
 
 @pytest.mark.parametrize("compiling", [False, True], ids=["plain", "compiling"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(16,), (1, 1, 16), (2, 16), (2, 3, 16), (5, 7, 16)], ids=str)
+@pytest.mark.parametrize("width", [16, 24, 64, 192])
+@pytest.mark.parametrize("shape", [(), (1, 1), (2,), (2, 3), (5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_a_product_is_that_of_the_same_numbers(monkeypatch, dtype, shape, bias, compiling):
-    gpt = random_gpt(bias=bias)
+def test_a_product_is_that_of_the_same_numbers(monkeypatch, dtype, shape, width, bias, compiling):
+    gpt = random_gpt(n_layer=1, n_embd=width, bias=bias)
     keep_in_int8(gpt, dtype)
-    linear, x = gpt.transformer.h[0].mlp.c_fc, random_numbers(*shape).to(dtype)
+    linear, x = gpt.transformer.h[0].mlp.c_fc, random_numbers(*shape, width).to(dtype)
     weight = linear.int8.double() * linear.scale.double()[:, None]
     expected = F.linear(x.double(), weight, linear.bias.double() if bias else None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
