@@ -21,6 +21,7 @@ from kqv.generation.choice import EngineSettings, choose_engine, generation_dtyp
 from kqv.generation.conversation import Conversation
 from kqv.generation.engine import Engine
 from kqv.generation.evaluation import EvaluationSettings
+from kqv.generation.int8 import PrecisionSettings, to_device
 from kqv.generation.printing import is_plain, print_continuations
 from kqv.generation.prompts import PromptSettings, completed, encode_prompt, fitted, read_prompts
 from kqv.generation.sampling import Sampling
@@ -51,6 +52,7 @@ UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing
 class SampleSettings(
     EngineSettings,
     PlacementSettings,
+    PrecisionSettings,
     EvaluationSettings,
     BeamSettings,
     Sampling,
@@ -87,7 +89,7 @@ def sample(config, given):
     gpt, tokenizer, trained_on = load(config)
     require_conversations(tokenizer, config, given)
     with out_of_memory_as(f"the model does not fit into the memory of {device}: try --device=cpu"):
-        gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
+        to_device(gpt, device, generation_dtype(config.dtype, device, gpt), config.weights)
     block_size = gpt.config.block_size
     if config.evaluate:
         data = evaluation.open_set(config, trained_on, tokenizer)

@@ -65,7 +65,7 @@ class Engine:
         if kind not in KINDS:
             raise ValueError(f"there is no engine {kind!r}, but {', '.join(KINDS)}")
         self.gpt = decoder = gpt
-        self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
+        self.device, self.dtype = gpt.transformer.ln_f.weight.device, gpt.transformer.ln_f.weight.dtype
         on_cpu, step = self.device.type == "cpu", decode
         self.ahead = AHEAD if self.device.type == "cuda" else 0
         self.compiled = kind == "compiled"
