@@ -14,7 +14,7 @@ from kqv.measuring.gpu_job import replacing
 from kqv.measuring.plain import cross_entropy_of_all
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
-from kqv.training.start import set_precision
+from kqv.training.objective import set_precision
 from model import GPT, MLP, GPTConfig, KVCache, NextToken
 
 TIMES = 2.0  # the error of torch's own operations that is allowed
