@@ -2,6 +2,7 @@
 # make test   the tests          make lint   the style checks          make clean   remove the environments
 # make test-slow, make test-gpu  the tests that take minutes, and those that need a CUDA device
 # make exercise N=3              write a part of the code yourself, and have it graded; without N: which there are
+# make gpu    all that one GPU can show, checked and measured in at most ten minutes, into out/gpu
 # make fuzz   hostile and damaged files for four minutes; each failure is printed with the command that repeats it
 # make test-oldest               the tests with Python 3.10 and the lowest versions that the requirements allow
 
@@ -10,8 +11,9 @@ OLDEST_PYTHON ?= python3.10
 BIN := .venv/bin
 TRAIN_ARGS ?=
 FUZZ_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: demo test test-slow test-gpu test-oldest fuzz exercise lint clean
+.PHONY: demo test test-slow test-gpu test-oldest gpu fuzz exercise lint clean
 
 demo: .venv/runtime
 	$(BIN)/python prepare.py plays
@@ -26,6 +28,9 @@ test-slow: .venv/dev
 
 test-gpu: .venv/dev
 	$(BIN)/python -m pytest -m gpu
+
+gpu: .venv/dev
+	$(BIN)/python bench.py gpu $(GPU_ARGS)
 
 fuzz: .venv/dev
 	$(BIN)/python tests/fuzz $(FUZZ_ARGS)

@@ -84,13 +84,13 @@ def main(argv):
     }
     if is_prepared(folder, about, source):
         say(f"{folder} is ready: the same text and tokenizer as before")
-        showing.show(dataset.Dataset(folder), config.show)
+        show(folder, config.show)
         return
     tokenizer = learning.tokenizer_for(source, existing_tokenizer, new_tokenizer)
     encoding.write_set(folder, source, tokenizer, about, config.unknown, config.workers)
     report(folder, tokenizer)
     report_changes(source, tokenizer)
-    showing.show(dataset.Dataset(folder), config.show)
+    show(folder, config.show)
     say(f"train on it with: python train.py --dataset={shlex.quote(name)}")
 
 
@@ -144,6 +144,11 @@ def is_prepared(folder, about, source):
     if source.is_on_hub:  # it would have to be downloaded to compare its text
         return True
     return encoding.text_facts(source)["text_sha256"] == meta.get("sha256")
+
+
+def show(folder, count):
+    if count:  # else a large tokenizer would be read in vain
+        showing.show(dataset.Dataset(folder), count)
 
 
 def report(folder, tokenizer):

@@ -10,15 +10,18 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 import sys
 from dataclasses import dataclass
 
-from kqv.device import DeviceSettings, find_compile, find_device, out_of_memory_as
+from kqv import threads
+from kqv.device import PlacementSettings, find_device, out_of_memory_as
 from kqv.errors import UsageError, UserError
 from kqv.formats import loading
 from kqv.formats.loading import WeightsSettings
 from kqv.generation import evaluation
 from kqv.generation.beams import BeamSettings
+from kqv.generation.choice import EngineSettings, choose_engine, generation_dtype
 from kqv.generation.conversation import Conversation
-from kqv.generation.engine import Engine, compiling_pays, generation_dtype
+from kqv.generation.engine import Engine
 from kqv.generation.evaluation import EvaluationSettings
+from kqv.generation.int8 import PrecisionSettings, to_device
 from kqv.generation.printing import is_plain, print_continuations
 from kqv.generation.prompts import PromptSettings, completed, encode_prompt, fitted, read_prompts
 from kqv.generation.sampling import Sampling
@@ -27,7 +30,9 @@ from kqv.settings import fill, read_given, refuse, refuse_unused
 
 OF_TEXTS = ("start", "prompts", "num_samples", "logprobs")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "compile")
+OF_ANSWERS = ("beams", "length_penalty", "stop", "max_new_tokens", "max_examples", "bleu", "engine")
+
+TYPICAL_ANSWER = 100  # tokens; of a conversation nobody knows how many there will be
 
 UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
     (("dataset", "max_examples", "bleu"), lambda c: not c.evaluate, "without --evaluate=train or val"),
@@ -45,7 +50,15 @@ UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing
 
 @dataclass(frozen=True)
 class SampleSettings(
-    DeviceSettings, EvaluationSettings, BeamSettings, Sampling, TextSettings, PromptSettings, WeightsSettings
+    EngineSettings,
+    PlacementSettings,
+    PrecisionSettings,
+    EvaluationSettings,
+    BeamSettings,
+    Sampling,
+    TextSettings,
+    PromptSettings,
+    WeightsSettings,
 ):
     """
     usage: python sample.py [config.py ...] [--name=value ...]
@@ -72,10 +85,11 @@ def sample(config, given):
     asks = config.chat or (nothing_given and sys.stdin.isatty())
     texts = [] if config.evaluate or asks else read_prompts(config)
     device = find_device(config.device)
+    threads.choose(device)
     gpt, tokenizer, trained_on = load(config)
     require_conversations(tokenizer, config, given)
     with out_of_memory_as(f"the model does not fit into the memory of {device}: try --device=cpu"):
-        gpt.to(device=device, dtype=generation_dtype(config.dtype, device, gpt))
+        to_device(gpt, device, generation_dtype(config.dtype, device, gpt), config.weights)
     block_size = gpt.config.block_size
     if config.evaluate:
         data = evaluation.open_set(config, trained_on, tokenizer)
@@ -88,10 +102,11 @@ def sample(config, given):
         texts = [completed(text, tokenizer) for text in texts]
         prompts = [encode_prompt(text, tokenizer, config) for text in texts]
         prompts = fitted(texts, prompts, tokenizer, config, block_size)
-    compiled = config.compile
-    if compiled == "auto":
-        compiled = compiling_pays(batched(prompts, config), device, gpt, config)
-    writer = Writer(Engine(gpt, find_compile(compiled, device)), tokenizer, config)
+    batches = batched(prompts, config)
+    steps = TYPICAL_ANSWER if asks else len(batches) * config.max_new_tokens
+    rows = max(map(len, batches), default=1) * max(1, config.beams)
+    engine = Engine(gpt, choose_engine(config.engine, device, gpt, steps, rows))
+    writer = Writer(engine, tokenizer, config)
     if config.evaluate:
         evaluation.report(config, gpt, data, examples, writer.records(prompts))
     elif asks:

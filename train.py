@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
-import functools
 import math
 import signal
 import sys
@@ -13,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kqv import errors
+from kqv import errors, threads
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
 from kqv.settings import fill, read_given
 from kqv.text.dataset import Dataset
@@ -23,15 +22,22 @@ from kqv.training.depth import DepthSettings
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
+from kqv.training.fused_mlp import KernelSettings
 from kqv.training.log import Log, LogSettings, start_tracking
-from kqv.training.loss import LossSettings, next_token_loss
+from kqv.training.loss import LossSettings
 from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
-from kqv.training.optimizer import OptimizerSettings, set_learning_rates, step_unless
+from kqv.training.objective import (
+    checkpoint_activations,
+    compile_blocks,
+    make_objective,
+    set_precision,
+)
+from kqv.training.optimizer import OptimizerSettings, norm_of_gradients, set_learning_rates, step_unless
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
 from kqv.training.schedule import ScheduleSettings
-from kqv.training.sharding import full_tensor, is_sharded
+from kqv.training.sharding import is_sharded
 from kqv.training.signals import StopSignals
 from kqv.training.start import (
     ActivationSettings,
@@ -39,16 +45,13 @@ from kqv.training.start import (
     ModelSettings,
     RunSettings,
     build_model,
-    checkpoint_activations,
-    compile_blocks,
+    choose_threads,
     require_divisible,
     require_same_start,
     resolve_start,
-    set_precision,
     smaller_batch,
 )
 from kqv.training.state import belongs_to, changed_loss, start_state
-from model import NextToken
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class TrainSettings(
     ScheduleSettings,
     LossSettings,
     ActivationSettings,
+    KernelSettings,
     InitSettings,
     ModelSettings,
     DepthSettings,
@@ -145,11 +149,10 @@ def train_step(model, state, batches, config, world, autocast):
         nothing = torch.full_like(loss_sum, math.nan)
         return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
     state.scaler.unscale_(state.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip or math.inf)
-    grad_norm = full_tensor(grad_norm)
+    grad_norm = norm_of_gradients(state.model.parameters())
     bad = ~torch.isfinite(grad_norm)
     state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
-    step_unless(bad, state.optimizer)
+    step_unless(bad, state.optimizer, grad_norm, config.grad_clip)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
     return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
@@ -164,6 +167,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     require_divisible(config, world)
     device = world.device.type if world.size > 1 else str(world.device)
     config = replace(config, device=device)  # so that a checkpoint says where it was made
+    about_threads = choose_threads(config, start_checkpoint, world)  # before wandb starts processes
     config, wandb_run = start_tracking(config, start_checkpoint, world)
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
@@ -175,8 +179,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
-    loss = functools.partial(next_token_loss, label_smoothing=config.label_smoothing)
-    objective = NextToken(gpt, loss, data.tokenizer.vocab_size)
+    objective = make_objective(gpt, config, data, world.device, dtype)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype, world)
@@ -193,7 +196,9 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     log = Log(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
-    log.start(state, config, world, how, start_lines(config, given, world, start_checkpoint, forgotten))
+    how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
+    lines = start_lines(config, given, world, start_checkpoint, forgotten)
+    log.start(state, config, world, how, (*about_threads, *lines))
     if start_checkpoint:
         start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)

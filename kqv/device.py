@@ -1,9 +1,12 @@
 """The device that computes, its precision, and whether to compile."""
 
+import importlib.metadata
 import os
 import re
 import resource
 import shutil
+import sys
+import sysconfig
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +14,24 @@ from typing import Literal
 
 import torch
 
-from kqv.errors import UserError, first_line, is_out_of_memory
+from kqv.errors import UserError, first_line, is_out_of_memory, warn
 from kqv.settings import setting
 
 
 @dataclass(frozen=True)
-class DeviceSettings:
+class PlacementSettings:
     """Device"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "precision; auto: what the device is fast in"
     )
+
+
+@dataclass(frozen=True)
+class DeviceSettings(PlacementSettings):
+    """Compilation"""
+
     compile: Literal["auto", True, False] = setting("auto", "torch.compile; auto: on a CUDA device")
 
 
@@ -50,7 +59,10 @@ PEAK_TFLOPS = {
 
 
 def find_device(name):
-    """A device's name, or "auto": the fastest that this machine has -> torch.device. Raises UserError."""
+    """
+    A device's name, or "auto": the fastest that this machine has -> torch.device. A GPU becomes the current
+    one. Raises UserError.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "gpu":
@@ -65,6 +77,8 @@ def find_device(name):
         ) from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"device {name} holds no numbers to compute with: use --device=auto or --device=cpu")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events, streams and synchronize() belong to the current one
     return device
 
 
@@ -114,21 +128,57 @@ def machine_memory():
 
 def find_compile(choice, device):
     """
-    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Raises UserError for
-    True without a C++ compiler.
+    Whether to use torch.compile: True, False, or "auto", which is True on a CUDA device. Where compiling
+    can't work, "auto" is False, with a warning, and True raises UserError.
     """
+    asked = choice is True
     if choice == "auto":
-        return device.type == "cuda"
-    if choice and not has_compiler():
-        raise UserError(
-            "--compile=True needs a C++ compiler, and none is found: install g++, or use --compile=False"
-        )
-    return choice
+        choice = device.type == "cuda"
+    reason = cannot_compile(device) if choice else None
+    if reason and asked:
+        raise UserError(f"--compile=True can't work: {reason}, or use --compile=False")
+    if reason:
+        warn(f"the model is not compiled, and so slower: {reason}, or say --compile=False")
+    return choice and not reason
 
 
-def has_compiler():
-    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
-    return any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")))
+def cannot_compile(device):
+    """Why torch.compile can't work on the device, and what to install; None where it can."""
+    if device.type == "cuda":
+        # Triton compiles the kernels, and builds the functions that launch them with a C compiler.
+        if (capability := torch.cuda.get_device_capability(device)) < (7, 0):
+            return (
+                f"the GPU's compute capability is {'.'.join(map(str, capability))}: take one of at least 7.0"
+            )
+        if reason := cannot_use_triton():
+            return reason
+        if not any(map(is_program, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+            return "no C compiler is found: install gcc"
+    elif not is_program(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")):
+        return "no C++ compiler is found: install g++"
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if not header.exists():
+        return f"Python's header {header} is not there: install python3-dev"
+    return None
+
+
+def cannot_use_triton():
+    """Why Triton can't be used, and what to install; None where it can. A torch is made for one version."""
+    required = " ".join(importlib.metadata.requires("torch") or ())
+    found = re.search(r"[\w-]*triton[\w-]*[~=]=(\d+\.\d+)[\w.]*", required)
+    wanted = found[0] if found else "triton"
+    try:
+        import triton  # a slow import: only to compile
+    except Exception as error:  # also what its libraries raise
+        return f"Triton can't be imported ({first_line(error)}): pip install '{wanted}'"
+    if found and not f"{triton.__version__}.".startswith(f"{found[1]}."):
+        return f"triton {triton.__version__} is not for torch {torch.__version__}: pip install '{wanted}'"
+    return None
+
+
+def is_program(command):
+    """Whether the first word of a command is a program that is there."""
+    return any(map(shutil.which, command.split()[:1]))
 
 
 def cpu_has_bfloat16():

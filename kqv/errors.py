@@ -9,6 +9,7 @@ import errno
 import os
 import sys
 
+from kqv import threads
 from kqv.printable import one_line, printable, without_commands
 
 REQUIRED = ("torch", "numpy", "tiktoken", "tqdm", "wandb")
@@ -85,6 +86,7 @@ def run_command(path):
     """
     global is_command
     is_command = not hasattr(sys, "ps1")  # a notebook goes on
+    threads.begin()
     try:
         run(lambda argv: load(os.path.join(working_folder(), path)).main(argv))
     finally:

@@ -194,6 +194,8 @@ def require_known(name, types_of, where):
     near = difflib.get_close_matches(name, types_of, n=1)
     if name == "config":
         hint = "a config file is named without it, as in train.py config/mine.py"
+    elif name == "compile" and "engine" in types_of:
+        hint = "here it is --engine=compiled or --engine=plain"
     elif name.startswith("no") and types_of.get(negated) is bool:
         hint = f"write {negated}=False"
     else:

@@ -150,9 +150,10 @@ def train_in(folder, *argv):
 
 @pytest.fixture(autouse=True)
 def attention_as_it_was():
-    """Training decides for its process how a CPU attends; the next test begins with torch's own choice."""
+    """Training and models decide for their process how it attends; the next test begins as torch does."""
     yield
     torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.fixture

@@ -125,8 +125,8 @@ def test_llama_cpp_is_measured_on_request(figures):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], ["name what to measure", "bench.py sample", "bench.py train"]),
-        (["smaple"], ["smaple", "bench.py sample"]),
+        ([], ["name what to measure", "bench.py train, sample, plan or gpu"]),
+        (["smaple"], ["smaple", "sample"]),
         (["sample", "--batch_sizes=0"], ["batch_sizes=0", "at least 1"]),
         (["sample", "--batch_sizes=1,-2"], ["batch_sizes=1,-2", "at least 1"]),
         (["sample", "--batch_sizes=a"], ["'a'", "batch_sizes=a"]),
@@ -154,16 +154,19 @@ def test_what_can_not_be_measured_is_refused(refused, argv, says):
     assert all(part in line for part in says), line
 
 
-@pytest.mark.parametrize("what", ["train", "sample", "plan"])
+@pytest.mark.parametrize("what", ["train", "sample", "plan", "gpu"])
 def test_help_lists_settings(cli, what):
     status, out, err = cli(bench.main, what, "--help")
     assert (status, err) == (0, "") and f"usage: python bench.py {what}" in out
-    assert out.count("--format=text|jsonl") == 1 and out.count("\nReport:\n") == 1
+    if what == "gpu":
+        assert "versions, ceilings, kernels" in out and "--quick=True|False" in out
+    else:
+        assert out.count("--format=text|jsonl") == 1 and out.count("\nReport:\n") == 1
 
 
 def test_help_names_what_can_be_measured(cli):
     status, out, err = cli(bench.main, "--help")
-    assert (status, err) == (0, "") and "train|sample|plan" in out
+    assert (status, err) == (0, "") and "train|sample|plan|gpu" in out
 
 
 def test_lengths_may_fill_the_context(measure):

@@ -61,7 +61,7 @@ def test_commands_use_settings_that_exist(page, cli):
     lines = re.findall(r"python (\w+)\.py([^#\n|&)`]*)", page.read_text("utf-8").replace("\\\n", " "))
     for name, arguments in lines:
         if name in COMMANDS:
-            kind = re.match(r" (train|sample|plan)\b", arguments) if name == "bench" else None
+            kind = re.match(r" (train|sample|plan|gpu)\b", arguments) if name == "bench" else None
             status, known, _ = cli(COMMANDS[name].main, *([kind[1]] if kind else []), "--help")
             for setting in re.findall(r"--(\w+)", arguments):
                 assert status or f"--{setting}=" in known or setting == "help", f"{name}.py {arguments}"

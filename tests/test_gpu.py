@@ -14,6 +14,7 @@ from kqv.generation.beams import beam_search
 from kqv.generation.engine import Engine
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import generate, stream
+from kqv.kernels.attention import attend_within_examples
 from kqv.training import loss
 from model import NextToken
 
@@ -62,12 +63,33 @@ def test_a_loss_in_chunks_gives_the_gradients_of_all_logits_at_once(monkeypatch,
     for at_once in (loss.LOGITS_AT_ONCE, 10_000):
         torch._dynamo.reset()
         monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(loss, "LOGITS_AT_ONCE_COMPILED", at_once)
         with torch.autocast(DEVICE, torch.bfloat16):
             objective = NextToken(gpt, loss.next_token_loss)
             mean = (torch.compile(objective) if compiled else objective)(idx, targets)
         found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
     for whole, chunked in zip(*found, strict=True):
         assert (chunked - whole).norm() < 0.02 * whole.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_examples_by_their_borders_have_the_gradients_of_a_mask(n_kv_head, compiled):
+    idx, targets = random_ids(4, 300, below=50).to(DEVICE), random_ids(4, 300, below=50, seed=1).to(DEVICE)
+    lengths = [[1, 2, 97, 100, 100], [300], [150, 150], [64, 64, 64, 64, 44]]
+    positions = torch.tensor([[place for length in row for place in range(length)] for row in lengths])
+    found = []
+    for by_borders in (False, True):
+        torch._dynamo.reset()
+        gpt = small_gpt(n_head=4, n_kv_head=n_kv_head)
+        if by_borders and not attend_within_examples(gpt, 6, torch.device(DEVICE), torch.bfloat16):
+            pytest.skip("this GPU or torch has no kernel for borders")
+        objective = NextToken(gpt)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            mean = (torch.compile(objective) if compiled else objective)(idx, targets, positions.to(DEVICE))
+        found.append([mean, *torch.autograd.grad(mean, list(gpt.parameters()))])
+    for masked, bordered in zip(*found, strict=True):
+        assert (bordered - masked).norm() < 0.02 * masked.norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -114,22 +136,23 @@ def test_cached_generation_is_that_of_the_cpu(float32_products, sampling):
     assert found == generate(Engine(gpt.cpu()), texts, 400, sampling=sampling)
 
 
+@pytest.mark.parametrize("kind", ["graph", "compiled"])
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
-def test_compiled_the_engine_writes_what_the_eager_one_writes(float32_products, sampling):
+def test_recorded_steps_write_what_plain_ones_write(float32_products, sampling, kind):
     gpt = small_gpt()
-    eager, compiled = Engine(gpt), Engine(gpt, compiled=True)
+    plain, recorded = Engine(gpt), Engine(gpt, kind)
     # One engine for texts of all kinds, some of them twice: what the older ones left in it changes nothing.
     for lengths in ([1], [40], [1], [7, 290, 300, 1], [3, 4, 5, 6], [9] * 3, [7, 290, 300, 1], [300]):
         texts = texts_of(*lengths)
         for count in (1, 120):  # past block_size, 300, twice
             options = {"sampling": sampling, "seed": 3}
-            assert generate(compiled, texts, count, **options) == generate(eager, texts, count, **options)
+            assert generate(recorded, texts, count, **options) == generate(plain, texts, count, **options)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_logprobs_belong_to_their_token_though_the_device_is_ahead(float32_products, compiled):
+@pytest.mark.parametrize("kind", ["plain", "graph", "compiled"])
+def test_logprobs_belong_to_their_token_though_the_device_is_ahead(float32_products, kind):
     gpt, texts, sampling = small_gpt(), texts_of(3, 298), replace(DRAWN, logprobs=True)
-    steps = list(stream(Engine(gpt, compiled), texts, 40, sampling))
+    steps = list(stream(Engine(gpt, kind), texts, 40, sampling))
     continued = [list(text) for text in texts]
     for drawn, plain in zip(steps, stream(Engine(gpt), texts, 40, DRAWN), strict=True):
         assert drawn.ids == plain.ids
@@ -145,31 +168,67 @@ def test_logprobs_belong_to_their_token_though_the_device_is_ahead(float32_produ
 
 def test_a_stream_that_is_left_early_leaves_the_engine_usable():
     gpt, texts = small_gpt(), texts_of(3, 20)
-    engine = Engine(gpt, compiled=True)
+    engine = Engine(gpt, "graph")
     expected = list(stream(engine, texts, 30, DRAWN))
     assert list(islice(stream(engine, texts, 30, DRAWN), 5)) == expected[:5]
     assert list(stream(engine, texts, 30, DRAWN)) == expected
 
 
+@pytest.mark.parametrize("kind", ["graph", "compiled"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_compiled_half_precision_writes_with_the_likelihood_of_the_eager_one(dtype):
+def test_half_precision_writes_with_the_likelihood_of_the_plain_engine(dtype, kind):
     gpt, texts = small_gpt().to(getattr(torch, dtype)), texts_of(200)
     sampling = Sampling(logprobs=True)
     mean = []
-    for compiled in (False, True):
-        steps = list(stream(Engine(gpt, compiled), texts * 16, 200, sampling))
+    for engine in (Engine(gpt), Engine(gpt, kind)):
+        steps = list(stream(engine, texts * 16, 200, sampling))
         mean.append(sum(sum(drawn.logprobs) for drawn in steps) / (200 * 16))
     assert mean[0] == pytest.approx(mean[1], abs=0.15)
 
 
-def test_compiled_beams_are_the_eager_ones(float32_products):
+@pytest.mark.parametrize("kind", ["graph", "compiled"])
+def test_recorded_beams_are_the_plain_ones(float32_products, kind):
     gpt, texts = small_gpt(), texts_of(3, 290)
     found, expected = (
-        beam_search(
-            Engine(gpt, compiled), texts, 25, beams=4, length_penalty=0.6, ends=lambda ids: ids[-1] == 5
-        )
-        for compiled in (True, False)
+        beam_search(engine, texts, 25, beams=4, length_penalty=0.6, ends=lambda ids: ids[-1] == 5)
+        for engine in (Engine(gpt, kind), Engine(gpt))
     )
     for some, others in zip(found, expected, strict=True):
         assert [one.ids for one in some] == [other.ids for other in others]
         assert [one.score for one in some] == pytest.approx([other.score for other in others], abs=1e-3)
+
+
+def test_other_numbers_of_a_sampling_record_and_compile_nothing():
+    gpt, texts = small_gpt(), texts_of(3, 20)
+    engine = Engine(gpt, "compiled")
+    list(stream(engine, texts, 30, DRAWN))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for sampling in (replace(DRAWN, temperature=0.7, top_k=17), replace(DRAWN, min_p=0.2, top_p=0.5)):
+            expected = list(stream(engine, texts, 30, sampling))
+            assert list(stream(engine, texts, 30, sampling)) == expected
+    assert len(engine.recorded.steps) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "graph", "compiled"])
+def test_the_device_never_waits_for_the_host_within_a_text(kind):
+    gpt, texts = small_gpt(), texts_of(3, 20)
+    engine = Engine(gpt, kind)
+    list(stream(engine, texts, 30, DRAWN))
+    steps = stream(engine, texts, 30, DRAWN)
+    next(steps)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_second_gpu_is_used_without_being_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    gpt, texts = small_gpt().double(), texts_of(3, 20)
+    expected = generate(Engine(gpt), texts, 30, sampling=DRAWN)
+    gpt.to("cuda:1")
+    assert all(
+        generate(Engine(gpt, kind), texts, 30, sampling=DRAWN) == expected for kind in ("plain", "graph")
+    )

@@ -10,6 +10,7 @@ COMMANDS = ("train", "sample", "prepare", "export", "bench", "look")
 # A room imports from itself and from those before it.
 ROOMS = (
     "printable",
+    "threads",
     "errors",
     "forms",
     "pipes",
@@ -94,12 +95,12 @@ def test_preparing_text_never_loads_torch():
 
 
 def test_files_and_functions_fit_a_reader():
-    """A file in kqv/ has at most 350 lines, and a function fits a screen."""
+    """A file in kqv/ has at most 350 lines, and the body of a function fits a screen."""
     for module, path in MODULES.items():
         source = path.read_text("utf-8")
         most = 450 if module == "model" else 350
         assert len(source.splitlines()) <= most, f"{path} has {len(source.splitlines())} lines"
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef):
-                lines = node.end_lineno - node.lineno + 1
+                lines = node.end_lineno - node.body[0].lineno + 1
                 assert lines <= 60, f"{module}.{node.name} has {lines} lines"

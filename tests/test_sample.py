@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from conftest import ROOT, process_environment, train_in
 from known_models import SMALL, forward_hook, gpt_of, gpt_that_likes, gpt_that_writes, parsed, save
 
 import sample
+from kqv.errors import UserError
 from kqv.formats import loading
-from kqv.generation import engine
-from kqv.generation.engine import compiling_pays, generation_dtype
-from kqv.generation.writer import batched
-from kqv.settings import fill, parse, read_given
+from kqv.generation import choice
+from kqv.generation.choice import GRAPH_FROM, choose_engine, generation_dtype
+from kqv.settings import fill, read_given
 from kqv.text.tokenizers import ByteTokenizer, CharTokenizer, ChatTokenizer
 from kqv.training.start import padded
 from model import GPT, GPTConfig
@@ -115,9 +116,9 @@ def test_lower_precision_writes_too(write, dtype):
 @pytest.mark.slow  # the compiler takes its time
 def test_compiled_text_is_that_of_the_plain_model(write, cli, trained):
     argv = [f"--out_dir={trained}", "--device=cpu", "--max_new_tokens=40"]  # past block_size
-    status, out, err = cli(sample.main, *argv, "--compile=True")
+    status, out, err = cli(sample.main, *argv, "--engine=compiled")
     assert status == 0, err  # which may hold the compiler's own warnings
-    assert out == write("--compile=False")
+    assert out == write("--engine=plain")
 
 
 # The prompt
@@ -704,7 +705,7 @@ SOME_VALUE = {
         "raw": True,
         "device": "cpu",
         "dtype": "float32",
-        "compile": False,
+        "engine": "plain",
         **DRAWING,
         **OF_EVALUATION,
     },
@@ -765,36 +766,95 @@ def test_the_precision_asked_for_is_the_models(recite):
     assert seen == [torch.bfloat16, torch.float32]
 
 
-@pytest.fixture(params=[True, False], ids=["compiler", "no compiler"])
-def has_compiler(request, monkeypatch):
-    """Whether a C++ compiler is found."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CXX", sys.executable if request.param else "")
-    return request.param
+@pytest.mark.parametrize(
+    "device, steps, taken",  # of a large model, where there is a compiler
+    [
+        ("cuda", 0, "plain"),
+        ("cuda", GRAPH_FROM - 1, "plain"),
+        ("cuda", GRAPH_FROM, "graph"),
+        ("cuda", 2000, "graph"),
+        ("cuda", 500_000, "compiled"),
+        ("cpu", 1999, "plain"),
+        ("cpu", 2000, "compiled"),
+        ("mps", 10**9, "plain"),
+    ],
+)
+@pytest.mark.parametrize("lacking", [None, "no compiler is found: install one"])
+def test_auto_takes_the_engine_that_pays_for_so_many_steps(
+    monkeypatch, capsys, sizes, device, steps, taken, lacking
+):
+    monkeypatch.setattr(choice, "cannot_compile", lambda device: lacking)
+    device, (small, large) = torch.device(device), sizes
+    uncompiled = "graph" if device.type == "cuda" else "plain"
+    for gpt in (large, small):
+        expected = taken
+        warned = lacking and taken == "compiled" and not (gpt is small and device.type == "cpu")
+        if taken == "compiled" and (lacking or (gpt is small and device.type == "cpu")):
+            expected = uncompiled
+        assert choose_engine("auto", device, gpt, steps, 1) == expected
+        err = capsys.readouterr().err
+        assert err == (f"warning: the model is not compiled, and so slower: {lacking}\n" if warned else "")
 
 
 @pytest.mark.parametrize(
-    "device, prompts, argv, pays",
+    "argv, steps, rows",
     [
-        ("cuda", 1, ["--max_new_tokens=1999"], False),
-        ("cuda", 1, ["--max_new_tokens=2000"], True),
-        ("cuda", 100, ["--max_new_tokens=1000"], True),
-        ("cuda", 64, ["--max_new_tokens=1000"], False),  # one batch
-        ("cuda", 1, ["--max_new_tokens=2000", "--beams=4"], True),
-        ("cpu", 1, ["--max_new_tokens=1999"], False),
-        ("cpu", 1, ["--max_new_tokens=2000"], True),
-        ("cpu", 2, ["--max_new_tokens=2000"], True),
-        ("cpu", 1, ["--max_new_tokens=1000", "--num_samples=2", "--batch_size=1"], True),
-        ("mps", 1, ["--max_new_tokens=2000"], False),
+        (["--prompts=two.txt", "--max_new_tokens=30"], 30, 2),
+        (["--prompts=two.txt", "--max_new_tokens=30", "--batch_size=1"], 60, 1),
+        (["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--batch_size=2"], 90, 2),
+        (
+            ["--prompts=two.txt", "--max_new_tokens=30", "--num_samples=3", "--beams=3", "--batch_size=1"],
+            60,
+            3,
+        ),
+        (["--chat", "--max_new_tokens=0"], sample.TYPICAL_ANSWER, 1),
     ],
 )
-def test_compiling_pays_for_many_steps(has_compiler, sizes, device, prompts, argv, pays):
-    config = parse(sample.SampleSettings, argv)
-    batches = batched([[0]] * prompts, config)
-    device, (small, large) = torch.device(device), sizes
-    on_gpu = device.type == "cuda"
-    assert compiling_pays(batches, device, large, config) == (pays and (has_compiler or on_gpu))
-    assert compiling_pays(batches, device, small, config) == (pays and on_gpu)
+def test_the_engine_is_chosen_by_the_number_of_steps(cli, tmp_path, monkeypatch, argv, steps, rows):
+    tok = CharTokenizer("ab")
+    tok = ChatTokenizer(tok) if "--chat" in argv else tok
+    save(gpt_that_likes([1], tok.vocab_size), tok, tmp_path / "out")
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    asked = []
+    monkeypatch.setattr(sample, "choose_engine", lambda *given: asked.append(given[-2:]) or "plain")
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        status, _, err = cli(sample.main, "--device=cpu", *argv)
+    assert (status, err, asked) == (0, "", [(steps, rows)])
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("graph", "a CUDA graph needs a CUDA device, not cpu"),
+        ("compiled", "no C++ compiler is found: install g++"),
+        ("kernels", "a CUDA graph needs a CUDA device, not cpu"),
+    ],
+)
+def test_an_engine_that_cannot_run_here_is_refused_in_a_line(refusal, tmp_path, monkeypatch, name, says):
+    save(gpt_that_likes([1], 2), CharTokenizer("ab"), tmp_path / "out")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "")
+    line = refusal(sample.main, "--start=a", "--device=cpu", f"--engine={name}")
+    assert line == f"error: --engine={name} can't be used: {says}. Or use --engine=auto\n"
+
+
+def test_the_kernels_are_used_or_refused_with_their_reason(monkeypatch, sizes):
+    kernels = SimpleNamespace(
+        MOST_TEXTS=8, why_not=lambda gpt, device: "no triton" if gpt is sizes[1] else None
+    )
+    monkeypatch.setitem(sys.modules, "kqv.kernels.decoding", kernels)
+    gpu, (small, large) = torch.device("cuda"), sizes
+    assert choose_engine("kernels", gpu, small, 1, 8) == "kernels"
+    with pytest.raises(UserError, match="at most 8 texts at once, not 9: use a smaller --batch_size"):
+        choose_engine("kernels", gpu, small, 1, 9)
+    with pytest.raises(UserError, match="--engine=kernels can't be used: no triton"):
+        choose_engine("kernels", gpu, large, 1, 1)
+
+
+def test_compile_is_train_pys_and_says_what_it_is_here(refusal):
+    line = refusal(sample.main, "--compile=False", status=2)
+    assert line == "error: --compile is not a setting: here it is --engine=compiled or --engine=plain\n"
 
 
 @pytest.fixture(scope="module")
@@ -808,9 +868,9 @@ def large(tmp_path_factory):
     "argv, compiled",
     [
         (["--start=a"], False),
-        (["--start=a", "--compile=True"], True),
+        (["--start=a", "--engine=compiled"], True),
         (["--prompts=two.txt", "--batch_size=1"], True),
-        (["--prompts=two.txt", "--batch_size=1", "--compile=False"], False),
+        (["--prompts=two.txt", "--batch_size=1", "--engine=plain"], False),
         (["--prompts=two.txt", "--batch_size=2"], False),
     ],
 )
@@ -818,7 +878,7 @@ def test_the_model_is_compiled_where_that_pays_or_is_asked_for(cli, large, monke
     (large / "two.txt").write_text("a\nb\n")
     asked = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: asked.append(module))
-    monkeypatch.setattr(engine, "COMPILE_FROM", 4)
+    monkeypatch.setitem(choice.COMPILE_FROM, "cpu", 4)
     monkeypatch.setenv("CXX", sys.executable)  # a compiler is found
     argv = [argument.replace("two.txt", str(large / "two.txt")) for argument in argv]
     status, _, err = cli(sample.main, f"--out_dir={large}", "--device=cpu", "--max_new_tokens=2", *argv)
@@ -829,7 +889,7 @@ def test_the_model_is_compiled_where_that_pays_or_is_asked_for(cli, large, monke
 
 
 def test_a_reader_that_leaves_ends_the_text_quietly(trained, tmp_path):
-    arguments = command(f"--out_dir={trained}", "--start=keys", "--max_new_tokens=100000", "--compile=False")
+    arguments = command(f"--out_dir={trained}", "--start=keys", "--max_new_tokens=100000", "--engine=plain")
     ours, theirs = os.pipe()
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=theirs, stderr=subprocess.PIPE, env=process_environment()

@@ -19,6 +19,7 @@ NUMBERS = {  # nanoGPT, for one, saves some of them as tensors
     "bad_steps?": WHOLE,
     "best_val_loss?": Numbers(0, float("inf")),
     "ids_in_loss?": range(1, 2**31),
+    "threads?": range(1, 2**31),
 }
 
 SWITCHES = {f"{name}?": bool for name, kind in get_type_hints(GPTConfig).items() if kind is bool}

@@ -9,48 +9,30 @@ Shapes: B rows of text, T tokens, V vocabulary.
 """
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kqv.device import find_dtype, has_compiler
+from kqv.generation import graphs
 from kqv.generation.cpu_decoding import compiled_for_decoding
+from kqv.generation.sampling import Sampler, Work, power_of_two
 from model import KVCache
 
-FEWEST_SLOTS = 1024  # of a cache where the model is compiled, if block_size is not less
-
-COMPILE_FROM = 2000  # decoding steps from which compiling saves more time than it takes
-
-
-def compiling_pays(batches, device, gpt, config):
-    """Whether there are so many tokens to write that compiling saves more time than it takes."""
-    if len(batches) * config.max_new_tokens < COMPILE_FROM:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and is_large(gpt) and has_compiler())
+KINDS = ("plain", "graph", "compiled", "kernels")
+FEWEST_SLOTS = 1024  # of a cache that is made once for many texts, if block_size is not less
+SHORTEST_SPAN = 256  # of a recorded step
+AHEAD = 4  # steps that a GPU may be ahead of the host
 
 
-def is_large(gpt):
-    """Whether the weights are larger than a CPU's caches, so that decoding waits for memory."""
-    return gpt.num_parameters() > 16e6
-
-
-def generation_dtype(name, device, gpt):
-    """
-    The precision of the weights. "auto" on a CPU is float32 for a small model, whose decoding does not wait
-    for memory.
-    """
-    if name == "auto" and device.type == "cpu" and not is_large(gpt):
-        return torch.float32
-    return find_dtype(name, device)
-
-
-def decode(gpt, cache, tokens, sampler, *inputs):
+def decode(gpt, cache, sampler, tokens, *inputs):
     """
     Read the newest token of each row, (B, 1) -> the tensors that `sampler` makes of the logits (B, V). A
     sampler returns -1 for a row whose logits are not finite. That is read as id 0 here, since the host may
     not have seen it yet.
     """
-    return sampler(gpt(tokens.clamp(min=0), cache=cache)[:, 0].float(), *inputs)
+    logits = gpt(tokens.clamp(min=0), cache=cache)  # (B, 1, V), or (B, V)
+    return sampler(logits.flatten(0, -2).float(), *inputs)
 
 
 @contextmanager
@@ -66,56 +48,76 @@ def evaluating(gpt):
             module.training = True
 
 
-def power_of_two(number):
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
-
-
 class Engine:
     """
-    Runs a GPT: plain, or compiled, which pays for many tokens. Dropout is off, also in training mode.
+    Runs a GPT. Dropout is off, also in training mode. The kinds differ in how a decoding step runs:
 
-    Compiled on a GPU, prefill and decoding are CUDA graphs: one launch for all kernels of a step. A graph
-    needs the same shapes and addresses again, so the slots of a cache and the lengths are rounded up to
-    powers of two. Compiled on a CPU, only decoding differs.
+    plain     as model.py says, on every device
+    graph     the same as a CUDA graph: one launch for all kernels of a step
+    compiled  by torch.compile, which pays for many tokens; on a GPU as a CUDA graph, too
+    kernels   by the project's own kernels, as a CUDA graph
+
+    An engine with CUDA graphs has one cache, made again for another number of rows or more slots. The model's
+    weights must stay where they are. Two texts may be written in turns, but each turn reads its text again.
     """
 
-    def __init__(self, gpt, compiled=False):
-        self.gpt = self.decoder = gpt
-        self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
-        self.prefill, self.decode = gpt.hidden, decode
-        self.use_cuda_graphs = compiled and self.device.type == "cuda"
-        self.compile_for_cpu = compiled and self.device.type == "cpu"
-        if compiled:
+    def __init__(self, gpt, kind="plain"):
+        if kind not in KINDS:
+            raise ValueError(f"there is no engine {kind!r}, but {', '.join(KINDS)}")
+        self.gpt = decoder = gpt
+        self.device, self.dtype = gpt.transformer.ln_f.weight.device, gpt.transformer.ln_f.weight.dtype
+        on_cpu, step = self.device.type == "cpu", decode
+        self.ahead = AHEAD if self.device.type == "cuda" else 0
+        self.compiled = kind == "compiled"
+        self.records = kind in ("graph", "kernels") or self.compiled and not on_cpu
+        self.recorded = None  # the RecordedSteps
+        if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
-        if self.use_cuda_graphs:
-            self.prefill, self.decode = (
-                torch.compile(function, mode="reduce-overhead", fullgraph=True, dynamic=False)
-                for function in (self.prefill, self.decode)
-            )
-        elif self.compile_for_cpu:
-            self.decoder = compiled_for_decoding(gpt)
-        self.caches = {}
+            if on_cpu:
+                decoder = compiled_for_decoding(gpt)
+            else:
+                # Tuned so, products of one row are code of the compiler's, too, that others are fused with.
+                options = {"coordinate_descent_tuning": True}
+                step = torch.compile(decode, fullgraph=True, dynamic=False, options=options)
+        elif kind == "kernels":
+            from kqv.kernels.decoding import KernelDecoder  # here, since it loads Triton
 
-    def rounded(self, length):
-        """The next length, from `length` to block_size, that there is a compiled shape for."""
-        if self.compile_for_cpu:
+            decoder = KernelDecoder(gpt)
+        self.decode = partial(step, decoder)
+
+    def span_for(self, length):
+        """The slots that a step looks at where the longest row has `length` tokens; few where each costs."""
+        if self.records:
+            length = max(SHORTEST_SPAN, power_of_two(length))
+        elif self.compiled:
             length = max(length, 2)  # one slot alone has no mask, which would be one more shape to compile
-        elif self.use_cuda_graphs:
-            length = max(256, power_of_two(length))
         return min(length, self.gpt.config.block_size)
 
     def new_cache(self, batch_size, slots):
-        """An empty KVCache for texts of at most `slots` tokens."""
-        if self.compile_for_cpu or self.use_cuda_graphs:
+        """A KVCache for texts of at most `slots` tokens."""
+        if self.compiled or self.records:
             # A compiler takes the shape of a cache for a constant, so there are few: a power of two.
-            slots = max(FEWEST_SLOTS, power_of_two(slots))
-        size = self.gpt.config, batch_size, slots, self.device, self.dtype
-        if not self.use_cuda_graphs:
-            return KVCache(*size)
-        if (batch_size, slots) not in self.caches:  # kept for the next texts, since a graph knows addresses
-            self.caches[batch_size, slots] = KVCache(*size)
-        return self.caches[batch_size, slots]
+            slots = min(max(FEWEST_SLOTS, power_of_two(slots)), self.gpt.config.block_size)
+        if not self.records:
+            return self.make_cache(batch_size, slots)
+        if not self.recorded or not self.recorded.has_room(batch_size, slots):
+            self.recorded = None  # its memory is free for the next one
+            cache = self.make_cache(batch_size, slots)
+            self.recorded = graphs.RecordedSteps(cache, graphs.Recorder(self.device))
+        return self.recorded.cache
+
+    def make_cache(self, batch_size, slots):
+        return KVCache(self.gpt.config, batch_size, slots, self.device, self.dtype)
+
+    def sampler(self, sampling, batch_size, vocab_size):
+        """A Sampler of the work that `sampling` asks for, before its `begin`."""
+        work = Work.of(sampling, vocab_size, rounded=self.records)
+        if not self.records:
+            return Sampler(work, batch_size, vocab_size, self.device)
+        kept = self.recorded.samplers
+        if (work, vocab_size) not in kept:
+            kept[work, vocab_size] = Sampler(work, batch_size, vocab_size, self.device)
+        return kept[work, vocab_size]
 
     def fill(self, cache, texts):
         """Prefill: make the cache hold the B lists of ids `texts`, and nothing else."""
@@ -123,7 +125,7 @@ class Engine:
         longest = int(lengths.max())
         unique = list(dict.fromkeys(map(tuple, texts)))
         if longest and len(unique) < len(texts):  # several continuations of one prompt: it is read once
-            once = self.new_cache(len(unique), longest)
+            once = self.make_cache(len(unique), longest)
             self.fill(once, unique)
             rows = torch.tensor([unique.index(tuple(text)) for text in texts], device=self.device)
             for layer, read in zip(cache.layers, once.layers, strict=True):
@@ -131,27 +133,24 @@ class Engine:
                 layer.v[:, :longest] = read.v[rows, :longest]
         elif longest:
             # Padding on the right: what it leaves in the cache lies past a row's length.
-            cache.span = length = self.rounded(longest)
-            idx = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts])  # (B, T)
+            idx = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])  # (B, T)
+            cache.span = longest
             cache.length.zero_()
-            self.run(self.prefill, idx.to(self.device), cache=cache)
+            with evaluating(self.gpt):
+                self.gpt.hidden(idx.to(self.device), cache=cache)
         cache.length.copy_(lengths)
 
     def step(self, cache, tokens, length, sampler, *inputs):
         """
         One decoding step, tokens (B, 1) -> a tuple of the `sampler`'s tensors. `length` is the number of
-        tokens in the longest row, the new one among them.
+        tokens in the longest row, the new one among them. The next step may overwrite the tensors, in the
+        order of the device's work.
         """
-        cache.span = self.rounded(length)
+        span = self.span_for(length)
         # In plain operations, attention is fused with what is around it.
-        with sdpa_kernel(SDPBackend.MATH) if self.compile_for_cpu else nullcontext():
-            chosen = self.run(self.decode, self.decoder, cache, tokens, sampler, *inputs)
-        if self.use_cuda_graphs:
-            chosen = tuple(part.clone() for part in chosen)  # the next replay overwrites what it returned
-        return chosen
-
-    def run(self, function, *arguments, **options):
-        if self.use_cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()
-        with evaluating(self.gpt):
-            return function(*arguments, **options)
+        attention = sdpa_kernel(SDPBackend.MATH) if self.compiled else nullcontext()
+        with evaluating(self.gpt), attention:
+            if self.recorded and cache is self.recorded.cache:
+                return self.recorded(self.decode, span, sampler, tokens, *inputs)
+            cache.span = span
+            return self.decode(cache, sampler, tokens, *inputs)

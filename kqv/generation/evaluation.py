@@ -113,7 +113,7 @@ def mean_loss(gpt, data, split, batch_size):
     (mean cross-entropy in nats per token, number of tokens) over every target of a split, once. Raises
     UserError where it has none, or where the model's logits are not finite.
     """
-    device, dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
+    device, dtype = gpt.transformer.ln_f.weight.device, gpt.transformer.ln_f.weight.dtype
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)  # losses are float32
     loss = NextToken(gpt, vocab_size=data.tokenizer.vocab_size)
     block_size = gpt.config.block_size

@@ -4,7 +4,9 @@ From logits to the next token.
 Shapes: B rows of text, V vocabulary, k the tokens that top_k keeps.
 """
 
+import math
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,56 +50,62 @@ class Sampling:
 PLAIN = Sampling(temperature=1.0, top_k=0)  # draws with the model's own probabilities
 
 
-def draw(logits, uniform, sampling):
+class Work(NamedTuple):
     """
-    Draw one id for each row: logits (B, V) and numbers from [0, 1) (B, 1) -> ids (B, 1).
+    Which operations a Sampling asks for, with V ids. Its other numbers are in tensors, so that a step which
+    is compiled or recorded for one Sampling serves every other one that asks for the same work.
+    """
 
-    The steps: divide the logits by the temperature; keep the top_k likeliest tokens; of those, the fewest
-    whose probability together reaches top_p (nucleus sampling, Holtzman et al. 2019), and only tokens with
-    at least min_p times the probability of the likeliest (Nguyen et al. 2024); draw one by inverting the
-    cumulative distribution of what is left. `uniform` is the only random input, one number a row, so a row's
-    text does not depend on the rows beside it.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: dividing it does not overflow
-    logits = logits / min(max(sampling.temperature, 1e-30), 1e30)  # beyond, it or 1/it is no float32
-    ids = None  # all of them, in order
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
-        k = min(sampling.top_k or logits.size(-1), logits.size(-1))
-        logits, ids = logits.topk(k)  # (B, V) -> (B, k), the likeliest first
-        p = F.softmax(logits, dim=-1)
-        before = p.cumsum(dim=-1) - p  # the probability of all likelier tokens; 0 for the first, which stays
-        p = p * ((before < max(sampling.top_p, 1e-30)) & (p >= sampling.min_p * p[:, :1]))
-        ids, order = ids.sort(dim=-1)  # by id: rounding may swap two tokens in an order by probability
-        p = p.gather(1, order)
-    else:
-        p = F.softmax(logits, dim=-1)  # (B, V)
-    cdf = p.cumsum(dim=-1)
-    reached = (cdf > uniform * cdf[:, -1:]) & (p > 0)  # True from the drawn token on
-    choice = reached.int().argmax(dim=-1, keepdim=True)  # the first True
-    return choice if ids is None else ids.gather(1, choice)
+    greedy: bool
+    kept: int  # how many of the likeliest ids are looked for; 0: all are drawn from, in their order
+    rounded: bool  # whether `kept` is top_k rounded up to a power of two, and the rest is left out later
+    penalty: bool
+    logprobs: bool
+
+    @classmethod
+    def of(cls, sampling, V, rounded=False):
+        greedy, kept = sampling.temperature == 0, 0
+        if not greedy and (sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0):
+            kept = min(sampling.top_k or V, V)
+            kept = min(power_of_two(kept), V) if rounded else kept
+        return cls(greedy, kept, rounded, sampling.repetition_penalty != 1, sampling.logprobs)
+
+
+def power_of_two(number):
+    """The smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 class Sampler(nn.Module):
     """
-    Draws the next token of each row. It keeps the set of ids in each row's text for the repetition penalty,
-    which divides positive logits of those ids and multiplies negative ones (Keskar et al. 2019). The ids
-    `exempt` are never penalised, and ids from vocab_size on are never drawn.
+    Draws the next token of each of B rows, as `begin` says. It keeps the set of ids in each row's text for
+    the repetition penalty, which divides positive logits of those ids and multiplies negative ones (Keskar et
+    al. 2019). Ids from vocab_size on are never drawn.
     """
 
-    def __init__(self, sampling, texts, vocab_size, device, exempt=()):
+    def __init__(self, work, batch_size, vocab_size, device):
         super().__init__()
-        self.sampling, self.vocab_size = sampling, vocab_size
-        seen = penalised = None
-        if sampling.repetition_penalty != 1:
-            seen = torch.zeros(len(texts), vocab_size, dtype=torch.bool, device=device)
-            for row, text in zip(seen, texts, strict=True):
-                row[[token for token in text if token < vocab_size]] = True
-            penalised = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            penalised[[token for token in exempt if token < vocab_size]] = False
-        self.register_buffer("seen", seen)  # (B, V): the ids in each row's text
-        self.register_buffer("penalised", penalised)  # (V,): the ids that the penalty is for
+        self.work, self.vocab_size = work, vocab_size
+        for name in ("temperature", "top_k", "top_p", "min_p", "penalty"):
+            self.register_buffer(name, torch.ones((), device=device))
+        if work.penalty:
+            seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+            self.register_buffer("seen", seen)  # (B, V): the ids in each row's text
+            self.register_buffer("penalised", torch.ones_like(seen[0]))  # (V,): ids that the penalty is for
+
+    def begin(self, sampling, texts, exempt=()):
+        """Draw by `sampling`, of the sampler's Work, after B texts. The ids `exempt` are not penalised."""
+        self.temperature.fill_(min(max(sampling.temperature, 1e-30), 1e30))  # beyond, no float32, or 1/it
+        self.top_k.fill_(min(sampling.top_k or self.vocab_size, self.vocab_size))
+        self.top_p.fill_(max(sampling.top_p, 1e-30))
+        self.min_p.fill_(sampling.min_p)
+        self.penalty.fill_(sampling.repetition_penalty)
+        if self.work.penalty:
+            self.seen.fill_(False)
+            for row, text in zip(self.seen, texts, strict=True):
+                row[[token for token in text if token < self.vocab_size]] = True
+            self.penalised.fill_(True)
+            self.penalised[[token for token in exempt if token < self.vocab_size]] = False
 
     def forward(self, logits, uniform):
         """
@@ -107,19 +115,50 @@ class Sampler(nn.Module):
         the log-probabilities of those (B, 5).
         """
         logits = scores = logits[:, : self.vocab_size]
-        if self.seen is not None:
-            penalty = self.sampling.repetition_penalty
-            lowered = torch.where(scores > 0, scores / penalty, scores * penalty)
+        if self.work.penalty:
+            lowered = torch.where(scores > 0, scores / self.penalty, scores * self.penalty)
             scores = torch.where(self.seen & self.penalised, lowered, scores)
-        ids = draw(scores, uniform, self.sampling)
-        if self.seen is not None:
+        ids = self.draw(scores, uniform)
+        if self.work.penalty:
             self.seen.scatter_(1, ids, True)
         said = torch.where(are_finite(logits), ids, -1)
-        if not self.sampling.logprobs:
+        if not self.work.logprobs:
             return (said,)
         logprobs = logits.log_softmax(dim=-1)  # of the model itself, before penalty and temperature
         top_logprobs, top_ids = logprobs.topk(min(N_ALTERNATIVES, logprobs.size(-1)))
         return said, logprobs.gather(1, ids), top_ids, top_logprobs
+
+    def draw(self, logits, uniform):
+        """
+        Draw one id for each row: logits (B, V) and numbers from [0, 1) (B, 1) -> ids (B, 1).
+
+        The steps: divide the logits by the temperature; keep the top_k likeliest tokens; of those, the fewest
+        whose probability together reaches top_p (nucleus sampling, Holtzman et al. 2019), and only tokens
+        with at least min_p times the probability of the likeliest (Nguyen et al. 2024); draw one by inverting
+        the cumulative distribution of what is left. `uniform` is the only random input, one number a row, so
+        a row's text does not depend on the rows beside it.
+        """
+        if self.work.greedy:
+            return logits.argmax(dim=-1, keepdim=True)
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: dividing it does not overflow
+        logits = logits / self.temperature
+        ids = None  # all of them, in order
+        if self.work.kept:
+            logits, ids = logits.topk(self.work.kept)  # (B, V) -> (B, k), the likeliest first
+            if self.work.rounded:
+                rank = torch.arange(self.work.kept, device=logits.device)  # (k,)
+                logits = logits.masked_fill(rank >= self.top_k, -math.inf)
+            p = F.softmax(logits, dim=-1)
+            before = p.cumsum(dim=-1) - p  # of all likelier tokens together; 0 for the first, which stays
+            p = p * ((before < self.top_p) & (p >= self.min_p * p[:, :1]))
+            ids, order = ids.sort(dim=-1)  # by id: rounding may swap two tokens in an order by probability
+            p = p.gather(1, order)
+        else:
+            p = F.softmax(logits, dim=-1)  # (B, V)
+        cdf = p.cumsum(dim=-1)
+        reached = (cdf > uniform * cdf[:, -1:]) & (p > 0)  # True from the drawn token on
+        choice = reached.int().argmax(dim=-1, keepdim=True)  # the first True
+        return choice if ids is None else ids.gather(1, choice)
 
 
 def are_finite(logits):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from kqv.generation.sampling import PLAIN, Sampler, not_finite, uniforms
+from kqv.generation.sampling import PLAIN, not_finite, uniforms
 
 
 def lists_of_ids(texts, vocab_size):
@@ -55,14 +55,15 @@ class ContextWindow:
         self.engine, self.block_size = engine, block_size
         self.texts = [list(text) for text in texts]
         self.window_start = [max(0, len(text) - block_size) for text in texts]  # of each row, in tokens
-        self.n_cached = None  # the tokens of the longest row in the cache; None: not read yet
+        self.n_cached = 0  # the tokens of the longest row in the cache
+        self.mark = object()  # lies in the cache while it holds these texts
         slots = min(block_size, max(map(len, texts)) + max_new_tokens)
         self.cache = engine.new_cache(len(texts), slots)
 
     @property
     def must_refill(self):
-        """Whether nothing is read yet, or a row has no slot left for another token."""
-        return self.n_cached is None or self.n_cached >= self.block_size
+        """Whether the cache holds other texts, as at the beginning, or a row has no slot left for a token."""
+        return getattr(self.cache, "mark", None) is not self.mark or self.n_cached >= self.block_size
 
     def refill(self):
         """Read all of the windows but their newest tokens; returns those, (B, 1)."""
@@ -72,7 +73,7 @@ class ContextWindow:
                 self.window_start[row] = len(text) - keep
         windows = [text[start:-1] for text, start in zip(self.texts, self.window_start, strict=True)]
         self.engine.fill(self.cache, windows)
-        self.n_cached = max(map(len, windows))
+        self.n_cached, self.cache.mark = max(map(len, windows)), self.mark
         return torch.tensor([text[-1:] for text in self.texts], device=self.engine.device)
 
     def step(self, tokens, sampler, *inputs):
@@ -104,8 +105,8 @@ def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, voc
     longer than block_size, the model reads the end.
 
     Row b draws by (seed, rows[b]), by default (seed, b). Ids from `vocab_size` on are never drawn, and the
-    ids `exempt` are free of the repetition penalty. On a GPU the host is one token behind: it looks at a
-    token while the device computes the next. Raises TypeError and ValueError as `lists_of_ids`, and
+    ids `exempt` are free of the repetition penalty. On a GPU the host is a few tokens behind: it looks at one
+    while the device computes those after it. Raises TypeError and ValueError as `lists_of_ids`, and
     UserError where the model's logits are not finite.
     """
     texts = lists_of_ids(texts, engine.gpt.config.vocab_size)
@@ -115,9 +116,8 @@ def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, voc
     if not texts:
         return
     window = ContextWindow(engine, texts, max_new_tokens)
-    sampler = Sampler(sampling, texts, vocab_size or engine.gpt.config.vocab_size, engine.device, exempt)
+    sampler = engine.sampler(sampling, len(texts), vocab_size or engine.gpt.config.vocab_size)
     numbers = uniforms(seed, rows, engine.device)
-    ahead = 1 if engine.device.type == "cuda" else 0  # steps that the device may be ahead of the host
     pending = deque()  # steps whose tokens the host has not looked at
 
     def pop_drawn():
@@ -133,10 +133,11 @@ def stream(engine, texts, max_new_tokens, sampling=PLAIN, seed=0, rows=None, voc
             while pending:
                 yield pop_drawn()
             tokens = window.refill()
+            sampler.begin(sampling, window.texts, exempt)
         chosen = window.step(tokens, sampler, next(numbers))
         tokens = chosen[0]
         pending.append(copy_to_host(chosen))
-        if len(pending) > ahead:
+        if len(pending) > engine.ahead:
             yield pop_drawn()
     while pending:
         yield pop_drawn()
@@ -147,11 +148,11 @@ def copy_to_host(chosen):
     A function that returns the tensors as a Drawn. Their copy to the host begins now; the function waits for
     this step alone, not for those after it.
     """
-    done = None
-    if chosen[0].device.type == "cuda":
-        chosen = [part.to("cpu", non_blocking=True) for part in chosen]
+    done, device = None, chosen[0].device
+    if device.type == "cuda":
+        chosen = [part.to("cpu", non_blocking=True) for part in chosen]  # into pinned memory
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(device))
 
     def drawn():
         if done:

@@ -32,8 +32,8 @@ class Job:
     checkpointing: bool = False
     muon: bool = False
     compiled: bool = False
-    itemsize: int = 2  # bytes of a number in matrix products: 2 in bfloat16, 4 in float32
-    norm_itemsize: int = 4  # bytes of a number that goes into LayerNorm: autocast on a GPU makes it float32
+    itemsize: int = 2  # bytes of a number in matrix products and the stream: 2 in bfloat16, 4 in float32
+    norm_itemsize: int = 0  # of a number that goes into LayerNorm; 0: itemsize
 
     @property
     def tokens(self):
@@ -91,7 +91,7 @@ def linear_layers(module):
 def block_activations(job):
     """Bytes that autograd keeps of one block for its backward pass."""
     alone = replace(job.shape, n_layer=1, vocab_size=1, dropout=0.0)
-    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize)
+    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize or job.itemsize)
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,18 +133,17 @@ def sequence_activations(shape, itemsize, norm_itemsize):
 
 def loss_memory(job):
     """
-    Bytes that kqv/training/loss.py holds at its peak: 12 for each of a chunk's logits (in bfloat16 themselves
-    2, float32 scores 4, exponentials 4, the gradient of the chunk before 2), and with several chunks the
-    gradient of the weight. Compiled, no float32 is stored, and a single chunk's gradient takes the place of
-    its logits.
+    Bytes that kqv/training/loss.py holds at its peak. Of each logit in bfloat16 that is 2 for itself, and not
+    compiled 4 for its float32 score and 4 for the exponential; at once, 2 for the gradient, too. Compiled, a
+    logit and its gradient are all that is stored, and at once, the one in the place of the other. Chunks need
+    the gradients that they add to, besides.
     """
     V, C = model_of(job.shape).lm_head.weight.shape
-    chunks = -(-job.tokens * V // loss.LOGITS_AT_ONCE)
-    of_a_logit = job.itemsize * (1 if chunks == 1 else 3) if job.compiled else 12
-    of_logits = of_a_logit * -(-job.tokens // chunks) * V
+    chunks, rows = loss.split(job.tokens, V, job.compiled)
     if chunks == 1:
-        return of_logits + job.compiled * V * C * job.itemsize
-    return of_logits + 4 * V * C + job.tokens * C * job.itemsize
+        return rows * V * (job.itemsize if job.compiled else 12) + job.compiled * V * C * job.itemsize
+    of_a_logit = 2 * job.itemsize if job.compiled else {2: 10, 4: 8}[job.itemsize]
+    return of_a_logit * rows * V + 4 * V * C + job.itemsize * chunks * rows * C
 
 
 def peak_bytes(job):
@@ -179,7 +178,7 @@ def peaks(job):
         copies = 2 * sum(map(count, linear_layers(gpt))) if job.itemsize == 2 else 0
         copies_later = copies / layers if job.checkpointing else copies
         reducing, blocks_left = 0, layers
-    stream = job.tokens * job.shape.n_embd * (seen if job.sharded else 4)  # what goes into a block
+    stream = job.tokens * job.shape.n_embd * job.itemsize  # what goes into a block
     in_block, again = block_activations(job), 0
     if job.checkpointing:  # a block is computed again, beside the largest gradient within it
         widest = max(layer.out_features for layer in linear_layers(gpt.transformer.h[-1]))

@@ -10,6 +10,7 @@ from kqv.errors import UsageError
 from kqv.formats.checkpoint import shape_in
 from kqv.formats.loading import load_start, model_of
 from kqv.generation.engine import Engine
+from kqv.generation.int8 import PrecisionSettings, to_device
 from kqv.generation.sampling import Sampling
 from kqv.generation.stream import ContextWindow, stream
 from kqv.measuring.costs import count
@@ -68,7 +69,13 @@ class WritingSettings:
 
 @dataclass(frozen=True)
 class BenchSampleSettings(
-    DeviceSettings, ReportSettings, RoundsSettings, WritingSettings, ShapeSettings, ModelSettings
+    DeviceSettings,
+    PrecisionSettings,
+    ReportSettings,
+    RoundsSettings,
+    WritingSettings,
+    ShapeSettings,
+    ModelSettings,
 ):
     """
     usage: python bench.py sample [config.py ...] [--name=value ...]
@@ -108,7 +115,7 @@ def model_to_measure(config, device):
         torch.manual_seed(0)
         with torch.device(device):
             gpt = GPT(shape)
-    return gpt.to(device, find_dtype(config.dtype, device)).eval()
+    return to_device(gpt, device, find_dtype(config.dtype, device), config.weights).eval()
 
 
 def require_room(config, shape):
@@ -121,11 +128,11 @@ def require_room(config, shape):
 
 
 def measure_generation(config, gpt, batch_sizes, device):
-    dtype, vocab_size = gpt.lm_head.weight.dtype, gpt.config.vocab_size
+    dtype, vocab_size = gpt.transformer.ln_f.weight.dtype, gpt.config.vocab_size
     compiled = find_compile(config.compile, device)
     machine = Machine(device, dtype, config.rounds)
-    print_machine(config, machine, compiled, parameters=gpt.num_parameters())
-    engine = Engine(gpt, compiled)
+    print_machine(config, machine, compiled, weights=config.weights, parameters=gpt.num_parameters())
+    engine = Engine(gpt, "compiled" if compiled else "plain")
     prefill = measure_prefill(engine, config.prefill_length, machine)
     print_figures(config, "prefill", prefill)
     for batch_size in batch_sizes:
@@ -216,10 +223,10 @@ def measure_decoding(engine, texts, max_new_tokens, machine):
 
 def bytes_of_step(gpt, batch_size, length):
     """Bytes that a decoding step must read: the weights, and the keys and values of `length` tokens a row."""
-    dtype = gpt.lm_head.weight.dtype
-    looked_up = 0 if gpt.config.tied_head else gpt.transformer.wte.weight.numel()  # of which one row is read
-    weights = (gpt.num_parameters() - looked_up) * dtype.itemsize  # without positions, as well
-    one_slot = KVCache(gpt.config, 1, slots=1, device="meta", dtype=dtype)
+    looked_up = ("transformer.wpe.",) if gpt.config.tied_head else ("transformer.wpe.", "transformer.wte.")
+    kept = (*gpt.named_parameters(), *gpt.named_buffers())
+    weights = sum(tensor.nbytes for name, tensor in kept if not name.startswith(looked_up))
+    one_slot = KVCache(gpt.config, 1, slots=1, device="meta", dtype=gpt.transformer.ln_f.weight.dtype)
     a_token = sum(buffer.nbytes for buffer in one_slot.buffers() if buffer.is_floating_point())
     return weights + batch_size * length * a_token
 
@@ -233,10 +240,13 @@ def measure_uncached(engine, length, machine):
     tokens = window.refill()
     again = machine.median(lambda: gpt.lm_head(gpt.hidden(idx)[:, -1]).argmax())
 
+    def greedy(logits):
+        return (logits.argmax(dim=-1),)
+
     def once():
         window.cache.length.fill_(length - 1)
         window.n_cached = length - 1
-        return window.step(tokens, lambda logits: (logits.argmax(dim=-1),))
+        return window.step(tokens, greedy)
 
     cached = machine.median(once)
     return {

@@ -9,6 +9,7 @@ import torch
 
 from kqv.errors import UsageError, UserError
 from kqv.formats import families, gguf
+from kqv.generation.int8 import float_weights
 from kqv.generation.stream import stream
 from kqv.text.tokenizers import CharTokenizer
 from model import GPT
@@ -111,7 +112,7 @@ def own_seconds(engine, machine):
 
 def write_gguf(path, gpt, kind):
     """Write the weights, with a tokenizer that is not used: its ids are characters; the last ends a text."""
-    whole = GPT.from_weights(gpt.config, gpt.state_dict())
+    whole = GPT.from_weights(gpt.config, float_weights(gpt))
     last = FIRST_CHAR + gpt.config.vocab_size - 1
     tokenizer = CharTokenizer("".join(map(chr, range(FIRST_CHAR, last))))
     gguf.save(path, path.name, whole, tokenizer, kind, {})

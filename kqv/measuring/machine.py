@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from kqv import threads
 from kqv.measuring.report import print_figures
 from kqv.settings import setting
 
 NUMBERS_READ = {"cpu": 2**26, "gpu": 2**28}  # float32, so 256 MB or 1 GB: larger than every cache
 MATRIX_SIZE = {"cpu": 2048, "gpu": 8192}  # rows and columns
+SMALL_MATRIX = 256
+LONGEST_PRODUCT = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Machine:
     """
 
     def __init__(self, device, dtype, rounds, clock=time.perf_counter):
+        threads.choose(device)
         self.device, self.dtype, self.rounds, self.clock = device, dtype, rounds, clock
         kind = "cpu" if device.type == "cpu" else "gpu"
         self.numbers = torch.ones(NUMBERS_READ[kind], device=device)
@@ -59,10 +63,21 @@ class Machine:
         return self.numbers.nbytes / (self.seconds if once else self.median)(self.numbers.sum)
 
     def matmul(self):
-        """Floating-point operations in a second of a large matrix product."""
-        size = self.matrix_size
+        """
+        Floating-point operations in a second of a large matrix product: of a smaller one where that would
+        take long, as without instructions for this dtype.
+        """
+        small, size = self.product(SMALL_MATRIX), self.matrix_size
+        small()
+        a_second = SMALL_MATRIX**3 / self.seconds(small)
+        while size > SMALL_MATRIX and size**3 > a_second * LONGEST_PRODUCT:
+            size //= 2
+        return 2 * size**3 / self.median(self.product(size))
+
+    def product(self, size):
+        """A function that computes the product of two square matrices."""
         a, b = (torch.randn(size, size, device=self.device).to(self.dtype) for _ in range(2))
-        return 2 * size**3 / self.median(lambda: a @ b)
+        return lambda: a @ b
 
 
 def reset_peak_memory(device):

@@ -138,6 +138,7 @@ def planned_job(config):
         checkpointing=config.activation_checkpointing,
         muon=config.optimizer == "muon",
         compiled=config.compile,
+        norm_itemsize=2 if config.compile else 4,  # autocast on a GPU computes LayerNorm in float32
     )
 
 

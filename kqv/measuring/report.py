@@ -20,9 +20,14 @@ class ReportSettings:
 def print_figures(config, what, figures):
     """Print {name: value} of one thing measured, as a line in `config.format`."""
     if config.format == "jsonl":
-        print(json.dumps({"what": what, **figures}), flush=True)
+        print(json_line({"what": what, **figures}), flush=True)
         return
     say(f"{what}: {', '.join(map(format_figure, figures, figures.values()))}")
+
+
+def json_line(figures):
+    """{name: value} as a line of JSON. JSON has no NaN and no infinity: they become text."""
+    return json.dumps(json.loads(json.dumps(figures), parse_constant=str))
 
 
 def format_figure(name, value):

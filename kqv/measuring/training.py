@@ -2,7 +2,7 @@
 
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,11 @@ from kqv.settings import setting
 from kqv.text import dataset, dataset_writer
 from kqv.text.tokenizers import CharTokenizer
 from kqv.training.batches import micro_batches
-from kqv.training.loss import next_token_loss
-from kqv.training.start import ARCHITECTURE, checkpoint_activations, set_precision
+from kqv.training.objective import checkpoint_activations, make_objective, set_precision
+from kqv.training.start import ARCHITECTURE
 from kqv.training.state import start_state
 from kqv.training.world import World
-from model import GPT, NextToken
+from model import GPT
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def bench_train(config, train):
     """
     device = find_device(config.device)
     presets = chosen_presets(config.presets, config.batch_sizes, device)
+    config = replace(config, compile=find_compile(config.compile, device))
     machine = Machine(device, find_dtype(config.dtype, device), config.rounds)
-    print_machine(config, machine, find_compile(config.compile, device))
+    print_machine(config, machine, config.compile)
     for name, preset in presets.items():
         with tempfile.TemporaryDirectory() as folder:
             write_random_set(Path(folder), preset.shape)
@@ -83,13 +84,25 @@ def bench_train(config, train):
 
 
 def write_random_set(folder, shape):
-    """A prepared set of random tokens, with as many ids as the shape has."""
+    """
+    A prepared set of random tokens, with as many ids as the shape has. As in text, few ids are frequent, and
+    of two tokens, every second follows from the one before it: there is something to learn.
+    """
     first = 0xE000  # the code points before it are no characters
     tokenizer = CharTokenizer("".join(map(chr, range(first, first + shape.vocab_size))))
     random = np.random.default_rng(0)
-    splits = {
-        split: random.integers(shape.vocab_size, size=2**20 + shape.block_size) for split in dataset.SPLITS
-    }
+    share = 1 / (np.arange(shape.vocab_size) + 3)  # Zipf's law
+    follower = random.permutation(shape.vocab_size)
+    splits = {}
+    for split in dataset.SPLITS:
+        size = 2**20 + shape.block_size
+        drawn = random.choice(shape.vocab_size, size, p=share / share.sum())
+        follows = random.random(size) < 0.5
+        follows[0] = False
+        tokens = drawn
+        for _ in range(30):  # few follow so many in a row
+            tokens = np.where(follows, follower[np.roll(tokens, 1)], drawn)
+        splits[split] = tokens
     dataset_writer.write(folder, splits, tokenizer, {})
 
 
@@ -111,7 +124,7 @@ def measure_training(config, settings, shape, machine, train_step, what):
     """
     {name: figure} of train.py's step with `settings` and, where asked for, of a plain one in turns with it.
     """
-    compiled = find_compile(config.compile, machine.device)
+    compiled = config.compile
     ours = own_step(settings, shape, machine, compiled, train_step)
     reset_peak_memory(machine.device)
     first = machine.seconds(ours)
@@ -162,9 +175,9 @@ def own_step(settings, shape, machine, compiled, train_step):
     torch.manual_seed(settings.seed)
     gpt = GPT(shape).to(machine.device)
     state = start_state(settings, gpt, None, machine.dtype, world)
+    objective = make_objective(gpt, settings, data, machine.device, machine.dtype)
     if settings.activation_checkpointing:
         checkpoint_activations(gpt)
-    objective = NextToken(gpt, next_token_loss)
     model = torch.compile(objective) if compiled else objective
     autocast = torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32)
 

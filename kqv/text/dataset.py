@@ -247,12 +247,13 @@ class Dataset:
         conversation.
         """
         ranges = self.rows(split, block_size)[windows]  # (B, 2)
-        # A row is filled up with conversations of one id: nothing of them is learnt.
+        # A row is filled up with one more conversation, of which nothing is learnt.
         picked = np.full((len(windows), block_size + 1), self.tokenizer.filling, np.int64)  # (B, T + 1)
-        marks = np.full(picked.shape, BEGINS, np.uint8)
+        marks = np.zeros(picked.shape, np.uint8)
         for row, (start, end) in enumerate(ranges.tolist()):
             ids = self.splits[split][start:end]
             picked[row, : end - start], marks[row, : end - start] = ids, self.marks[split].of(ids, start)
+            marks[row, end - start :][:1] = BEGINS
         targets = np.where(marks & LEARNT, picked, -1)[:, 1:]
         places = np.arange(block_size)
         starts = np.maximum.accumulate(np.where(marks[:, :-1] & BEGINS, places, 0), axis=1)  # (B, T)
@@ -262,6 +263,13 @@ class Dataset:
         """How many ids are learnt in rows of conversations (rows, 2)."""
         places = np.searchsorted(self.conversation_starts[split], rows)
         return int(np.diff(self.learnt_before[split][places]).sum())
+
+    def most_in_row(self, block_size):
+        """The most conversations that a row has, with the one that fills it up."""
+        places = (
+            np.searchsorted(self.conversation_starts[split], self.rows(split, block_size)) for split in SPLITS
+        )
+        return 1 + max(int(np.diff(place).max(initial=0)) for place in places)
 
     def rows(self, split, block_size):
         """(rows, 2) where each row of conversations begins and ends in the ids of a split."""

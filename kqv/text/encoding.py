@@ -27,10 +27,11 @@ from kqv.text.dataset_writer import Writer
 from kqv.text.sources import with_progress
 from kqv.text.token_files import SPLITS, smallest_dtype
 from kqv.text.tokenizers import from_json
+from kqv.threads import core_limit
 
 PART = 2**28  # bytes of text in a part
 
-BEFORE_WORKERS = 8  # so many units are encoded sooner than other processes start
+BEFORE_WORKERS = 8  # so many units are encoded while other processes start
 
 
 def write_set(folder, source, tokenizer, about, unknown="error", workers=0):
@@ -110,7 +111,9 @@ def write_parts(writer, source, tokenizer, unknown, workers):
     """Encode and write the parts of a Source that `writer` lacks; all of them where its text has changed."""
     kept, number = len(writer.parts), -1
     sizes, learnt = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    with closing(encoded(read_parts(source, "encoding"), kept, tokenizer, unknown, workers)) as items:
+    is_large = (source.size or 0) > BEFORE_WORKERS * utf8.PIECE
+    units = read_parts(source, "encoding")
+    with closing(encoded(units, kept, tokenizer, unknown, workers, is_large)) as items:
         for number, found in items:
             if isinstance(found, dict) and number < kept:
                 if found["text_sha256"] != writer.parts[number]["text_sha256"]:
@@ -142,9 +145,12 @@ def require_space(writer, source, ids, size):
         )
 
 
-def encoded(items, kept, tokenizer, unknown, workers):
-    """What `read_parts` gives, in order, each unit `encode`d, but without those of the `kept` first parts."""
-    workers = workers or os.cpu_count()
+def encoded(items, kept, tokenizer, unknown, workers, is_large):
+    """
+    What `read_parts` gives, in order, each unit `encode`d, but without those of the `kept` first parts. Other
+    processes start at once where the text `is_large`, else after BEFORE_WORKERS units.
+    """
+    workers = workers or core_limit()
     waiting, pool, units = deque(), None, 0
     try:
         for number, item in items:
@@ -152,10 +158,14 @@ def encoded(items, kept, tokenizer, unknown, workers):
                 if number < kept:
                     continue
                 units += 1
-                if workers == 1 or units <= BEFORE_WORKERS:
+                if workers > 1 and not pool and (is_large or units > BEFORE_WORKERS):
+                    pool = start_workers(workers, tokenizer, unknown)
+                    with control_c_held_back():
+                        for _ in range(workers):  # so that all are ready when the first units are done
+                            pool.submit(os.getpid)
+                if not pool or units <= BEFORE_WORKERS:
                     item = encode(item, tokenizer, unknown)
                 else:
-                    pool = pool or start_workers(workers, tokenizer, unknown)
                     with control_c_held_back():
                         item = pool.submit(encode_in_worker, item)
             waiting.append((number, item))
@@ -234,7 +244,7 @@ def joint_of(tokenizer, joint):
 
 
 def start_workers(count, tokenizer, unknown):
-    """A pool of processes for `encode_in_worker`."""
+    """A pool of processes for `encode_in_worker`. It starts each when there is work for it."""
     return ProcessPoolExecutor(
         count, multiprocessing.get_context("spawn"), become_worker, (tokenizer.to_json(), unknown)
     )

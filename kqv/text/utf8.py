@@ -59,7 +59,8 @@ def lines(file, name, most=ROW):
         rest = file.read(1) if block.endswith(b"\r") else b""
         if rest == b"\n":
             block, rest = block + rest, b""
-        first, *others = re.split(rb"\r\n|\r|\n", block)
+        # Without \r, a plain split is ten times as fast.
+        first, *others = re.split(rb"\r\n|\r|\n", block) if b"\r" in block else block.split(b"\n")
         beginning.append(first)
         size += len(first)
         require_short(size, most, f"{name}, line {number}")

@@ -101,6 +101,8 @@ class Muon(torch.optim.AdamW):
         means = [local_part(self.state[matrix]["mean"]) for matrix in matrices]
         gradients = torch.stack([local_part(matrix.grad) for matrix in matrices])
         mean = torch.stack(means)
+        if (scale := getattr(self, "grad_scale", None)) is not None:
+            gradients /= scale
         # A bad step, which only the device knows of, has the mean as its gradient, and the length 0.
         if (bad := getattr(self, "found_inf", None)) is not None:
             gradients, lr = torch.where(bad > 0, mean, gradients), lr * (1 - bad)

@@ -14,7 +14,7 @@ from kqv.formats.tensors import dense
 from kqv.settings import setting
 from kqv.training.muon import Muon, muon_groups
 from kqv.training.schedule import learning_rate_at, momentum_at
-from kqv.training.sharding import shard_like
+from kqv.training.sharding import full_tensor, local_part, shard_like
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,32 @@ def set_learning_rates(optimizer, step, config):
     return learning_rate_at(step, config)
 
 
-# Bad steps
+# Clipping, and bad steps
 
 
-def step_unless(bad, optimizer):
+def norm_of_gradients(parameters):
+    """The norm of all gradients together, in which one that is not finite shows."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return full_tensor(torch.nn.utils.get_total_norm(gradients))
+
+
+def step_unless(bad, optimizer, norm=None, grad_clip=0.0):
     """
     Update the weights, unless `bad`: a tensor of one bool, on the device. A skipped step changes neither a
-    weight nor the optimizer's state.
+    weight nor the optimizer's state. Gradients whose `norm` is above `grad_clip`, if that is not 0, are
+    divided by norm / grad_clip (Pascanu et al. 2013).
     """
-    # A fused optimizer reads `found_inf` on the device, so the host need not wait. Not so in its first step,
-    # which makes its state: torch's SGD leaves that uninitialised when it skips.
-    if optimizer.state and all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.found_inf = bad.float()
+    scale = (norm / grad_clip).clamp(min=1.0) if grad_clip else None
+    # A fused optimizer reads `found_inf` and `grad_scale` on the device, so the host need not wait, and
+    # gradients need no pass of their own. Not so on MPS, where they are ignored, and in the first step, which
+    # makes the state: torch's SGD leaves that uninitialised.
+    if optimizer.state and not bad.is_mps and all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf, optimizer.grad_scale = bad.float(), scale
         optimizer.step()
     elif not bad:
+        if grad_clip:
+            gradients = (parameter.grad for parameter in parameters_of(optimizer))
+            torch._foreach_div_([local_part(each) for each in gradients if each is not None], scale)
         optimizer.step()
 
 

@@ -85,10 +85,7 @@ def find_own_device(name, local_rank):
                 "start as many processes as there are (--nproc_per_node=gpu), or use --device=cpu"
             )
         name = f"cuda:{local_rank}"
-    device = find_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return find_device(name)
 
 
 def connect(rank, size, timeout):

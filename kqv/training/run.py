@@ -1,11 +1,13 @@
 """A training run: its model, state and data, and what is due at its step."""
 
+import itertools
 import math
 import time
 from dataclasses import dataclass
 
 import torch
 
+from kqv import threads
 from kqv.errors import UserError
 from kqv.formats.checkpoint import BEST
 from kqv.settings import setting
@@ -46,6 +48,7 @@ class TrainingRun:
         self.best_at = None  # the step of the best evaluation, if it was in this process
         self.is_spoilt = False  # whether the losses of the last evaluation were not finite
         self.save_is_overdue = self.save_is_late = False
+        self.read_ahead = None  # the next step's micro-batches, once its first one is read
 
     @property
     def finished(self):
@@ -112,26 +115,36 @@ class TrainingRun:
                 contents = snapshot(self.state, self.config, self.data.tokenizer, self.wandb_id)
                 seconds = self.saver.save(contents, best=step == self.best_at)
             self.log.saved(step, seconds)
+            advice = [] if self.finished or stopping else threads.crowded(self.world.device)
+            for line in advice:
+                self.log.line(line)
         self.saved_at, self.saved_when = step, time.monotonic()
 
     def batches(self):
         """This process's micro-batches of the step."""
-        return micro_batches(self.data, self.config, self.world, self.state.step, self.state.windows)
+        found, self.read_ahead = self.read_ahead, None
+        state = self.state
+        return found or micro_batches(self.data, self.config, self.world, state.step, state.windows)
 
     def end_step(self, numbers, learning_rate):
         """
-        Log what train_step returned, if the step is one to log, and count the step. Between evaluations and
-        saves, only a step that is logged waits for the device. Raises UserError after too many bad steps.
+        Count the step, and log what train_step returned, if the step is one to log. Between evaluations and
+        saves, only a step that is logged waits for the device, and the next one's first micro-batch is read
+        before. Raises UserError after too many bad steps.
         """
         step = self.state.step
+        self.state.note_step(windows_per_step(self.config))
         if step % self.config.log_interval == 0:
             values = torch.stack([number.float() for number in numbers.values()])
-            numbers = dict(zip(numbers, self.world.mean(values).tolist(), strict=True))
+            values = self.world.mean(values)
+            if not self.finished:
+                batches = self.batches()
+                self.read_ahead = itertools.chain(list(itertools.islice(batches, 1)), batches)
+            numbers = dict(zip(numbers, values.tolist(), strict=True))
             numbers["bad_steps"] = round(numbers["bad_steps"])
             self.log.training(step, {**numbers, "lr": learning_rate})
             limit_bad_steps(numbers["bad_steps"], step, self.config)
         self.log.bar.update()
-        self.state.note_step(windows_per_step(self.config))
 
     def limit_bad_steps(self):
         """How many steps before this one were bad, in a row. Raises UserError where they are too many."""

@@ -72,7 +72,7 @@ class Saver:
         key = (value.data_ptr(), value.shape, value.dtype)
         if key not in self.copies:
             self.copies[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return self.copies[key].copy_(value, non_blocking=True)
+        return self.copies[key].copy_(value, non_blocking=value.is_cuda)  # MPS would not be waited for
 
     def release_copies(self):
         """Let the next copy take memory of its own: a best.pt that could not be written is in this one."""

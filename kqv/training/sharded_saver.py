@@ -3,6 +3,7 @@
 import warnings
 from contextlib import suppress
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,7 +25,7 @@ class ShardedSaver(Saver):
     def __init__(self, world, *arguments):
         super().__init__(*arguments)
         self.world = world
-        self.stager = BlockingAsyncStager()
+        self.release_copies()
         warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # raised by torch 2.9's own code
 
     def stage(self, contents):
@@ -37,9 +38,12 @@ class ShardedSaver(Saver):
 
     def release_copies(self):
         super().release_copies()
-        self.stager.cache_staged_state_dict, self.stager.state_dict_cache = False, None
+        # A stager that keeps its memory takes it pinned, which a GPU alone can use.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=self.world.device.type == "cuda")
 
     def save_file(self, path, contents):
+        if self.world.device.type == "cuda":
+            torch.cuda.set_device(self.world.device)  # a thread begins with GPU 0, for which dcp would wait
         beside = path.with_name(f".{path.name}.new")
         self.in_main_process(remove, beside)  # nobody writes before the old folder is gone
         parts = {name: value for name, value in contents.items() if name in PARTS}

@@ -1,13 +1,11 @@
 """From settings to the model that a run trains."""
 
-import os
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.checkpoint import checkpoint as recomputed
 
+from kqv import threads
 from kqv.errors import UsageError, UserError
 from kqv.formats import checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
@@ -32,7 +30,9 @@ class RunSettings:
         1337, "decides the initial weights, the batches and the dropout", at_least=0, below=2**63
     )
     eval_only: bool = setting(False, "evaluate once and stop")
-    deterministic: bool = setting(False, "bit-for-bit repeatable on a GPU too, at some cost in speed")
+    deterministic: bool = setting(
+        False, "bit-for-bit repeatable: on a GPU at some cost in speed, on a CPU beside other work"
+    )
 
 
 # A field that GPTConfig gains is a setting here. (block_size is among the settings of the data.)
@@ -250,40 +250,10 @@ def require_tokenizer(config, contents, gpt, tokenizer):
         require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
 
 
-# How it computes
-
-
-def checkpoint_activations(gpt):
-    """
-    Keep only what goes into each block, and compute the block again for its backward pass (Chen et al. 2016).
-    """
-    for block in gpt.transformer.h:
-        block.forward = partial(recomputed, block.forward, use_reentrant=False)
-
-
-def compile_blocks(gpt):
-    """
-    Compile each block of a sharded model by itself: what gathers a block's weights before it can't be
-    compiled.
-    """
-    for block in gpt.transformer.h:
-        block.forward = torch.compile(block.forward)
-
-
-def set_precision(config, device):
-    """
-    How float32 products and attention are computed, and with --deterministic that every operation repeats bit
-    for bit. These switches hold for the whole process.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # in TF32
-    if device.type == "cpu":
-        # Over few tokens the CPU's fused attention is slower than plain products, in bfloat16 by far. The
-        # switch is CUDA's by name only.
-        torch.backends.cuda.enable_flash_sdp(config.block_size > 128)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS asks for
-        torch.use_deterministic_algorithms(True)
+def choose_threads(config, start_checkpoint, world):
+    """Set how many threads compute on a CPU -> lines about it. A resumed run has as many as before."""
+    saved = start_checkpoint.get("threads") if config.init_from == "resume" else None
+    return threads.choose(world.device, saved, config.deterministic)
 
 
 def smaller_batch(config):

@@ -162,6 +162,7 @@ def snapshot(state, config, tokenizer, wandb_id=None):
         "tokenizer": tokenizer.to_json(),
         "ids_in_loss": tokenizer.vocab_size,
         "wandb_id": wandb_id,
+        "threads": torch.get_num_threads(),  # on a CPU they decide the last bits of results
     }
 
 

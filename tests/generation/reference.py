@@ -3,9 +3,26 @@ Generation in plain loops that keep nothing, in NumPy and float64, to compare th
 search with.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from conftest import logits_of, random_gpt, random_ids
+
+from kqv.generation.sampling import PLAIN
+
+MODES = {
+    "greedy": replace(PLAIN, temperature=0),
+    "plain": PLAIN,
+    "temperature": replace(PLAIN, temperature=1.7),
+    "top_k": replace(PLAIN, top_k=5),
+    "top_p": replace(PLAIN, top_p=0.7),
+    "min_p": replace(PLAIN, min_p=0.2),
+    "repetition_penalty": replace(PLAIN, repetition_penalty=1.8),
+    "repetitions wanted": replace(PLAIN, repetition_penalty=0.6),
+    "greedy, repetition_penalty": replace(PLAIN, temperature=0, repetition_penalty=1.8),
+    "all": replace(PLAIN, temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.4),
+}
 
 
 def exact_gpt(**shape):

@@ -13,7 +13,7 @@ from conftest import FAMILIES, SHAPES, random_gpt, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from known_models import gpt_of
-from reference import exact_gpt, log_softmax, next_logits, positions_read, probabilities, texts_of
+from reference import MODES, exact_gpt, log_softmax, next_logits, positions_read, probabilities, texts_of
 from torch import nn
 
 from kqv.errors import UserError
@@ -24,18 +24,6 @@ from kqv.generation.engine import Engine
 from kqv.generation.sampling import PLAIN
 from kqv.generation.stream import ContextWindow, generate, stream
 
-MODES = {
-    "greedy": replace(PLAIN, temperature=0),
-    "plain": PLAIN,
-    "temperature": replace(PLAIN, temperature=1.7),
-    "top_k": replace(PLAIN, top_k=5),
-    "top_p": replace(PLAIN, top_p=0.7),
-    "min_p": replace(PLAIN, min_p=0.2),
-    "repetition_penalty": replace(PLAIN, repetition_penalty=1.8),
-    "repetitions wanted": replace(PLAIN, repetition_penalty=0.6),
-    "greedy, repetition_penalty": replace(PLAIN, temperature=0, repetition_penalty=1.8),
-    "all": replace(PLAIN, temperature=1.5, top_k=9, top_p=0.9, min_p=0.05, repetition_penalty=1.4),
-}
 samplings = st.builds(
     partial(replace, PLAIN),
     temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
@@ -339,7 +327,7 @@ def test_a_model_in_training_mode_drops_nothing_out_here_and_stays_in_it():
         steps = stream(engine, texts, 12)
         next(steps)
         assert [module.training for module in gpt.modules()] == modes  # between two steps too
-    assert not Engine(gpt, compiled=True).decoder.training
+    assert not Engine(gpt, "compiled").decode.args[0].training
 
 
 # Numbers that are none
@@ -413,12 +401,13 @@ def test_the_product_spelled_out_is_that_of_a_linear(monkeypatch, shape, bias, d
 
 def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
     gpt = random_gpt()
-    engine = Engine(gpt, compiled=True)
-    assert engine.gpt is gpt and engine.decoder is not gpt
-    pairs = zip(gpt.named_parameters(), engine.decoder.named_parameters(), strict=True)
+    engine = Engine(gpt, "compiled")
+    (decoder,) = engine.decode.args
+    assert engine.gpt is gpt and decoder is not gpt
+    pairs = zip(gpt.named_parameters(), decoder.named_parameters(), strict=True)
     assert all(name == other and ours is theirs for (name, ours), (other, theirs) in pairs)
-    assert engine.decoder.lm_head.weight is gpt.transformer.wte.weight
-    linears = [module for module in engine.decoder.modules() if isinstance(module, nn.Linear)]
+    assert decoder.lm_head.weight is gpt.transformer.wte.weight
+    linears = [module for module in decoder.modules() if isinstance(module, nn.Linear)]
     assert len(linears) == 4 * 2 + 1 and all(type(module) is MatVec for module in linears)
     assert not any(isinstance(module, MatVec) for module in gpt.modules())
 
@@ -426,47 +415,9 @@ def test_the_compiled_twin_takes_no_memory_and_leaves_the_model_as_it_was():
 def test_a_compiled_cache_follows_the_text_in_powers_of_two():
     """A model with a long context does not take memory for all of it."""
     engine = Engine(random_gpt(block_size=8192, positions="rotary"))
-    engine.compile_for_cpu = True
+    engine.compiled = True
     slots = [engine.new_cache(1, needed).layers[0].k.size(1) for needed in (10, 1025, 8192)]
     assert slots == [1024, 2048, 8192]
-
-
-def test_shapes_repeat_where_each_costs_a_graph():
-    """As on a GPU, but for the compiler."""
-    shape, spans = {"n_layer": 1, "block_size": 600}, []
-    gpt, eager = exact_gpt(**shape), Engine(exact_gpt(**shape))
-    engine = Engine(gpt)
-    engine.use_cuda_graphs = True
-    rounded = [engine.rounded(length) for length in (1, 256, 257, 512, 513, 600)]
-    assert rounded == [256, 256, 512, 512, 600, 600]
-    shapes = positions_read(gpt)
-    (block,) = gpt.transformer.h
-    block.register_forward_pre_hook(
-        lambda module, args: spans.append(args[0].size(1) if args[1] is None else args[1].size(-1))
-    )
-    for lengths in ([250], [1], [258, 3], [3] * 3, [600, 520], [3, 4], [7]):  # the caches hold older texts
-        texts = texts_of(*lengths)
-        assert generate(engine, texts, 12, seed=3) == generate(eager, texts, 12, seed=3)
-    assert {T for _, T in shapes} == {1, 256, 512, 600} and set(spans) == {256, 512, 600}
-    assert (
-        sorted(engine.caches) == [(1, 1024), (2, 1024), (3, 1024)]
-        and engine.caches[2, 1024].layers[0].k.numel() == 2 * 600 * 16
-    )
-
-
-@pytest.mark.parametrize("mode", ["greedy", "all"])
-def test_the_code_that_is_compiled_for_a_gpu_has_no_constant_that_changes(mode):
-    gpt, texts = exact_gpt(n_layer=1), texts_of(3, 5)
-    engine = Engine(gpt)
-    engine.use_cuda_graphs = True
-    engine.prefill, engine.decode = (
-        torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
-        for function in (engine.prefill, engine.decode)
-    )
-    for count in (1, 14):
-        expected = generate(Engine(gpt), texts, count, sampling=MODES[mode])
-        with torch.compiler.set_stance("fail_on_recompile" if count > 1 else "default"):
-            assert generate(engine, texts, count, sampling=MODES[mode]) == expected
 
 
 @pytest.fixture
@@ -481,7 +432,7 @@ def compiler():
 @pytest.mark.parametrize("bias", [True, False])
 def test_compiled_on_a_cpu_the_engine_writes_what_the_eager_one_writes(compiler, bias):
     gpt = random_gpt(bias=bias)
-    eager, compiled = Engine(gpt), Engine(gpt, compiled=True)
+    eager, compiled = Engine(gpt), Engine(gpt, "compiled")
     # One engine for all: more lengths and batch sizes than a compiler makes code for.
     for lengths in ([1], [3], [4], [8], [3] * 3, [2, 8, 5], [1, 1], [5], [2, 4, 1, 3], [8] * 5, [6], [2]):
         texts = texts_of(*lengths)
@@ -499,7 +450,7 @@ def test_compiled_on_a_cpu_the_engine_writes_what_the_eager_one_writes(compiler,
 @pytest.mark.usefixtures("every_shape")
 def test_compiled_on_a_cpu_the_logits_are_the_eager_ones(compiler, dtype, tolerance, lengths):
     gpt, texts = random_gpt(std=0.2).to(getattr(torch, dtype)), texts_of(*lengths)
-    engines = Engine(gpt), Engine(gpt, compiled=True)
+    engines = Engine(gpt), Engine(gpt, "compiled")
     windows = [ContextWindow(engine, texts, 12) for engine in engines]
     newest = torch.tensor([text[-1:] for text in texts])
     for tokens in random_ids(12, len(texts), 1):

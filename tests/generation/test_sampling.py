@@ -12,9 +12,20 @@ from hypothesis import strategies as st
 from reference import probabilities
 
 from kqv.errors import UsageError
-from kqv.generation.sampling import PLAIN, Sampler, Sampling, draw, uniforms
+from kqv.generation.sampling import PLAIN, Sampler, Sampling, Work, uniforms
 
 LARGEST = torch.tensor(1.0 - 1e-6)  # of the numbers that `uniforms` gives
+
+
+def sampler_of(sampling, texts, vocab_size, exempt=(), rounded=False):
+    sampler = Sampler(Work.of(sampling, vocab_size, rounded), len(texts), vocab_size, "cpu")
+    sampler.begin(sampling, texts, exempt)
+    return sampler
+
+
+def draw(logits, uniform, sampling, rounded=False):
+    """logits (B, V), uniform (B, 1) -> ids (B, 1), whatever numbers the logits are."""
+    return sampler_of(sampling, [[]] * len(logits), logits.size(-1), rounded=rounded).draw(logits, uniform)
 
 
 def changed(**settings):
@@ -55,10 +66,11 @@ def test_uniforms_are_each_rows_own_for_ever_and_below_1(monkeypatch):
     ],
     ids=str,
 )
-def test_draws_follow_the_probabilities_that_are_left(sampling):
+@pytest.mark.parametrize("rounded", [False, True])
+def test_draws_follow_the_probabilities_that_are_left(sampling, rounded):
     logits = np.array([0.3, -1.2, 2.0, 0.9, -0.4, 1.4])
     numbers = torch.cat(list(islice(uniforms(0, range(100), "cpu"), 200)))  # (20000, 1)
-    ids = draw(torch.tensor(logits, dtype=torch.float32).expand(len(numbers), -1), numbers, sampling)
+    ids = draw(torch.tensor(logits, dtype=torch.float32).expand(len(numbers), -1), numbers, sampling, rounded)
     counts = np.bincount(ids.flatten().numpy(), minlength=6)
     expected = probabilities(logits, sampling) * len(numbers)
     likely = expected > 0
@@ -84,10 +96,13 @@ def test_draws_follow_the_probabilities_that_are_left(sampling):
         min_p=st.floats(0, 1),
     ),
     uniform=st.floats(0, LARGEST.item(), width=32),
+    rounded=st.booleans(),
 )
-@example(logits=[0.0, 0.0, -1.0, 1.0], sampling=changed(top_p=0.5), uniform=0.0)
-def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(logits, sampling, uniform):
-    drawn = draw(torch.tensor([logits]), torch.tensor([[uniform]]), sampling)
+@example(logits=[0.0, 0.0, -1.0, 1.0], sampling=changed(top_p=0.5), uniform=0.0, rounded=False)
+def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
+    logits, sampling, uniform, rounded
+):
+    drawn = draw(torch.tensor([logits]), torch.tensor([[uniform]]), sampling, rounded)
     assert drawn.shape == (1, 1) and drawn.dtype == torch.long
     loose = probabilities(logits, sampling, slack=1e-5)
     assert loose[drawn.item()] > 0
@@ -97,6 +112,31 @@ def test_the_drawn_id_is_allowed_and_the_inverse_of_the_cumulative_distribution(
     if distinct and ((loose > 0) == (tight > 0)).all():
         cdf = np.array([0, *loose.cumsum()])
         assert cdf[drawn.item()] - 1e-5 <= uniform <= cdf[drawn.item() + 1] + 1e-5
+
+
+def test_one_sampler_serves_every_sampling_of_its_work():
+    logits = torch.randn(300, 50, generator=torch.Generator().manual_seed(0))
+    numbers = torch.rand(300, 1, generator=torch.Generator().manual_seed(1))
+    texts = [[row % 50] for row in range(300)]
+    one = sampler_of(changed(top_k=5, repetition_penalty=2.0), texts, 50, rounded=True)
+    for sampling in (
+        changed(top_k=8, repetition_penalty=1.5, temperature=0.3),
+        changed(top_k=6, repetition_penalty=0.5, top_p=0.6),
+        changed(top_k=7, repetition_penalty=3.0, min_p=0.4, temperature=2.0),
+    ):
+        assert Work.of(sampling, 50, rounded=True) == one.work
+        one.begin(sampling, texts)
+        own = sampler_of(sampling, texts, 50)  # which looks for the top_k alone
+        for _ in range(3):
+            assert one(logits, numbers)[0].equal(own(logits, numbers)[0])
+    for other in (
+        {"top_k": 9},
+        {"top_k": 4},
+        {"temperature": 0},
+        {"logprobs": True},
+        {"repetition_penalty": 1},
+    ):
+        assert Work.of(replace(sampling, **other), 50, rounded=True) != one.work
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-38, 1e-30, 1e-3, 1e30, 1e39, 1.7e308])
@@ -143,22 +183,22 @@ def test_at_a_boundary_the_fewest_tokens_are_kept_and_the_next_one_is_drawn():
 
 
 def test_the_repetition_penalty_is_its_formula_for_prompt_and_drawn_ids():
-    sampler = Sampler(changed(temperature=0, repetition_penalty=1.5), [[3], [0, 1, 2]], 4, "cpu")
+    sampler = sampler_of(changed(temperature=0, repetition_penalty=1.5), [[3], [0, 1, 2]], 4)
     logits = torch.tensor([[3.0, 2.5, 2.2, -1.0], [-1.0, -1.1, -4.0, -1.6]])
     drawn = [sampler(logits, None)[0].flatten().tolist() for _ in range(5)]
     # Row 0 goes through 3, 2.5, 2.2, and then the largest of what is left of them. Row 1 begins with
     # -1.5, -1.65, -6, -1.6, and then has all of them.
     assert drawn == [[0, 0], [1, 0], [2, 0], [0, 0], [0, 0]]
-    sampler = Sampler(changed(temperature=0, repetition_penalty=1.7), [[0, 1, 2]], 4, "cpu")
+    sampler = sampler_of(changed(temperature=0, repetition_penalty=1.7), [[0, 1, 2]], 4)
     assert [sampler(logits[1:], None)[0].item() for _ in range(2)] == [3, 0]
 
 
 def test_exempt_ids_are_not_penalised_nor_those_beyond_the_vocabulary_looked_up():
     sampling = changed(temperature=0, repetition_penalty=100.0)
     logits = torch.tensor([[3.0, 2.5, 2.2, 9.0]])
-    sampler = Sampler(sampling, [[0, 1, 3]], 3, "cpu", exempt=[1, 3])
+    sampler = sampler_of(sampling, [[0, 1, 3]], 3, exempt=[1, 3])
     assert [sampler(logits, None)[0].item() for _ in range(3)] == [1, 1, 1]
-    sampler = Sampler(sampling, [[0, 1, 3]], 3, "cpu")
+    sampler = sampler_of(sampling, [[0, 1, 3]], 3)
     assert [sampler(logits, None)[0].item() for _ in range(3)] == [2, 0, 0]
 
 
@@ -199,7 +239,7 @@ def test_settings_out_of_their_bounds_are_refused_from_python_too(options):
     uniform=st.floats(0, LARGEST.item(), width=32),
 )
 def test_every_setting_within_its_bounds_draws_an_id_whatever_the_logits(logits, sampling, uniform):
-    sampler = Sampler(sampling, [[0]], len(logits), "cpu")
+    sampler = sampler_of(sampling, [[0]], len(logits))
     for _ in range(2):
         (drawn,), *_ = sampler(torch.tensor([logits]), torch.tensor([[uniform]]))
         assert 0 <= drawn.item() < len(logits)
@@ -214,5 +254,5 @@ def test_a_row_whose_logits_are_not_finite_draws_no_id(wrong, sampling):
     logits[1, 0] = wrong
     logits[2] = wrong
     logits[3, 3] = wrong  # of an id beyond the vocabulary
-    ids = Sampler(sampling, [[0]] * 4, 3, "cpu")(logits, torch.full((4, 1), 0.5))[0].flatten().tolist()
+    ids = sampler_of(sampling, [[0]] * 4, 3)(logits, torch.full((4, 1), 0.5))[0].flatten().tolist()
     assert ids[1:3] == [-1, -1] and ids[0] == ids[3] >= 0

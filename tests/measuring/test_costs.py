@@ -18,8 +18,8 @@ from kqv.measuring import costs
 from kqv.measuring.costs import Cluster, Job
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
+from kqv.training.objective import checkpoint_activations, narrow_stream
 from kqv.training.sharding import is_sharded
-from kqv.training.start import checkpoint_activations
 from kqv.training.state import start_state
 from kqv.training.world import World
 from model import GPT, Block, GPTConfig, NextToken
@@ -59,6 +59,7 @@ def training(job, world):
     objective = NextToken(gpt, loss.next_token_loss)
     objective = world.place(objective, gpt.transformer.h, "fsdp" if job.sharded else "ddp", dtype)
     state = start_state(config, gpt, None, dtype, world)
+    narrow_stream(gpt)
     if job.checkpointing:
         checkpoint_activations(gpt)
     model = world.wrap(torch.compile(objective) if job.compiled else objective)
@@ -107,7 +108,7 @@ JOBS = {
     "float32": Job(SMALL, batch_size=4, itemsize=4),
     "bfloat16": Job(SMALL, batch_size=4),
     "Muon": Job(SMALL, batch_size=4, muon=True),
-    "Muon, sharded": Job(HEAVY, gpus=4, sharded=True, muon=True),
+    "Muon, sharded": Job(HEAVY, gpus=4, sharded=True, batch_size=4, muon=True),
     "biases": Job(dataclasses.replace(SMALL, bias=True), batch_size=4),
     "accumulation": Job(WIDE, batch_size=2, accumulation=2),
     "checkpointing": Job(SMALL, batch_size=4, checkpointing=True),
@@ -119,16 +120,16 @@ JOBS = {
     "large tied matrix": Job(GPTConfig(256, 2048, 1, 4, 512, bias=False)),
     "heavy weights": Job(HEAVY),
     "heavy weights, accumulation": Job(HEAVY, accumulation=2),
-    "heavy weights, fsdp": Job(HEAVY, gpus=8, sharded=True, norm_itemsize=2),
-    "heavy weights, fsdp, accumulation": Job(HEAVY, gpus=8, sharded=True, accumulation=3, norm_itemsize=2),
+    "heavy weights, fsdp": Job(HEAVY, gpus=8, sharded=True),
+    "heavy weights, fsdp, accumulation": Job(HEAVY, gpus=8, sharded=True, accumulation=3),
     "ddp": Job(WIDE, gpus=2, batch_size=2),
     "ddp, accumulation": Job(WIDE, gpus=2, batch_size=2, accumulation=2),
     "ddp, heavy weights": Job(HEAVY, gpus=2),
-    "fsdp": Job(WIDE, gpus=4, sharded=True, batch_size=4, norm_itemsize=2),
+    "fsdp": Job(WIDE, gpus=4, sharded=True, batch_size=4),
     "fsdp, float32": Job(WIDE, gpus=2, sharded=True, batch_size=4, itemsize=4),
-    "fsdp, accumulation": Job(WIDE, gpus=4, sharded=True, batch_size=4, accumulation=2, norm_itemsize=2),
-    "fsdp, checkpointing": Job(WIDE, gpus=8, sharded=True, batch_size=4, checkpointing=True, norm_itemsize=2),
-    "hsdp": Job(WIDE, gpus=8, gpus_per_node=2, sharded=True, batch_size=4, norm_itemsize=2),
+    "fsdp, accumulation": Job(WIDE, gpus=4, sharded=True, batch_size=4, accumulation=2),
+    "fsdp, checkpointing": Job(WIDE, gpus=8, sharded=True, batch_size=4, checkpointing=True),
+    "hsdp": Job(WIDE, gpus=8, gpus_per_node=2, sharded=True, batch_size=4),
 }
 
 
@@ -150,20 +151,20 @@ LARGE_JOBS = {
     "15M of a large vocabulary, batch 4, compiled": Job(LARGE_VOCABULARY, batch_size=4, compiled=True),
     "15M of a large vocabulary, batch 8, compiled": Job(LARGE_VOCABULARY, batch_size=8, compiled=True),
     "15M of a large vocabulary, batch 4, compiled, fsdp 8": Job(
-        LARGE_VOCABULARY, gpus=8, sharded=True, batch_size=4, compiled=True, norm_itemsize=2
+        LARGE_VOCABULARY, gpus=8, sharded=True, batch_size=4, compiled=True
     ),
     "15M of a large vocabulary, batch 8, compiled, fsdp 8": Job(
-        LARGE_VOCABULARY, gpus=8, sharded=True, batch_size=8, compiled=True, norm_itemsize=2
+        LARGE_VOCABULARY, gpus=8, sharded=True, batch_size=8, compiled=True
     ),
     "124M, batch 1, ddp": Job(GPT2["124M"], gpus=8),
     "124M, batch 1 x 2, ddp": Job(GPT2["124M"], gpus=8, accumulation=2),
-    "124M, batch 2, fsdp 8": Job(GPT2["124M"], gpus=8, sharded=True, batch_size=2, norm_itemsize=2),
+    "124M, batch 2, fsdp 8": Job(GPT2["124M"], gpus=8, sharded=True, batch_size=2),
     "124M, float32, batch 1, fsdp 8": Job(GPT2["124M"], gpus=8, sharded=True, itemsize=4),
     "350M, batch 1": Job(GPT2["350M"]),
-    "350M, batch 1, hsdp 512": Job(GPT2["350M"], gpus=512, sharded=True, norm_itemsize=2),
-    "774M, batch 1, fsdp 8": Job(GPT2["774M"], gpus=8, sharded=True, norm_itemsize=2),
+    "350M, batch 1, hsdp 512": Job(GPT2["350M"], gpus=512, sharded=True),
+    "774M, batch 1, fsdp 8": Job(GPT2["774M"], gpus=8, sharded=True),
     "774M, batch 1 x 2, hsdp 64, checkpointing": Job(
-        GPT2["774M"], gpus=64, sharded=True, accumulation=2, checkpointing=True, norm_itemsize=2
+        GPT2["774M"], gpus=64, sharded=True, accumulation=2, checkpointing=True
     ),
 }
 
@@ -177,12 +178,13 @@ def test_memory_of_models_that_people_train(job):
     assert calculated == pytest.approx(found, rel=0.1)
 
 
-@pytest.mark.parametrize("chunk", [256, 64])
+@pytest.mark.parametrize("chunk", [256, 128])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_memory_of_a_loss_in_chunks(monkeypatch, chunk, itemsize):
     """Besides a byte for each logit of a chunk, which a CPU alone takes."""
     shape = GPTConfig(block_size=256, vocab_size=8192, n_layer=1, n_head=2, n_embd=128, bias=False)
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", chunk * shape.vocab_size)
+    monkeypatch.setattr(loss, "ROWS", chunk)
     job = Job(shape, batch_size=2, itemsize=itemsize)
     found = measured(job) - chunk * shape.vocab_size
     assert costs.peak_bytes(job) == pytest.approx(found, rel=0.025)
@@ -191,9 +193,13 @@ def test_memory_of_a_loss_in_chunks(monkeypatch, chunk, itemsize):
 @settings(deadline=None, max_examples=12)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 2]), st.booleans())
 def test_activations_of_a_block_are_those_that_autograd_saves(B, nh, hs, itemsize, bias):
-    """To the byte, besides the weights themselves and autocast's copies of them."""
+    """
+    To the byte, besides the weights themselves, autocast's copies of them, and that LayerNorm on a CPU has
+    its means and deviations in float32.
+    """
     shape = GPTConfig(block_size=32, n_layer=1, n_head=nh, n_embd=16 * hs * nh, bias=bias)
     block, x = Block(shape), torch.randn(B, 32, shape.n_embd)
+    x = x.bfloat16() if itemsize == 2 else x
     saved = {}
 
     def pack(tensor):
@@ -206,14 +212,14 @@ def test_activations_of_a_block_are_those_that_autograd_saves(B, nh, hs, itemsiz
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     matrices = sum(parameter.numel() for parameter in block.parameters() if parameter.dim() == 2)
     found = sum(storage.nbytes() for at, storage in saved.items() if at not in weights)
-    copies = 2 * matrices if itemsize == 2 else 0
+    copies = 2 * matrices + 8 * 32 * B if itemsize == 2 else 0
     assert found - copies == costs.block_activations(Job(shape, batch_size=B, itemsize=itemsize))
 
 
-@pytest.mark.parametrize("itemsize, numbers", [(2, 36), (4, 64)])
+@pytest.mark.parametrize("itemsize, numbers", [(2, 32), (4, 64)])
 @pytest.mark.parametrize("shape", [GPTConfig(), GPTConfig(2048, 50304, 32, 32, 4096, bias=False)])
 def test_activations_of_a_block_by_hand(shape, itemsize, numbers):
-    """The formula of docs/lab/plan.md: 36 C bytes for a token, or in float32 64 C, and a few besides."""
+    """The formula of docs/lab/plan.md: 32 C bytes for a token, or in float32 64 C, and a few besides."""
     a_token = numbers * shape.n_embd + 4 * shape.n_head + 16
     for batch_size in (1, 3):
         job = Job(shape, batch_size=batch_size, itemsize=itemsize)

@@ -33,7 +33,7 @@ def test_bandwidth_is_bytes_a_second(monkeypatch):
 
 
 def test_a_matrix_product_takes_two_operations_for_each_pair(monkeypatch):
-    assert machine_with(clock_of(0.5, 0.5, 0.5), monkeypatch).matmul() == 2 * 16**3 / 0.5
+    assert machine_with(clock_of(0.1, 0.5, 0.5, 0.5), monkeypatch).matmul() == 2 * 16**3 / 0.5
 
 
 def test_what_is_read_is_larger_than_the_caches():
@@ -47,3 +47,19 @@ def test_a_gpu_is_waited_for():
     gpu.seconds(lambda: a @ a)
     asked = gpu.seconds(lambda: None)
     assert gpu.seconds(lambda: [a @ a for _ in range(10)]) > 10 * asked
+
+
+@pytest.mark.parametrize("a_second, size", [(1e12, 2048), (1e9, 512), (1e6, 256)])
+def test_the_ceiling_of_slow_products_is_measured_with_smaller_ones(a_second, size):
+    """`a_second`: multiplications in a second."""
+
+    class Slow(Machine):
+        now, sizes = 0.0, []
+
+        def product(self, size):
+            self.sizes = [*self.sizes, size]
+            return lambda: setattr(self, "now", self.now + size**3 / a_second)
+
+    slow = Slow(torch.device("cpu"), torch.bfloat16, 2, lambda: slow.now)
+    assert slow.matmul() == pytest.approx(2 * a_second)
+    assert slow.sizes == [256, size]

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bench
-from kqv.measuring.costs import Cluster, Job, count, highest_peak, model_of, peak_bytes, step_seconds, traffic
+from kqv.measuring.costs import (
+    Cluster,
+    Job,
+    count,
+    highest_peak,
+    loss_memory,
+    model_of,
+    peak_bytes,
+    step_seconds,
+    traffic,
+)
 from kqv.measuring.plan import fit
 from model import GPTConfig
 
@@ -46,7 +56,9 @@ def test_more_takes_more(job):
 
     total = peak_bytes(job)
     assert total >= 16 * count(model_of(job.shape)) / job.shards
-    assert total < more(batch_size=2 * job.batch_size) or not highest_peak(job)[1].get("activations")
+    larger, parts = dataclasses.replace(job, batch_size=2 * job.batch_size), highest_peak(job)[1]
+    # Twice as much is not more where nothing depends on it, or the loss comes in chunks then.
+    assert total < peak_bytes(larger) or not parts.get("activations") or loss_memory(larger) < parts["loss"]
     assert total <= more(accumulation=job.accumulation + 1)
     assert total <= more(shape=dataclasses.replace(job.shape, n_layer=job.shape.n_layer + 1))
     step, computing = step_seconds(job, LINKS, 0.4)
@@ -152,7 +164,7 @@ def test_settings_change_the_plan(planned):
         (["--mfu=1"], ["mfu is 1.0", "below"]),
         (["--preset=7B"], ["batch_size=1 ", "memory_gb=80", "try --gpus=8 --parallel=fsdp"]),
         (["--preset=7B", "--gpus=8", "--parallel=ddp"], ["GB on each GPU", "try --parallel=fsdp"]),
-        (["--preset=2.7B", "--gpus=8", "--memory_gb=24"], ["=24", "try --activation_checkpointing=True"]),
+        (["--preset=2.7B", "--gpus=8", "--memory_gb=22"], ["=22", "try --activation_checkpointing=True"]),
         (["--n_embd=49152", "--gpus=512"], ["GB on each GPU", "try a smaller model"]),
         (["--batch_size=512"], ["batch_size=512 takes", "try --batch_size=128"]),
     ],

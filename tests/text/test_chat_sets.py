@@ -23,7 +23,7 @@ from kqv.text import dataset_writer
 from kqv.text.dataset import SPLITS, Dataset
 from kqv.text.order import packed
 from kqv.text.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, ChatTokenizer
-from kqv.training.start import checkpoint_activations
+from kqv.training.objective import checkpoint_activations
 from model import NextToken
 
 UNHURRIED = settings(
@@ -89,10 +89,11 @@ def test_rows_are_packed_with_whole_conversations_and_only_answers_are_learnt(
         return
     batch = data.batch("train", np.arange(len(rows)), block_size)
     for number, row in enumerate(rows):
-        row = row + [(3, False, 0)] * (block_size + 1 - len(row))  # filled up with empty conversations
+        row = row + [(3, False, place) for place in range(block_size + 1 - len(row))]  # one that says nothing
         assert batch.idx[number].tolist() == [id for id, _, _ in row[:-1]]
         assert batch.targets[number].tolist() == [id if learnt else -1 for id, learnt, _ in row[1:]]
         assert batch.positions[number].tolist() == [place for _, _, place in row[:-1]]
+    assert (batch.positions == 0).sum(axis=1).max() <= data.most_in_row(block_size) <= 1 + len(conversations)
     for array in batch:
         assert array.dtype == np.int64 and array.shape == (len(rows), block_size) and array.flags.c_contiguous
     found = [ids.tolist() for ids in data.conversations("train")]

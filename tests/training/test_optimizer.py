@@ -19,6 +19,7 @@ from kqv.training.optimizer import (
     limit_bad_steps,
     load_optimizer,
     make_optimizer,
+    norm_of_gradients,
     parameters_of,
     set_learning_rates,
     step_unless,
@@ -253,7 +254,7 @@ def make(request):
     return request.param
 
 
-def step(gpt, optimizer, seed, bad=False, scaler=None):
+def step(gpt, optimizer, seed, bad=False, scaler=None, grad_clip=1.0):
     """A step on random tokens, with a gradient that is not finite in one number if it is `bad`."""
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     idx, targets = random_ids(2, 8, seed=seed), random_ids(2, 8, seed=seed + 100)
@@ -262,10 +263,11 @@ def step(gpt, optimizer, seed, bad=False, scaler=None):
     if bad:
         gpt.lm_head.weight.grad[3, 2] = math.nan
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), 1.0)
-    step_unless(~norm.isfinite(), optimizer)
+    norm = norm_of_gradients(parameters_of(optimizer))
+    step_unless(~norm.isfinite(), optimizer, norm, grad_clip)
     scaler.update()
     gpt.zero_grad()
+    return norm
 
 
 def state_of(gpt, optimizer):
@@ -294,6 +296,57 @@ def test_a_bad_step_changes_neither_weights_nor_state(make, scaled):
             step(other, undisturbed, seed)
     assert same(state_of(gpt, optimizer), state_of(other, undisturbed))
     assert scaler.get_scale() == 1.0  # 8, halved at each of three bad steps
+
+
+class OnMPS(torch.Tensor):
+    """A stand-in for a tensor on MPS, whose fused optimizers ignore `found_inf`."""
+
+    is_mps = True
+
+
+def test_on_mps_a_bad_step_is_not_left_to_the_optimizer(make, monkeypatch):
+    gpt = random_gpt(n_layer=1)
+    optimizer = make(gpt)
+    for seed, bad in enumerate([False, True, False]):
+        before, taken = state_of(gpt, optimizer), optimizer.step
+        steps = []
+        monkeypatch.setattr(optimizer, "step", lambda: steps.append(taken()))  # noqa: B023
+        for parameter in gpt.parameters():
+            parameter.grad = torch.full_like(parameter, seed + 1.0)
+        step_unless(torch.tensor(bad).as_subclass(OnMPS), optimizer)
+        assert len(steps) == (not bad) and not hasattr(optimizer, "found_inf")
+        assert same(before, state_of(gpt, optimizer)) == bad
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "GradScaler"])
+@pytest.mark.parametrize("grad_clip", [0.05, 1e3, 0.0])
+def test_gradients_are_clipped_as_torch_clips_them(make, grad_clip, scaled):
+    gpt, other = random_gpt(n_layer=1, std=0.1), random_gpt(n_layer=1, std=0.1)
+    optimizer, plain = make(gpt), make(other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+    for seed in range(3):  # the first one makes the state
+        norm = step(gpt, optimizer, seed, scaler=scaler, grad_clip=grad_clip)
+        F.cross_entropy(
+            F.linear(other.hidden(random_ids(2, 8, seed=seed)), other.lm_head.weight).flatten(0, 1),
+            random_ids(2, 8, seed=seed + 100).flatten(),
+        ).backward()
+        expected = torch.nn.utils.clip_grad_norm_(parameters_of(plain), grad_clip or math.inf)
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-4) and 0.05 < norm < 1e3
+        plain.step()
+        other.zero_grad()
+    for ours, theirs in zip(state_of(gpt, optimizer), state_of(other, plain), strict=True):
+        for a, b in zip(flat(ours), flat(theirs), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def flat(values):
+    """All tensors in lists and dicts of them."""
+    if isinstance(values, (list, dict)):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from flat(value)
+    elif isinstance(values, torch.Tensor):
+        yield values.detach()
 
 
 def test_a_resumed_optimizer_goes_on_bit_for_bit(make):

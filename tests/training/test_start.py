@@ -13,14 +13,8 @@ import train
 from kqv.errors import UserError
 from kqv.settings import parse, read_given
 from kqv.training.notices import changed_settings, odd_learning_rates
-from kqv.training.start import (
-    checkpoint_activations,
-    new_model,
-    require_divisible,
-    resolve_start,
-    set_precision,
-    smaller_batch,
-)
+from kqv.training.objective import checkpoint_activations, set_precision
+from kqv.training.start import new_model, require_divisible, resolve_start, smaller_batch
 from kqv.training.state import start_state
 from kqv.training.world import World
 from model import NextToken
