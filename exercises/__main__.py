@@ -55,9 +55,8 @@ def work_on(number, exercise):
         print("\n".join(lines))
         print(f"Not yet: right on small inputs, but this test of the project fails. {shown}; {again}")
         return 1
-    print(
-        f"Right. {lines[-1] if lines else ''}\nThe project's own: {exercise.file}, {', '.join(exercise.names)}"
-    )
+    print(f"Right. {lines[-1] if lines else ''}")
+    print(f"The project's own: {exercise.file}, {', '.join(exercise.names)}")
     return 0
 
 

@@ -58,11 +58,13 @@ def loss_calls(module):
 
 def draw_calls(module):
     logits, found = 2 * random(6, 12), []
-    for uniform in (0.05, 0.5, 0.95):
-        u = torch.full((6, 1), uniform)
+    for number in (0.05, 0.5, 0.95):
+        uniform = torch.full((6, 1), number)
         for settings in ({}, {"top_k": 4}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 0.0}):
-            asked = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **settings}
-            found.append(module.draw(logits, u, SimpleNamespace(**asked)))
+            sampling = module.Sampling(**{"temperature": 0.7, "top_k": 0, **settings})
+            sampler = module.Sampler(module.Work.of(sampling, 12), 6, 12, "cpu")
+            sampler.begin(sampling, [[0]] * 6)
+            found.append(sampler.draw(logits, uniform))
     return found
 
 
@@ -337,17 +339,41 @@ EXERCISES = (
     Exercise(
         title="A draw",
         file="kqv/generation/sampling.py",
-        names=("draw",),
+        names=("Sampler.draw",),
         task=(
-            "draw(logits (B, V), uniform (B, 1), sampling) gives one id for each row (B, 1): divide by the "
-            "temperature (0: the likeliest), keep the top_k likeliest (0: all), of those the fewest "
-            "that reach "
-            "top_p, and those with min_p times the largest probability; then invert the cumulative "
-            "distribution."
+            "draw(logits (B, V), uniform (B, 1)) gives one id for each row (B, 1). Where "
+            "self.work.greedy, it is "
+            "the likeliest. Else divide by self.temperature; keep the self.work.kept likeliest (0: "
+            "all); of those "
+            "the fewest that reach self.top_p together, and those with self.min_p times the largest "
+            "probability; "
+            "then invert the cumulative distribution. (Where self.work.rounded, only self.top_k of "
+            "the kept count.)"
         ),
         calls=draw_calls,
         tests=("tests/generation/test_sampling.py",),
-        mistakes={},
+        mistakes={
+            "The logits are multiplied by the temperature: below 1, likelier tokens come more often.": (
+                "logits / self.temperature",
+                "logits * self.temperature",
+            ),
+            "The least likely tokens are kept, not the likeliest.": (
+                "logits.topk(self.work.kept)",
+                "logits.topk(self.work.kept, largest=False)",
+            ),
+            "top_p leaves out the token that reaches it: the fewest that REACH it stay.": (
+                "(before < self.top_p)",
+                "(before + p < self.top_p)",
+            ),
+            "min_p is compared with the probability itself: it is a share of the likeliest token's.": (
+                "self.min_p * p[:, :1]",
+                "self.min_p",
+            ),
+            "The random number does not count: the likeliest token comes every time.": (
+                "reached = (cdf > uniform * cdf[:, -1:]) & (p > 0)",
+                "reached = p == p.amax(dim=-1, keepdim=True)",
+            ),
+        },
     ),
     Exercise(
         title="A step of beam search",
