@@ -6,7 +6,7 @@ import inspect
 import json
 from pathlib import Path
 
-from kqv.generation.sampling import draw
+from kqv.generation.sampling import Sampler
 from kqv.looking.attention import attention
 from kqv.looking.trace import Looker
 from model import GPT, MLP, next_token_loss
@@ -21,7 +21,7 @@ CODE = {  # of each section, the code that it is about
     "scores": attention,
     "guess": Looker.lens,
     "heads": MLP,
-    "next": draw,
+    "next": Sampler.draw,
 }
 
 
