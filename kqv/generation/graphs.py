@@ -72,7 +72,7 @@ class RecordedSteps:
 
     def record(self, decode, span, sampler, inputs):
         own = [part.clone() if is_tensor(part) else part for part in inputs]
-        changed = [self.cache.length, *getattr(sampler, "changing", ())]
+        changed = [self.cache.length, *(sampler.buffers() if isinstance(sampler, torch.nn.Module) else ())]
         before = [part.clone() for part in changed]
 
         def step():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from kqv.errors import UserError
@@ -75,7 +76,7 @@ def power_of_two(number):
     return 1 << (number - 1).bit_length()
 
 
-class Sampler:
+class Sampler(nn.Module):
     """
     Draws the next token of each of B rows, as `begin` says. It keeps the set of ids in each row's text for
     the repetition penalty, which divides positive logits of those ids and multiplies negative ones (Keskar et
@@ -83,16 +84,14 @@ class Sampler:
     """
 
     def __init__(self, work, batch_size, vocab_size, device):
+        super().__init__()
         self.work, self.vocab_size = work, vocab_size
-        self.temperature, self.top_k, self.top_p, self.min_p, self.penalty = (
-            torch.ones((), device=device) for _ in range(5)
-        )
-        self.changing = []  # the tensors that a step changes
+        for name in ("temperature", "top_k", "top_p", "min_p", "penalty"):
+            self.register_buffer(name, torch.ones((), device=device))
         if work.penalty:
-            # (B, V): the ids in each row's text
-            self.seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
-            self.penalised = torch.ones_like(self.seen[0])  # (V,): the ids that the penalty is for
-            self.changing.append(self.seen)
+            seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
+            self.register_buffer("seen", seen)  # (B, V): the ids in each row's text
+            self.register_buffer("penalised", torch.ones_like(seen[0]))  # (V,): ids that the penalty is for
 
     def begin(self, sampling, texts, exempt=()):
         """Draw by `sampling`, of the sampler's Work, after B texts. The ids `exempt` are not penalised."""
@@ -108,7 +107,7 @@ class Sampler:
             self.penalised.fill_(True)
             self.penalised[[token for token in exempt if token < self.vocab_size]] = False
 
-    def __call__(self, logits, uniform):
+    def forward(self, logits, uniform):
         """
         logits (B, V), uniform (B, 1) -> ids (B, 1); the id is -1 where the logits of a row are not finite,
         so that the host learns it from the ids, without another copy from the device. With
