@@ -46,6 +46,8 @@ class Int8Linear(nn.Linear):
             return super().forward(x)
         else:
             y = F.linear(x, self.int8.to(x.dtype))
+        if torch.compiler.is_compiling():
+            y = y.float()  # scaled in bfloat16, the compiler would make it torch's product, whatever the size
         scale = self.scale.to(y.dtype)  # (..., out) times (out,)
         y = y * scale if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, scale)
         return y.to(x.dtype)
