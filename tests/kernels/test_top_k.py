@@ -96,12 +96,10 @@ def test_a_row_fits_into_registers(V):
     for kernel in (top_k.threshold_kernel, top_k.draw_kernel):
         signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
         code = compiled_for_h100(kernel, signature, constants, num_warps=warps)
-        print(kernel.__name__, V, code.registers, code.spills, code.shared, warps)
         assert code.spills == 0
     signature = {"logits": "*fp32", "maxima": "*i32", "stride": "i32:16", "V": "i32", "G": "i32"}
     constants = {"GROUP": 16, "TILE": 64, "FINITE": True}
     code = compiled_for_h100(top_k.maxima_kernel, signature, constants, num_warps=4)
-    print("maxima", code.registers, code.spills)
     assert code.spills == 0
 
 
