@@ -64,7 +64,7 @@ class Int8Embedding(nn.Embedding):
 
 def is_for_packed(x, rows):
     """Whether torch's product of bfloat16 with int8 is the fastest for x (..., in) of so many rows."""
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler can't take it here
     return on_cpu and rows <= FEW_ROWS and x.dtype == torch.bfloat16 and x.size(-1) % PACKED == 0
 
 
