@@ -164,7 +164,10 @@ def cannot_compile(device):
 
 def cannot_use_triton():
     """Why Triton can't be used, and what to install; None where it can. A torch is made for one version."""
-    required = " ".join(importlib.metadata.requires("torch") or ())
+    try:
+        required = " ".join(importlib.metadata.requires("torch") or ())
+    except importlib.metadata.PackageNotFoundError:  # a torch that was built here says nothing
+        required = ""
     found = re.search(r"[\w-]*triton[\w-]*[~=]=(\d+\.\d+)[\w.]*", required)
     wanted = found[0] if found else "triton"
     try:

@@ -85,6 +85,16 @@ def test_a_gpu_that_cannot_compile_is_told_what_to_install(compiling, capsys, la
     assert says in str(error.value) and "--compile=False" in str(error.value)
 
 
+def test_a_torch_that_says_nothing_of_triton_works_with_any(compiling, monkeypatch):
+    compiling(triton="9.9")
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda name: importlib.metadata.distribution("no-torch")
+    )
+    assert cannot_compile(GPU) is None
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: None)
+    assert cannot_compile(GPU) is None
+
+
 def test_a_cpu_compiles_with_cxx_or_gxx(compiling, monkeypatch, tmp_path, capsys):
     assert find_compile("auto", CPU) is False
     for compiler in ("", "g++", "clang++ -v"):

@@ -25,14 +25,14 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(threads, "SHARE", str(tmp_path / "cpu.max"))
     usual = torch.get_num_threads()
 
-    def stand_in(cores=2, free=2.0, later=None):
-        """From the third reading on, so many are free as `later` says."""
+    def stand_in(cores=2, free=2.0, later=None, since=1):
+        """After reading number `since`, so many are free as `later` says."""
         now = [10.0, 500.0, 0.1]
 
         def readings():
             for number in itertools.count():
                 yield tuple(now)
-                others = cores - (free if number < 1 or later is None else later)
+                others = cores - (free if number < since or later is None else later)
                 now[:] = now[0] + 2, now[1] + 2 * others + 1.7, now[2] + 1.7
 
         monkeypatch.setattr(threads, "own_cores", lambda: range(cores))
@@ -146,6 +146,13 @@ def test_a_run_says_that_another_process_came_later(later, crowded, machine, cli
     status, out, err = cli(train.main, *RUN)
     assert (status, err) == (0, "") and "2 threads" in out.splitlines()[0]
     assert ("resume it with OMP_NUM_THREADS=1" in out) == crowded
+
+
+def test_what_other_processes_did_long_ago_does_not_count(machine):
+    machine(cores=2, free=2, later=1, since=9)
+    threads.choose(CPU)
+    found = [threads.crowded(CPU) for _ in range(12)]
+    assert found[0] == [] and "OMP_NUM_THREADS=1" in found[-1][0]
 
 
 @pytest.mark.skipif(len(threads.own_cores()) < 2, reason="needs two cores")

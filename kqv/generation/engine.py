@@ -71,6 +71,7 @@ class Engine:
         self.compiled = kind == "compiled"
         self.records = kind in ("graph", "kernels") or self.compiled and not on_cpu
         self.recorded = None  # the RecordedSteps
+        self.kind_of_sampler = lambda sampling, work: Sampler
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # one for each shape
             if on_cpu:
@@ -80,9 +81,11 @@ class Engine:
                 options = {"coordinate_descent_tuning": True}
                 step = torch.compile(decode, fullgraph=True, dynamic=False, options=options)
         elif kind == "kernels":
-            from kqv.kernels.decoding import KernelDecoder  # here, since it loads Triton
+            from kqv.generation.kernel_sampler import kind_for  # here, since they load Triton
+            from kqv.kernels.decoding import KernelDecoder
 
             decoder = KernelDecoder(gpt)
+            self.kind_of_sampler = kind_for
         self.decode = partial(step, decoder)
 
     def span_for(self, length):
@@ -112,12 +115,13 @@ class Engine:
     def sampler(self, sampling, batch_size, vocab_size):
         """A Sampler of the work that `sampling` asks for, before its `begin`."""
         work = Work.of(sampling, vocab_size, rounded=self.records)
+        kind = self.kind_of_sampler(sampling, work)
         if not self.records:
-            return Sampler(work, batch_size, vocab_size, self.device)
+            return kind(work, batch_size, vocab_size, self.device)
         kept = self.recorded.samplers
-        if (work, vocab_size) not in kept:
-            kept[work, vocab_size] = Sampler(work, batch_size, vocab_size, self.device)
-        return kept[work, vocab_size]
+        if (kind, work, vocab_size) not in kept:
+            kept[kind, work, vocab_size] = kind(work, batch_size, vocab_size, self.device)
+        return kept[kind, work, vocab_size]
 
     def fill(self, cache, texts):
         """Prefill: make the cache hold the B lists of ids `texts`, and nothing else."""

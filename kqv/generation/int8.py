@@ -46,6 +46,8 @@ class Int8Linear(nn.Linear):
             return super().forward(x)
         else:
             y = F.linear(x, self.int8.to(x.dtype))
+        if torch.compiler.is_compiling():
+            y = y.float()  # scaled in bfloat16, the compiler would make it torch's product, whatever the size
         scale = self.scale.to(y.dtype)  # (..., out) times (out,)
         y = y * scale if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, scale)
         return y.to(x.dtype)
@@ -62,7 +64,7 @@ class Int8Embedding(nn.Embedding):
 
 def is_for_packed(x, rows):
     """Whether torch's product of bfloat16 with int8 is the fastest for x (..., in) of so many rows."""
-    on_cpu = x.device.type == "cpu"
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler can't take it here
     return on_cpu and rows <= FEW_ROWS and x.dtype == torch.bfloat16 and x.size(-1) % PACKED == 0
 
 

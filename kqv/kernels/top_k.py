@@ -17,10 +17,10 @@ import triton.language as tl
 
 from kqv.kernels.decoding import power_of_two
 
-MOST_K = 256  # that is searched in k groups; for more, all logits are read for each bit
-MOST_GROUPS = 16384  # of a row: their keys are held in registers
-LEAST: tl.constexpr = -(2**31)  # the key of no number
-GREATEST: tl.constexpr = 2**31 - 1
+MOST_K = 256  # groups of that many hold the k likeliest
+MOST_GROUPS = 8192  # of a row: their keys are held in registers
+LEAST = tl.constexpr(-(2**31))  # the key of no number
+GREATEST = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
@@ -60,37 +60,17 @@ def kth_largest(keys, k):
 
 
 @triton.jit
-def kth_largest_of_row(logits, k, V, BLOCK: tl.constexpr):
-    """The same of the keys of all logits (V,), read again for each step of the search."""
-    low, high = LEAST, GREATEST
-    while low < high:
-        middle = middle_of(low, high)
-        found = 0
-        for start in range(0, V, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            found += tl.sum((keys_of(logits, at, at < V) >= middle).to(tl.int32), axis=0)
-        if found >= k:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-@triton.jit
-def maxima_kernel(
-    logits, maxima, stride, V, G, GROUP: tl.constexpr, TILE: tl.constexpr, FINITE: tl.constexpr
-):
+def maxima_kernel(logits, maxima, stride, V, G, GROUP: tl.constexpr, TILE: tl.constexpr):
     """
-    maxima (B, G), the largest key of each group of logits (B, V); a program makes TILE of a row. With FINITE
-    it is GREATEST where a logit of the group is not finite.
+    maxima (B, G), the largest key of each group of logits (B, V), GREATEST where a logit of the group is not
+    finite; a program makes TILE of a row.
     """
     logits += tl.program_id(1) * stride
     group = tl.program_id(0) * TILE + tl.arange(0, TILE)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (TILE, GROUP)
     keys = keys_of(logits, at, at < V)
-    if FINITE:
-        infinite = (mirrored(keys) & 0x7F800000) == 0x7F800000  # all bits of the exponent
-        keys = tl.where(infinite & (at < V), GREATEST, keys)
+    infinite = (mirrored(keys) & 0x7F800000) == 0x7F800000  # all bits of the exponent
+    keys = tl.where(infinite & (at < V), GREATEST, keys)
     tl.store(maxima + tl.program_id(1) * G + group, tl.max(keys, axis=1), mask=group < G)
 
 
@@ -114,33 +94,6 @@ def likeliest(logits, maxima, groups, k, V, G, G_P: tl.constexpr, GROUP: tl.cons
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]  # (MOST, GROUP)
     found = keys_of(logits, ids, (number < k)[:, None] & (ids < V))
     return tl.reshape(ids, (MOST * GROUP,)), tl.reshape(found, (MOST * GROUP,))
-
-
-@triton.jit
-def threshold_kernel(
-    logits,
-    maxima,
-    groups,
-    ks,
-    threshold,
-    stride,
-    k_stride,
-    V,
-    G,
-    G_P: tl.constexpr,
-    GROUP: tl.constexpr,
-    MOST: tl.constexpr,
-):
-    """threshold (B,), the k-th largest of a row of logits (B, V), k from ks (B,). A program is a row."""
-    row = tl.program_id(0)
-    logits += row * stride
-    k = tl.minimum(tl.maximum(tl.load(ks + row * k_stride).to(tl.int32), 1), V)
-    if k > MOST:
-        key = kth_largest_of_row(logits, k, V, G_P)
-    else:
-        ids, found = likeliest(logits, maxima + row * G, groups + row * MOST, k, V, G, G_P, GROUP, MOST)
-        key = kth_largest(found, k)
-    tl.store(threshold + row, mirrored(key).to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -178,7 +131,7 @@ def draw_kernel(
     tl.store(drawn + row, tl.where(tl.max(finite, axis=0) == GREATEST, -1, chosen).to(tl.int64))
 
 
-def maxima_of(logits, finite):
+def maxima_of(logits):
     """logits (B, V), float32 -> the maxima (B, G) of `maxima_kernel`, and what the next kernel takes."""
     B, V = logits.shape
     if logits.dtype != torch.float32 or logits.stride(1) != 1:
@@ -187,7 +140,7 @@ def maxima_of(logits, finite):
     G, tile = -(-V // group), 1024 // group
     maxima = torch.empty(B, G, dtype=torch.int32, device=logits.device)
     maxima_kernel[(-(-G // tile), B)](
-        logits, maxima, logits.stride(0), V, G, GROUP=group, TILE=tile, FINITE=finite, num_warps=4
+        logits, maxima, logits.stride(0), V, G, GROUP=group, TILE=tile, num_warps=4
     )
     sizes = {"V": V, "G": G, "G_P": power_of_two(G), "GROUP": group, "MOST": MOST_K}
     return maxima, {"stride": logits.stride(0), **sizes, "num_warps": 8 if G <= 4096 else 16}
@@ -200,28 +153,15 @@ def on_device(number, logits, dtype):
     return torch.full((1,), number, dtype=dtype, device=logits.device)
 
 
-def top_k_threshold(logits, k):
-    """
-    logits (B, V) in float32, k a number, or a tensor of one or B -> the k-th largest of each row (B, 1),
-    equal to logits.topk(k).values[:, -1:]. More than k logits reach it where some are equal to it; topk takes
-    any of those. k is limited to 1 and V. With NaN in a row, its threshold means nothing.
-    """
-    maxima, sizes = maxima_of(logits, finite=False)
-    k, threshold = on_device(k, logits, torch.int32), torch.empty_like(logits[:, :1])
-    groups = torch.empty(len(logits), MOST_K, dtype=torch.int32, device=logits.device)
-    threshold_kernel[(len(logits),)](logits, maxima, groups, k, threshold, k_stride=int(len(k) > 1), **sizes)
-    return threshold
-
-
 def draw_top_k(logits, uniform, temperature, k, min_p=0.0):
     """
-    Draw one id for each row, as kqv.generation.sampling.draw does with temperature, top_k and min_p: logits
-    (B, V) in float32, numbers from [0, 1) (B, 1) -> ids (B, 1); -1 where a row's logits are not all finite.
+    Draw one id for each row, as a Sampler does with temperature, top_k and min_p: logits (B, V) in float32,
+    numbers from [0, 1) (B, 1) -> ids (B, 1); -1 where a row's logits are not all finite.
 
     temperature (above 0), k (from 1 to MOST_K) and min_p are numbers, or tensors of one; k may be (B,). Among
     logits equal to the k-th largest, the first in the order of ids may all stay, so more than k.
     """
-    maxima, sizes = maxima_of(logits, finite=True)
+    maxima, sizes = maxima_of(logits)
     k = on_device(k, logits, torch.int32)
     temperature, min_p = (on_device(number, logits, torch.float32) for number in (temperature, min_p))
     groups = torch.empty(len(logits), MOST_K, dtype=torch.int32, device=logits.device)

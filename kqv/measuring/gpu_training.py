@@ -240,7 +240,7 @@ class Trial:
                 figures["losses"] = [round(x, 4) for x in losses[9::10].tolist()]
                 if name == "not compiled":
                     self.allowed = max(self.allowed, 3 * distance)
-                elif not distance <= self.allowed:
+                elif self.baseline is not None and not distance <= self.allowed:
                     figures["failed"] = f"{distance:.3g} from the baseline, but noise is {self.allowed:.3g}"
                 self.job.emit(f"{name}, curve", **figures)
 

@@ -227,3 +227,10 @@ def test_the_code_that_is_compiled_for_a_gpu_has_no_constant_that_changes(monkey
         expected = generate(Engine(gpt), texts, count, sampling=sampling)
         with torch.compiler.set_stance("fail_on_recompile" if count > 1 else "default"):
             assert generate(engine, texts, count, sampling=sampling) == expected
+
+
+def test_an_unknown_engine_and_a_graph_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="no engine 'fast', but plain, graph, compiled, kernels"):
+        Engine(random_gpt(), "fast")
+    with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu"):
+        generate(Engine(random_gpt(), "graph"), texts_of(3), 1)

@@ -6,17 +6,13 @@ import pytest
 import torch
 from triton_tools import compiled_for_h100, interpreting
 
-from kqv.generation.sampling import PLAIN, draw
+from kqv.generation.sampling import PLAIN, Sampler, Sampling, Work
 
 pytest.importorskip("triton", reason="triton is missing")
+from kqv.generation.kernel_sampler import KernelSampler, kind_for  # noqa: E402
 from kqv.kernels import top_k  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what a mask leaves out
-
-
-def threshold(logits, k):
-    with interpreting(top_k):
-        return top_k.top_k_threshold(logits, k)
 
 
 def drawn(logits, uniform, *settings):
@@ -24,34 +20,12 @@ def drawn(logits, uniform, *settings):
         return top_k.draw_top_k(logits, uniform, *settings)
 
 
-def rows(kind, V):
-    torch.manual_seed(0)
-    x = torch.randn(2, V) * 3
-    return {
-        "random": x,
-        "with ties": x.round(),
-        "all equal": torch.full_like(x, -1.5),
-        "in order": x.sort(dim=-1).values,  # all of the largest stand side by side
-        "of both infinities": torch.where(x.abs() < 1, x.sign() * torch.inf, x),
-        "of the least and the greatest floats": torch.cat((x[:, 1:] * 1e38, x[:, :1] * 1e-45), dim=1),
-    }[kind]
-
-
-KINDS = ["random", "with ties", "all equal", "in order", "of both infinities"]
-KINDS += ["of the least and the greatest floats"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_threshold_is_the_kth_largest(kind):
-    for V, k in [(3000, 100), (65, 3), (65, 200), (17, 17), (400, 300)]:
-        x = rows(kind, V)
-        assert torch.equal(threshold(x, k), x.topk(min(k, V)).values[:, -1:]), (V, k)
-
-
-def test_each_row_has_its_k():
-    x, k = rows("random", 500)[:, :490], torch.tensor([1, 490])  # a slice: what is past it does not count
-    assert threshold(x, k).flatten().tolist() == [x[0].max(), x[1].min()]
-    assert torch.equal(threshold(x, torch.tensor(7)), x.topk(7).values[:, -1:])
+def draw(logits, uniform, sampling):
+    """The ids that the sampler draws."""
+    B, V = logits.shape
+    sampler = Sampler(Work.of(sampling, V), B, V, logits.device)
+    sampler.begin(sampling, [[]] * B)
+    return sampler.draw(logits, uniform)
 
 
 @pytest.mark.parametrize("settings", [(0.8, 40, 0.0), (1.7, 5, 0.05), (0.3, 256, 0.0), (1.0, 1, 0.0)])
@@ -82,36 +56,71 @@ def test_a_row_that_is_not_finite_draws_no_id(wrong):
 
 def test_logits_of_another_dtype_are_refused():
     with pytest.raises(ValueError, match="rows of float32, not bfloat16"):
-        top_k.top_k_threshold(torch.zeros(1, 9, dtype=torch.bfloat16), 3)
+        top_k.draw_top_k(torch.zeros(1, 9, dtype=torch.bfloat16), torch.zeros(1, 1), 1.0, 3)
 
 
 @pytest.mark.parametrize("V", [50257, 151936])
 def test_a_row_fits_into_registers(V):
     with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(top_k, "maxima_kernel", {(-(-V // 1024), 1): lambda *given, **named: None})
-        sizes = top_k.maxima_of(torch.empty(1, V), finite=True)[1]
+        sizes = top_k.maxima_of(torch.empty(1, V))[1]
     warps, constants = sizes["num_warps"], {name: sizes[name] for name in ("G_P", "GROUP", "MOST")}
     types = dict.fromkeys(("logits", "temperature", "min_p", "uniform", "threshold"), "*fp32")
     types |= dict.fromkeys(("maxima", "groups", "ks"), "*i32") | {"drawn": "*i64"}
-    for kernel in (top_k.threshold_kernel, top_k.draw_kernel):
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-        code = compiled_for_h100(kernel, signature, constants, num_warps=warps)
-        print(kernel.__name__, V, code.registers, code.spills, code.shared, warps)
-        assert code.spills == 0
+    kernel = top_k.draw_kernel
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
+    code = compiled_for_h100(kernel, signature, constants, num_warps=warps)
+    assert code.spills == 0
     signature = {"logits": "*fp32", "maxima": "*i32", "stride": "i32:16", "V": "i32", "G": "i32"}
-    constants = {"GROUP": 16, "TILE": 64, "FINITE": True}
+    constants = {"GROUP": 16, "TILE": 64}
     code = compiled_for_h100(top_k.maxima_kernel, signature, constants, num_warps=4)
-    print("maxima", code.registers, code.spills)
     assert code.spills == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_finds_and_draws_the_same(kind):
-    x, uniform = rows(kind, 50257).cuda(), torch.rand(2, 1, device="cuda")
-    for k in (1, 200, 1000):
-        assert torch.equal(top_k.top_k_threshold(x, k), x.topk(k).values[:, -1:])
-    if kind in ("random", "in order"):
-        sampling = replace(PLAIN, temperature=0.8, top_k=200)
-        assert torch.equal(top_k.draw_top_k(x, uniform, 0.8, 200), draw(x, uniform, sampling))
+def test_a_gpu_draws_the_same():
+    torch.manual_seed(0)
+    x, uniform = 3 * torch.randn(4, 50257, device="cuda"), torch.rand(4, 1, device="cuda")
+    for k in (1, 40, 200):
+        sampling = replace(PLAIN, temperature=0.8, top_k=k)
+        assert torch.equal(top_k.draw_top_k(x, uniform, 0.8, k), draw(x, uniform, sampling))
+
+
+SETTINGS = [
+    {"top_k": 40},
+    {"top_k": 40, "min_p": 0.05},
+    {"top_k": 0},
+    {"top_k": 400},
+    {"top_k": 40, "top_p": 0.7},
+    {"top_k": 40, "temperature": 0.0},
+    {"top_k": 40, "repetition_penalty": 1.3},
+    {"top_k": 40, "logprobs": True},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_an_engine_with_kernels_samples_as_the_others(settings):
+    sampling, given = Sampling(**{"temperature": 0.8, **settings}), []
+    torch.manual_seed(2)
+    logits, uniform = 2 * torch.randn(5, 700), torch.rand(5, 1)
+    logits[3, 5] = torch.nan
+    work = Work.of(sampling, 650, rounded=True)
+    for kind in (Sampler, kind_for(sampling, work)):
+        sampler = kind(work, 5, 650, logits.device)
+        sampler.begin(sampling, [[1, 2, 3]] * 5)
+        with interpreting(top_k):
+            given.append(sampler(logits, uniform))
+    assert given[0][0].flatten()[3] == -1
+    assert all(torch.allclose(a, b, equal_nan=True) for a, b in zip(*given, strict=True))
+
+
+def test_the_kernels_draw_where_they_can(monkeypatch):
+    kinds = [kind_for(s, Work.of(s, 650, rounded=True)) for s in (Sampling(**one) for one in SETTINGS)]
+    assert [kind is KernelSampler for kind in kinds] == [True, True] + [False] * 6
+    sampling = Sampling(temperature=0.8, top_k=40)
+    sampler = KernelSampler(Work.of(sampling, 650, rounded=True), 2, 650, "cpu")
+    sampler.begin(sampling, [[1]] * 2)
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    with interpreting(top_k):
+        assert sampler(torch.randn(2, 650), torch.rand(2, 1))[0].shape == (2, 1)

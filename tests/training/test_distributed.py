@@ -149,8 +149,7 @@ def test_sharded_processes_train_in_lower_precision(here, dtype):
     assert {weight.dtype for weight in weights("low").values()} == {torch.float32}
     runs = ("low", "low_alone", "alone")
     losses = [[r["loss"] for r in results(folder) if "loss" in r] for folder in runs]
-    print(losses)
-    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    assert losses[0] == pytest.approx(losses[1], abs=0.005)
     assert losses[0] == pytest.approx(losses[2], abs=0.02)
     assert losses[0] != losses[2]  # it did compute in another precision
 
