@@ -22,6 +22,7 @@ import train
 from kqv.device import cannot_compile
 from kqv.errors import UserError
 from kqv.generation.beams import beam_search
+from kqv.generation.cpu_decoding import compiled_for_decoding
 from kqv.generation.engine import Engine
 from kqv.generation.int8 import Int8Linear, float_weights, keep_in_int8, quantised
 from kqv.generation.sampling import PLAIN
@@ -164,7 +165,7 @@ def test_the_matrices_take_a_byte_a_number_and_those_in_float32_are_freed(tied):
 
 def test_a_compiled_twin_has_the_same_numbers():
     gpt, _ = in_int8()
-    twin = Engine(gpt, compiled=True).decoder
+    twin = compiled_for_decoding(gpt)
     for ours, theirs in zip(linears(gpt), linears(twin), strict=True):
         assert ours.int8 is theirs.int8 and ours.scale is theirs.scale
 
