@@ -134,7 +134,7 @@ def test_compiled_on_a_cpu_the_logits_are_the_plain_ones(dtype):
     keep_in_int8(gpt, dtype)
     for texts in ([[1, 2, 3]], [[1], [2, 3, 4, 5], [6, 7]]):
         logits = []
-        for engine in (Engine(gpt), Engine(gpt, compiled=True)):
+        for engine in (Engine(gpt), Engine(gpt, "compiled")):
             window = ContextWindow(engine, texts, 3)
             with torch.no_grad():
                 logits += window.step(window.refill(), lambda logits: (logits,))
