@@ -706,6 +706,7 @@ SOME_VALUE = {
         "device": "cpu",
         "dtype": "float32",
         "engine": "plain",
+        "weights": "int8",
         **DRAWING,
         **OF_EVALUATION,
     },

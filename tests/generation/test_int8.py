@@ -19,9 +19,10 @@ import bench
 import export
 import sample
 import train
-from kqv.device import has_compiler
+from kqv.device import cannot_compile
 from kqv.errors import UserError
 from kqv.generation.beams import beam_search
+from kqv.generation.cpu_decoding import compiled_for_decoding
 from kqv.generation.engine import Engine
 from kqv.generation.int8 import Int8Linear, float_weights, keep_in_int8, quantised
 from kqv.generation.sampling import PLAIN
@@ -126,14 +127,14 @@ def test_texts_are_those_of_the_same_numbers_in_float32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("every_shape")
 def test_compiled_on_a_cpu_the_logits_are_the_plain_ones(dtype):
-    if not has_compiler():
+    if cannot_compile(torch.device("cpu")):
         pytest.skip("torch.compile needs a C++ compiler")
     torch._dynamo.reset()
     gpt = random_gpt(std=0.2)
     keep_in_int8(gpt, dtype)
     for texts in ([[1, 2, 3]], [[1], [2, 3, 4, 5], [6, 7]]):
         logits = []
-        for engine in (Engine(gpt), Engine(gpt, compiled=True)):
+        for engine in (Engine(gpt), Engine(gpt, "compiled")):
             window = ContextWindow(engine, texts, 3)
             with torch.no_grad():
                 logits += window.step(window.refill(), lambda logits: (logits,))
@@ -164,7 +165,7 @@ def test_the_matrices_take_a_byte_a_number_and_those_in_float32_are_freed(tied):
 
 def test_a_compiled_twin_has_the_same_numbers():
     gpt, _ = in_int8()
-    twin = Engine(gpt, compiled=True).decoder
+    twin = compiled_for_decoding(gpt)
     for ours, theirs in zip(linears(gpt), linears(twin), strict=True):
         assert ours.int8 is theirs.int8 and ours.scale is theirs.scale
 

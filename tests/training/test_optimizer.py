@@ -335,9 +335,10 @@ def test_gradients_are_clipped_as_torch_clips_them(make, grad_clip, scaled):
         assert norm.item() == pytest.approx(expected.item(), rel=1e-4) and 0.05 < norm < 1e3
         plain.step()
         other.zero_grad()
+    atol = 1e-3 if isinstance(plain, torch.optim.Muon) else 1e-5  # it computes in bfloat16
     for ours, theirs in zip(state_of(gpt, optimizer), state_of(other, plain), strict=True):
         for a, b in zip(flat(ours), flat(theirs), strict=True):
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+            assert torch.allclose(a, b, rtol=1e-3, atol=atol)
 
 
 def flat(values):

@@ -152,7 +152,8 @@ def test_ctrl_c_ends_the_part_and_leaves_what_is_there(tmp_path):
     options = {"env": process_environment(), "cwd": tmp_path, "text": True, "start_new_session": True}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as run:
         for line in run.stdout:
-            if '"end"' in line:  # of ceilings: the next one begins
+            if '"end"' in line:  # of ceilings
+                time.sleep(1)  # the next one has begun
                 os.kill(run.pid, signal.SIGINT)
                 break
         out, err = run.communicate(timeout=60)
