@@ -104,13 +104,13 @@ def main(argv):
     gpt, tokenizer = loading.pair_of(contents, path)
     with out_of_memory_as(f"out of memory: try a shorter --text than {config.text[:40]!r}, or --device=cpu"):
         looker = Looker(gpt.to(find_device(config.device), torch.float32))
-        look = Look(looker, tokenizer, str(path), config.unknown)
-        text = read_start(config.text) or text_at_hand(tokenizer, contents)
+        look = Look(looker, tokenizer, contents, str(path), config.unknown)
+        text = read_start(config.text) or look.text_at_hand()
         if config.serve:
-            serve(look, text, config.port, contents.get("config", {}).get("dataset", ""))
+            serve(look, text, config.port)
         else:
-            runs = runs_of([config.out_dir]) if (Path(config.out_dir) / METRICS).exists() else []
-            write(config.page, html(look.figures(text), runs))
+            own = config.init_from == "resume" and (Path(path).parent / METRICS).exists()
+            write(config.page, html(look.figures(text), runs_of([Path(path).parent]) if own else []))
 
 
 def require_model(config):
@@ -136,35 +136,38 @@ def show_runs(config):
         write(config.page, html(runs=runs))
 
 
-def text_at_hand(tokenizer, contents):
-    """
-    A text for a user who gave none: for a model of conversations the first question of the validation split
-    of the set that it was trained on. Raises UserError where that set is not there.
-    """
-    if tokenizer.kind != "chat":
-        block_size = contents["model_args"]["block_size"]
-        return tokenizer.decode(tokenizer.encode(SHOWN, "skip").tolist()[: block_size - len(tokenizer.begin)])
-    data = Dataset(contents.get("config", {}).get("dataset", "unnamed"))
-    ids, learnt = next(data.marked_conversations("val"))
-    question = ids[: int(learnt.argmax())].tolist()
-    return tokenizer.decode([id for id in question if id not in tokenizer.specials().values()])
-
-
 class Look:
-    """A model that is looked into, and its tokenizer."""
+    """
+    A model that is looked into, and its tokenizer. A text for one that was trained here on conversations is a
+    message to it.
+    """
 
-    def __init__(self, looker, tokenizer, name, unknown):
+    def __init__(self, looker, tokenizer, contents, name, unknown):
         self.looker, self.tokenizer, self.name, self.unknown = looker, tokenizer, name, unknown
+        self.dataset = contents.get("config", {}).get("dataset", "")
+        self.is_asked = tokenizer.kind == "chat" and bool(self.dataset)
+        self.most = min(MOST_TOKENS, looker.gpt.config.block_size)
+
+    def text_at_hand(self):
+        """
+        A text for a user who gave none: the first question of the validation split of the conversations that
+        the model was trained on, or a sentence. Raises UserError where that set is not there.
+        """
+        if not self.is_asked:
+            ids = self.tokenizer.encode(SHOWN, "skip").tolist()
+            return self.tokenizer.decode(ids[: self.most - len(self.tokenizer.begin)])
+        ids, learnt = next(Dataset(self.dataset).marked_conversations("val"))
+        marks = self.tokenizer.specials().values()
+        return self.tokenizer.decode([id for id in ids[: int(learnt.argmax())].tolist() if id not in marks])
 
     def ids(self, text):
         """The ids of a text that the page shows. Raises UserError."""
-        if self.tokenizer.kind == "chat":
+        if self.is_asked:
             ids = self.tokenizer.encode_chat([("user", text)], self.unknown).tolist()
         else:
             ids = [*self.tokenizer.begin, *self.tokenizer.encode(text, self.unknown).tolist()]
-        most = min(MOST_TOKENS, self.looker.gpt.config.block_size)
-        if not 2 <= len(ids) <= most:
-            raise UserError(f"the text has {len(ids)} tokens, but the page shows from 2 to {most}")
+        if not 2 <= len(ids) <= self.most:
+            raise UserError(f"the text has {len(ids)} tokens, but the page shows from 2 to {self.most}")
         return ids
 
     def figures(self, text):
@@ -175,12 +178,12 @@ class Look:
         return of_layer(self.looker.trace(torch.tensor([ids], device=self.looker.device)), layer)
 
 
-def serve(look, text, port, dataset):
+def serve(look, text, port):
     """Serve the page of a text until Ctrl-C."""
     first = look.figures(text)
     answers = {
         "figures": lambda asked: look.figures(text_in(asked)),
-        "train": lambda asked: train_small(change_in(asked), dataset),
+        "train": lambda asked: train_small(change_in(asked), look.dataset),
         "layer": lambda asked: look.layer(*layer_in(asked, look.looker.gpt.config)),
     }
     server = Server(port, lambda: html(first, text=text), answers)

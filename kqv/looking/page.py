@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 from kqv.generation.sampling import Sampler
-from kqv.looking.attention import attention
+from kqv.looking.attention import attention, may_look
+from kqv.looking.runs import curves
 from kqv.looking.trace import Looker
-from model import GPT, MLP, next_token_loss
+from kqv.looking.what_if import cut_edges, loss_without_heads
+from kqv.text.built_in import digits
+from model import GPT, CausalSelfAttention, next_token_loss
 
 FOLDER = Path(__file__).parent / "page"
 SCRIPTS = ("core.js", "sections.js", "digits.js", "runs.js")
@@ -18,10 +21,15 @@ TRAINED = FOLDER.parent / "trained.json"
 CODE = {  # of each section, the code that it is about
     "tokens": next_token_loss,
     "places": GPT.embed,
+    "vectors": CausalSelfAttention.forward,
     "scores": attention,
+    "what_if": may_look,
+    "it": cut_edges,
     "guess": Looker.lens,
-    "heads": MLP,
+    "heads": loss_without_heads,
     "next": Sampler.draw,
+    "digits": digits,
+    "runs": curves,
 }
 
 

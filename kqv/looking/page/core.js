@@ -72,7 +72,8 @@ function announce(text) {
 // Numbers
 
 async function unzip(text) {
-  const bytes = Uint8Array.from(atob(text), (char) => char.charCodeAt(0));
+  const letters = atob(text), bytes = new Uint8Array(letters.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = letters.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
@@ -204,46 +205,54 @@ const CIVIDIS = [[0, 32, 77], [0, 51, 111], [57, 71, 108], [87, 92, 109], [112, 
 const DIVERGING = [[20, 80, 160], [110, 160, 215], [245, 245, 242], [240, 165, 95], [185, 80, 0]];
 
 function mixed(colours, share) {
-  const place = Math.min(Math.max(share, 0), 1) * (colours.length - 1), i = Math.min(Math.floor(place), colours.length - 2);
-  const part = place - i;
+  const place = share * (colours.length - 1), i = Math.min(Math.floor(place), colours.length - 2), part = place - i;
   return `rgb(${colours[i].map((from, c) => Math.round(from + (colours[i + 1][c] - from) * part)).join(",")})`;
 }
 
+const SHADES = 255; // steps of a scale: made once, since a picture has thousands of cells
+const scaleOf = (colours) => Array.from({ length: SHADES + 1 }, (_, i) => mixed(colours, i / SHADES));
+const FROM_ZERO = scaleOf(CIVIDIS), SIGNED = scaleOf(DIVERGING);
+const shade = (scale, share) => scale[Math.round(Math.min(Math.max(share, 0), 1) * SHADES)];
+
 // A matrix on a canvas: one stop for Tab, arrows inside; the live region reads the cell.
 // get(row, column) -> number, or null for a cell that the mask hides. read(row, column) -> what is said of it.
-function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen }) {
+// names(i) -> the token that stands beside row i and above column i, where there is room for it.
+function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen, names }) {
   const canvas = make("canvas", { tabindex: 0, role: "application", "aria-roledescription": say("matrix") });
   const caption = make("figcaption", {});
   const switchTo = make("button", { type: "button", "aria-pressed": "false" });
   const holder = make("div", { class: "scroll" }, canvas), instead = make("div", { hidden: true });
   const figure = make("figure", {}, make("h3", {}, title()), holder, instead, caption, switchTo);
   const side = Math.max(5, Math.min(26, Math.floor(420 / Math.max(rows, columns))));
-  let largest = 1;
+  const margin = names && side >= 12 ? 64 : 0, width = margin + columns * side, height = margin + rows * side;
+  figure.style.maxWidth = `${Math.max(width, 300)}px`;
 
   function draw() {
     const scale = window.devicePixelRatio || 1, ink = canvas.getContext("2d");
-    canvas.width = columns * side * scale;
-    canvas.height = rows * side * scale;
-    canvas.style.width = `${columns * side}px`;
-    canvas.style.height = `${rows * side}px`;
+    canvas.width = width * scale;
+    canvas.height = height * scale;
+    canvas.style.width = `${width}px`;
+    canvas.style.height = `${height}px`;
     ink.scale(scale, scale);
-    largest = 1e-9;
-    for (let r = 0; r < rows; r++)
-      for (let c = 0; c < columns; c++) largest = Math.max(largest, Math.abs(get(r, c) ?? 0));
-    for (let r = 0; r < rows; r++)
-      for (let c = 0; c < columns; c++) {
-        const number = get(r, c);
-        ink.fillStyle = number === null ? "#8a8f98"
-          : signed ? mixed(DIVERGING, 0.5 + number / largest / 2) : mixed(CIVIDIS, number / largest);
-        ink.fillRect(c * side, r * side, side, side);
-        if (number === null) { // hatched
-          ink.strokeStyle = "#33373d";
-          ink.beginPath();
-          ink.moveTo(c * side, (r + 1) * side);
-          ink.lineTo((c + 1) * side, r * side);
-          ink.stroke();
-        }
+    if (margin) writeNames(ink, names, side, margin, chosen());
+    ink.translate(margin, margin);
+    const cells = Array.from({ length: rows * columns }, (_, i) => get(Math.floor(i / columns), i % columns));
+    const largest = cells.reduce((most, number) => Math.max(most, Math.abs(number ?? 0)), 1e-9);
+    ink.fillStyle = "#8a8f98";
+    ink.fillRect(0, 0, columns * side, rows * side);
+    ink.beginPath(); // of the hatching of hidden cells
+    cells.forEach((number, i) => {
+      const y = Math.floor(i / columns) * side, x = (i % columns) * side;
+      if (number === null) {
+        ink.moveTo(x, y + side);
+        ink.lineTo(x + side, y);
+      } else {
+        ink.fillStyle = signed ? shade(SIGNED, 0.5 + number / largest / 2) : shade(FROM_ZERO, number / largest);
+        ink.fillRect(x, y, side, side);
       }
+    });
+    ink.strokeStyle = "#33373d";
+    ink.stroke();
     const [row, column] = chosen();
     ink.lineWidth = 2;
     ink.strokeStyle = "#ff2fd0";
@@ -275,7 +284,7 @@ function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen 
   });
   canvas.addEventListener("click", (event) => {
     const box = canvas.getBoundingClientRect();
-    go(Math.floor((event.clientY - box.top) / side), Math.floor((event.clientX - box.left) / side));
+    go(Math.floor((event.clientY - box.top - margin) / side), Math.floor((event.clientX - box.left - margin) / side));
   });
   canvas.addEventListener("keydown", (event) => {
     const [row, column] = chosen();
@@ -288,6 +297,24 @@ function matrix({ rows, columns, get, signed, title, axes, read, choose, chosen 
   views.push(draw);
   draw();
   return figure;
+}
+
+// The names of rows at their left, and of columns above them, cut where they are too long.
+function writeNames(ink, names, side, margin, [row, column]) {
+  ink.fillStyle = getComputedStyle(document.body).color;
+  ink.textAlign = "right";
+  ink.textBaseline = "middle";
+  for (let i = 0; i < T; i++) {
+    ink.font = `${i === row ? "bold " : ""}${Math.min(13, side)}px system-ui, "Noto Sans Devanagari", sans-serif`;
+    ink.fillText(names(i).slice(0, 9), margin - 4, margin + (i + 0.5) * side);
+    ink.font = ink.font.replace("bold ", "");
+    if (i === column) ink.font = `bold ${ink.font}`;
+    ink.save();
+    ink.translate(margin + (i + 0.5) * side, margin - 4);
+    ink.rotate(Math.PI / 2);
+    ink.fillText(names(i).slice(0, 9), 0, 0);
+    ink.restore();
+  }
 }
 
 // Sections: {id: fill(element)}, in the order in which the files come

@@ -14,10 +14,12 @@ section("tokens", (element) => {
 function likeness(kind, a, b) {
   const { n_embd, head_size, rope_theta } = figures.model;
   if (kind === "learned") return at(numbers.places, a, b);
-  const pairs = Math.floor((kind === "rotary" ? head_size : n_embd) / 2);
-  let sum = 0;
-  for (let i = 0; i < pairs; i++) sum += Math.cos((a - b) / (kind === "rotary" ? rope_theta : 10000) ** (i / pairs));
-  return sum / pairs;
+  const pairs = Math.floor((kind === "rotary" ? head_size : n_embd) / 2), theta = kind === "rotary" ? rope_theta : 10000;
+  return once(`likeness ${kind} ${Math.abs(a - b)}`, () => {
+    let sum = 0;
+    for (let i = 0; i < pairs; i++) sum += Math.cos((a - b) / theta ** (i / pairs));
+    return sum / pairs;
+  });
 }
 
 section("places", (element) => {
@@ -94,7 +96,7 @@ section("scores", (element) => {
   };
   const weight = (t, s) => weights(state.layer, state.head)[t * T + s];
   const hidden = (number) => (t, s) => (s > t ? null : number(t, s));
-  const common = { rows: T, columns: T, axes: () => say("scores.axes"), choose: (t, s) => set({ asks: t, asked: s }), chosen: selected };
+  const common = { rows: T, columns: T, names: token, axes: () => say("scores.axes"), choose: (t, s) => set({ asks: t, asked: s }), chosen: selected };
   const select = make("select", { id: "part", onchange: (event) => { shownPart = event.target.value; set({}); } },
     ...partNames().map((name) => make("option", { value: name }, say(`scores.${figures.model.positions === "rotary" && name === "others" ? "rotation" : name}`))));
   views.push(() => { select.disabled = state.layer !== 0; });
