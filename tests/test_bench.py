@@ -11,7 +11,7 @@ from kqv.text.tokenizers import ByteTokenizer
 
 TINY = ["--n_layer=1", "--n_embd=32", "--n_head=2", "--block_size=64", "--vocab_size=100", "--rounds=1"]
 TINY += ["--prompt_length=8", "--max_new_tokens=8", "--prefill_length=16", "--batch_sizes=1,3"]
-TINY += ["--device=cpu", "--compile=False", "--dtype=float32"]
+TINY += ["--device=cpu", "--engine=plain", "--dtype=float32"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def fraction(read, decoding):
 def test_each_thing_measured_has_a_line(measure):
     lines = measure().splitlines()
     assert [line.partition(":")[0] for line in lines] == ["machine", "prefill", "batch 1", "batch 3", "cache"]
-    assert "device cpu (1 threads), torch " in lines[0] and "dtype float32, compiled False" in lines[0]
+    assert "device cpu (1 threads), torch " in lines[0] and "dtype float32, engine plain" in lines[0]
     assert all(part in lines[2] for part in ("first token ms ", "ms a step ", ", tokens/s ", "of ceiling "))
 
 

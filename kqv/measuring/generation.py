@@ -5,10 +5,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from kqv.device import DeviceSettings, find_compile, find_device, find_dtype, out_of_memory_as
+from kqv.device import PlacementSettings, find_device, find_dtype, out_of_memory_as
 from kqv.errors import UsageError
 from kqv.formats.checkpoint import shape_in
 from kqv.formats.loading import load_start, model_of
+from kqv.generation.choice import EngineSettings, choose_engine
 from kqv.generation.engine import Engine
 from kqv.generation.int8 import PrecisionSettings, to_device
 from kqv.generation.sampling import Sampling
@@ -69,7 +70,8 @@ class WritingSettings:
 
 @dataclass(frozen=True)
 class BenchSampleSettings(
-    DeviceSettings,
+    EngineSettings,
+    PlacementSettings,
     PrecisionSettings,
     ReportSettings,
     RoundsSettings,
@@ -129,10 +131,10 @@ def require_room(config, shape):
 
 def measure_generation(config, gpt, batch_sizes, device):
     dtype, vocab_size = gpt.transformer.ln_f.weight.dtype, gpt.config.vocab_size
-    compiled = find_compile(config.compile, device)
+    kind = choose_engine(config.engine, device, gpt, config.max_new_tokens, max(batch_sizes))
     machine = Machine(device, dtype, config.rounds)
-    print_machine(config, machine, compiled, weights=config.weights, parameters=gpt.num_parameters())
-    engine = Engine(gpt, "compiled" if compiled else "plain")
+    print_machine(config, machine, engine=kind, weights=config.weights, parameters=gpt.num_parameters())
+    engine = Engine(gpt, kind)
     prefill = measure_prefill(engine, config.prefill_length, machine)
     print_figures(config, "prefill", prefill)
     for batch_size in batch_sizes:

@@ -95,7 +95,7 @@ def peak_memory(device):
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def print_machine(config, machine, compiled, **more):
+def print_machine(config, machine, **more):
     """Print what is measured on, and what it can do at best."""
     on_gpu = machine.device.type == "cuda"
     name = torch.cuda.get_device_name(machine.device) if on_gpu else f"{torch.get_num_threads()} threads"
@@ -103,7 +103,6 @@ def print_machine(config, machine, compiled, **more):
         "device": f"{machine.device} ({name})",
         "torch": torch.__version__,
         "dtype": str(machine.dtype).removeprefix("torch."),
-        "compiled": compiled,
         **more,
         "memory GB/s": machine.bandwidth() / 1e9,
         "matmul TFLOP/s": machine.matmul() / 1e12,

@@ -62,7 +62,7 @@ def bench_train(config, train):
     presets = chosen_presets(config.presets, config.batch_sizes, device)
     config = replace(config, compile=find_compile(config.compile, device))
     machine = Machine(device, find_dtype(config.dtype, device), config.rounds)
-    print_machine(config, machine, config.compile)
+    print_machine(config, machine, compiled=config.compile)
     for name, preset in presets.items():
         with tempfile.TemporaryDirectory() as folder:
             write_random_set(Path(folder), preset.shape)
