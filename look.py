@@ -92,6 +92,8 @@ def main(argv):
     given = read_given(LookSettings, argv)
     config = fill(LookSettings, given)
     refuse_unused((*loading.UNUSED, *UNUSED), config, given)
+    require_replaceable(config.page, b"<!DOCTYPE html>")
+    require_replaceable(config.png, b"\x89PNG")
     if config.retrain:
         table = compared(
             Dataset("plays"), range(config.retrain), tell=lambda line: print(line, file=sys.stderr)
@@ -111,6 +113,17 @@ def main(argv):
         else:
             own = config.init_from == "resume" and (Path(path).parent / METRICS).exists()
             write(config.page, html(look.figures(text), runs_of([Path(path).parent]) if own else []))
+
+
+def require_replaceable(path, first_bytes):
+    """Raise UserError where something else than a page or picture, which begins so, is at the path."""
+    path = Path(path or "none")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file, as {path / 'look.html'}")
+    if path.is_file():
+        with open(path, "rb") as file:
+            if file.read(len(first_bytes)) not in (b"", first_bytes):
+                raise UserError(f"{path} is there, and is another kind of file: give another name")
 
 
 def require_model(config):

@@ -85,6 +85,18 @@ def test_what_can_not_be_done_is_one_line(refusal, trained, arguments, said):
     assert said in refusal(look.main, *arguments)
 
 
+def test_nothing_but_a_page_is_replaced(cli, refusal, trained, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/mine.txt").write_text("mine", "utf-8")
+    (tmp_path / "look.html").write_text("<!DOCTYPE html>an older page", "utf-8")
+    assert "is a folder" in refusal(look.main, "--page=notes", "--text=the keys")
+    assert "another kind of file" in refusal(look.main, "--page=notes/mine.txt", "--text=the keys")
+    assert "another kind of file" in refusal(look.main, "--runs", "out", "--png=look.html")
+    assert (tmp_path / "notes/mine.txt").read_text("utf-8") == "mine"
+    assert cli(look.main, "--text=the keys")[0] == 0
+    assert data_of(tmp_path / "look.html")["figures"]
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
