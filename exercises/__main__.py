@@ -41,9 +41,9 @@ def work_on(number, exercise):
         shutil.rmtree(folder, ignore_errors=True)  # half of a copy
         make_copy(exercise, folder)
         print(f"Exercise {number}: {exercise.title}\n\n{exercise.task}\n")
-        print(f"Write it in {shown}, line {line_of(path, exercise)}; {again}")
+        print(f"Write it in {shown}, line {line_of(path)}; {again}")
         return 0
-    if (line := line_of(path, exercise)) is not None:
+    if (line := line_of(path)) is not None:
         print(f"Exercise {number}: {exercise.title}\n\n{exercise.task}\n")
         print(f"Not written yet: {shown}, line {line}. Write it, {again}")
         return 1

@@ -99,7 +99,7 @@ def text_of(source, name):
     return ast.get_source_segment(source, node)
 
 
-def line_of(path, exercise):
+def line_of(path):
     """The number of the first line that is still to be written; None: there is none."""
     lines = path.read_text("utf-8").splitlines()
     return next((number for number, line in enumerate(lines, 1) if line.strip().startswith(MISSING)), None)

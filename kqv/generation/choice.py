@@ -10,10 +10,10 @@ from kqv.device import cannot_compile, find_dtype
 from kqv.errors import UserError, warn
 from kqv.settings import setting
 
-GRAPH_FROM = (
-    64  # decoding steps from which recording a CUDA graph saves more time than it takes, as predicted
-)
-COMPILE_FROM = {"cpu": 2000, "cuda": 500_000}  # the same of compiling; on a GPU it is predicted, not measured
+# Decoding steps from which recording a CUDA graph, or compiling, saves more time than it takes. On a GPU they
+# are predicted, not measured.
+GRAPH_FROM = 64
+COMPILE_FROM = {"cpu": 2000, "cuda": 500_000}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kqv.generation import graphs
 from kqv.generation.cpu_decoding import compiled_for_decoding
-from kqv.generation.sampling import Sampler, Work, power_of_two
+from kqv.generation.sampling import Sampler, Work
+from kqv.kernels.sizes import power_of_two
 from model import KVCache
 
 KINDS = ("plain", "graph", "compiled", "kernels")

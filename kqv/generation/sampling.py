@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from kqv.errors import UserError
+from kqv.kernels.sizes import power_of_two
 from kqv.settings import check_bounds, setting
 
 N_ALTERNATIVES = 5  # how many of the likeliest tokens are reported with log-probabilities
@@ -69,11 +70,6 @@ class Work(NamedTuple):
             kept = min(sampling.top_k or V, V)
             kept = min(power_of_two(kept), V) if rounded else kept
         return cls(greedy, kept, rounded, sampling.repetition_penalty != 1, sampling.logprobs)
-
-
-def power_of_two(number):
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 class Sampler(nn.Module):

@@ -17,6 +17,7 @@ import importlib.util
 
 import torch
 
+from kqv.kernels.sizes import power_of_two
 from model import angles_of
 
 MOST_TEXTS = 8  # of one step; the products' time grows with each text
@@ -51,11 +52,6 @@ def why_not(gpt, device):
     if config.head_channels > MOST_HEAD_SIZE:
         return f"the kernels take heads of {MOST_HEAD_SIZE} channels at most, not {config.head_channels}"
     return None
-
-
-def power_of_two(number):
-    """The smallest power of two that is at least `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def splits_of(span, heads):

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kqv.kernels.decoding import power_of_two
+from kqv.kernels.sizes import power_of_two
 
 MOST_K = 256  # groups of that many hold the k likeliest
 MOST_GROUPS = 8192  # of a row: their keys are held in registers

@@ -61,7 +61,7 @@ class Job:
 
 
 @contextmanager
-def replacing(replaced):
+def patched(replaced):
     """A context in which {"module.name": value} are in the place of what is there. Raises NotHere."""
     before = {}
     try:

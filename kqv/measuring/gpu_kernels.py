@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kqv.measuring.gpu_job import replacing
+from kqv.measuring.gpu_job import patched
 from kqv.measuring.plain import cross_entropy_of_all
 from kqv.measuring.presets import PRESETS
 from kqv.training import loss
@@ -68,7 +68,7 @@ def check_loss(job):
     sizes = [name for name in vars(loss) if name.startswith("LOGITS_AT_ONCE")]
     chunks = {f"kqv.training.loss.{name}": N * V // 4 for name in sizes}
     for what, function in functions.items():
-        with replacing(chunks), torch.autocast(job.device.type, torch.bfloat16):
+        with patched(chunks), torch.autocast(job.device.type, torch.bfloat16):
             own, usual = (with_gradients(each, x, head, targets) for each in (function, plain_loss))
         compare(job, what, own, usual, right, ("the loss", "its gradient of x", "its gradient of the head"))
 

@@ -12,7 +12,7 @@ import torch
 from kqv.device import find_dtype, peak_flops
 from kqv.errors import UserError
 from kqv.measuring.costs import model_of
-from kqv.measuring.gpu_job import NotHere, replacing
+from kqv.measuring.gpu_job import NotHere, patched
 from kqv.measuring.machine import Machine, peak_memory, reset_peak_memory
 from kqv.measuring.plain import plain_step
 from kqv.measuring.presets import PRESETS
@@ -148,11 +148,11 @@ class Trial:
         compiled = variant.compiled and job.device.type == "cuda"
         if variant.plain:
             return plain_step(settings, self.shape, self.machine, compiled)
-        with replacing(variant.replaced):
+        with patched(variant.replaced):
             step = own_step(settings, self.shape, self.machine, compiled, job.train.train_step)
 
         def step_of_variant():
-            with replacing(variant.replaced):
+            with patched(variant.replaced):
                 return step()
 
         return step_of_variant

@@ -16,7 +16,7 @@ import bench
 import train
 from kqv.measuring import gpu_runs, gpu_training
 from kqv.measuring.gpu import PARTS, Report, run_part
-from kqv.measuring.gpu_job import Job, NotHere, replacing
+from kqv.measuring.gpu_job import Job, NotHere, patched
 from kqv.measuring.gpu_kernels import compare
 from kqv.measuring.gpu_training import Trial, Variant
 from model import GPTConfig
@@ -308,10 +308,10 @@ def test_a_curve_away_from_the_baseline_fails(variants):
 
 def test_what_a_variant_replaces_is_there_again_after_it():
     before = train.step_unless
-    with pytest.raises(NotHere), replacing({"train.step_unless": 1, "train.nothing": 2}):
+    with pytest.raises(NotHere), patched({"train.step_unless": 1, "train.nothing": 2}):
         pass
     assert train.step_unless is before
-    with replacing({"train.step_unless": 1}):
+    with patched({"train.step_unless": 1}):
         assert train.step_unless == 1
     assert train.step_unless is before
 

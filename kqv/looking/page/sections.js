@@ -206,7 +206,7 @@ section("next", (element) => {
   const show = () => {
     const found = choices(state.asks, asked);
     result.replaceChildren(make("p", { class: "shape" }, shapeOf("logits")), table([say("token"), say("chance"), say("next.share")],
-      found.slice(0, 20).map(({ id, p }) => [word(id), p, make("span", { class: "bar-cell", style: null })]), say("next.table", { asks: quoted(state.asks) })));
+      found.slice(0, 20).map(({ id, p }) => [word(id), p, make("span", { class: "bar-cell" })]), say("next.table", { asks: quoted(state.asks) })));
     result.querySelectorAll(".bar-cell").forEach((bar, i) => { bar.style.width = `${found[i].p * 12}rem`; });
   };
   const inputs = Object.entries(limits).map(([name, [min, max, step]]) => make("label", {}, `${say(`next.${name}`)} `,
