@@ -201,7 +201,7 @@ def test_bench_measures_generation_in_int8(cli):
     shape = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_size=100"]
     sizes = ["--batch_sizes=1,2", "--prompt_length=8", "--max_new_tokens=8", "--prefill_length=16"]
     status, out, err = cli(
-        bench.main, "sample", *shape, *sizes, "--rounds=1", "--weights=int8", "--compile=False"
+        bench.main, "sample", *shape, *sizes, "--rounds=1", "--weights=int8", "--engine=plain"
     )
     assert (status, err) == (0, "")
     assert "weights int8" in out and "batch 2: " in out
