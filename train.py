@@ -5,7 +5,6 @@ if __name__ == "__main__":  # before the imports, so that one that fails ends in
 
     run_command(__file__)
 
-import math
 import signal
 import sys
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from kqv.training.objective import (
     make_objective,
     set_precision,
 )
-from kqv.training.optimizer import OptimizerSettings, norm_of_gradients, set_learning_rates, step_unless
+from kqv.training.optimizer import OptimizerSettings, set_learning_rates
 from kqv.training.process_group import ParallelSettings, join_world
 from kqv.training.run import SaveSettings, TrainingRun, make_saver
 from kqv.training.schedule import ScheduleSettings
@@ -52,6 +51,7 @@ from kqv.training.start import (
     smaller_batch,
 )
 from kqv.training.state import belongs_to, changed_loss, start_state
+from kqv.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -123,39 +123,6 @@ def train(run, stop):
         run.end_step(numbers, learning_rate)
     run.close(stopping, stop)
     return stopping
-
-
-def train_step(model, state, batches, config, world, autocast):
-    """
-    One optimizer step over this process's micro-batches. `model` gives the loss of state.model, and its
-    backward pass averages gradients over the processes. A step whose gradient is not finite is skipped, and
-    so is one without micro-batches, which has nothing to learn.
-
-    Returns numbers to log, as tensors on the device: {"loss": the weighted mean of these micro-batches,
-    "grad_norm": of all processes' mean gradient, before clipping, "bad_steps": how many were skipped in a row
-    for their gradient}.
-    """
-    share = config.gradient_accumulation_steps // world.size
-    micro_step, loss_sum = 0, torch.zeros((), device=world.device)
-    for micro_step, (batch, weight, seed) in enumerate(batches, start=1):
-        if config.dropout:
-            torch.manual_seed(seed)  # so dropout, too, is a function of (seed, step, micro-batch)
-        with world.reduce_gradients(model, last=micro_step == share):
-            with autocast:
-                loss = model(*batch) * weight
-            state.scaler.scale(loss / share).backward()
-        loss_sum += loss.detach()
-    if not micro_step:
-        nothing = torch.full_like(loss_sum, math.nan)
-        return {"loss": nothing, "grad_norm": torch.zeros_like(loss_sum), "bad_steps": state.bad_steps}
-    state.scaler.unscale_(state.optimizer)
-    grad_norm = norm_of_gradients(state.model.parameters())
-    bad = ~torch.isfinite(grad_norm)
-    state.bad_steps.add_(1).mul_(bad)  # back to 0 at the first good step
-    step_unless(bad, state.optimizer, grad_norm, config.grad_clip)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=world.frees_gradients(model))
-    return {"loss": loss_sum / share, "grad_norm": grad_norm, "bad_steps": state.bad_steps}
 
 
 def set_up(config, given, start_checkpoint, world, folder=None):
