@@ -14,6 +14,7 @@ from kqv.errors import UsageError, UserError, first_line, say
 from kqv.files import replacing
 from kqv.formats import gguf, huggingface, loading, resize
 from kqv.formats.loading import WeightsSettings
+from kqv.formats.merging import merge_for
 from kqv.formats.precision import require_numbers
 from kqv.settings import fill, read_given, refuse_unused, setting
 
@@ -70,7 +71,10 @@ def main(argv):
     if target.exists() and not format.is_ours(target):
         raise UserError(f"{config.to} holds something else than an earlier export: name another --to")
     path, contents = loading.load_chosen(config)
-    gpt, tokenizer = loading.pair_of(contents, path)
+    is_adapter = "base" in contents
+    build = loading.adapted_model_of if is_adapter else loading.model_of
+    gpt, tokenizer = loading.pair_of(contents, path, build)
+    merged = merge_for(config.dtype, gpt, path) if is_adapter else None
     if tokenizer.is_ours:  # the rows of others stay as they are
         gpt = resize.without_padding(gpt, tokenizer.vocab_size)
     require_numbers(gpt)
@@ -82,6 +86,8 @@ def main(argv):
             format.save(beside, target.name, gpt, tokenizer, config.dtype, contents)
     except OSError as error:
         raise UserError(f"{config.to} can't be written: {error.strerror or first_line(error)}") from None
+    if merged:
+        say(merged)
     size = f"{gpt.num_parameters() / 1e6:.2f}M parameters"
     say(f"wrote {config.to}: {size}, {config.dtype}, tokenizer {tokenizer.kind}")
 

@@ -13,16 +13,19 @@ import torch
 
 from kqv import errors, threads
 from kqv.device import DeviceSettings, find_compile, find_dtype, out_of_memory_as
-from kqv.settings import fill, read_given
+from kqv.formats.lora import parameters_in_words
+from kqv.settings import fill, read_given, setting
 from kqv.text.dataset import Dataset
-from kqv.training.batches import DataSettings
+from kqv.training.batches import DataSettings, tokens_per_step
 from kqv.training.best import adopt_best
 from kqv.training.depth import DepthSettings
+from kqv.training.distillation import DistillationSettings, load_teacher, other_teacher
 from kqv.training.evaluation import EvaluationSettings
 from kqv.training.failures import report_once
 from kqv.training.folder import own_folder
 from kqv.training.fused_mlp import KernelSettings
 from kqv.training.log import Log, LogSettings, start_tracking
+from kqv.training.lora import LoraSettings, require_lora
 from kqv.training.loss import LossSettings
 from kqv.training.muon import MuonSettings
 from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
@@ -46,12 +49,24 @@ from kqv.training.start import (
     build_model,
     choose_threads,
     require_divisible,
+    require_run_of,
     require_same_start,
     resolve_start,
     smaller_batch,
 )
 from kqv.training.state import belongs_to, changed_loss, start_state
 from kqv.training.step import train_step
+
+
+@dataclass(frozen=True)
+class ShowSettings:
+    """Before a run"""
+
+    show: int = setting(
+        0,
+        "print so many documents as tokens, what of them is learnt, and what a step needs; train nothing",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,15 @@ class TrainSettings(
     OptimizerSettings,
     ScheduleSettings,
     LossSettings,
+    DistillationSettings,
     ActivationSettings,
     KernelSettings,
+    LoraSettings,
     InitSettings,
     ModelSettings,
     DepthSettings,
     DataSettings,
+    ShowSettings,
     RunSettings,
 ):
     """
@@ -85,6 +103,8 @@ class TrainSettings(
 def main(argv):
     given = read_given(TrainSettings, argv)
     config = fill(TrainSettings, given)
+    if config.show:  # nothing is written
+        config = replace(config, eval_only=True)
     if not config.eval_only:  # a long run goes on where nobody reads its output
         errors.output_may_be_lost()
     stopped = False
@@ -95,6 +115,9 @@ def main(argv):
         own_folder(config, world) as folder,
     ):
         config, start_checkpoint = resolve_start(config, given, world)
+        require_lora(config, given, start_checkpoint)
+        if config.show:
+            return show(config, start_checkpoint, world)
         with out_of_memory_as(f"out of memory on {world.device}: {smaller_batch(config)}"):
             run = set_up(config, given, start_checkpoint, world, folder)
             with run.log.bar:  # closed before an error is printed
@@ -104,6 +127,24 @@ def main(argv):
                     stopped = train(run, stop)
     if stopped and stop.received == signal.SIGINT:
         sys.exit(130)
+
+
+def show(config, start_checkpoint, world):
+    """Print documents of the set, and what is trained, in what memory."""
+    from kqv.measuring import plan  # slow imports: only for this
+    from kqv.text import showing
+
+    require_divisible(config, world)
+    data = Dataset(config.dataset)
+    dtype, compiled = find_dtype(config.dtype, world.device), find_compile(config.compile, world.device)
+    config, gpt = build_model(config, start_checkpoint, data)
+    teacher = load_teacher(config, data)
+    share = config.gradient_accumulation_steps // world.size
+    if world.is_main:
+        showing.show(data, config.show)
+        errors.say(f"{parameters_in_words(gpt)}, {tokens_per_step(config):,} tokens a step")
+        job = plan.job_of_run(config, gpt, world, dtype, compiled, share, config.block_size)
+        errors.say(plan.memory_in_words(job) + (f"; without the {teacher}" if teacher else ""))
 
 
 def train(run, stop):
@@ -139,6 +180,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
+    require_run_of("train.py", config, start_checkpoint)
     require_same_start(config, start_checkpoint, data, dtype, world)
     asked = config
     config, gpt = build_model(config, start_checkpoint, data)
@@ -146,10 +188,15 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     for line in (*warnings, *changed_loss(config, start_checkpoint, data.tokenizer)):
         errors.warn(line)
     set_precision(config, world.device)
-    objective = make_objective(gpt, config, data, world.device, dtype)
+    teacher = None if config.eval_only else load_teacher(config, data)
+    world.require_same({"the teacher": teacher.sha256 if teacher else ""})
+    objective = make_objective(gpt, config, data, world.device, dtype, teacher)
     model = world.place(objective, gpt.transformer.h, config.parallel, dtype)
     sharded = is_sharded(model)
     state = start_state(config, gpt, start_checkpoint, dtype, world)
+    for line in other_teacher(teacher, config, start_checkpoint):
+        errors.warn(line)
+    state.teacher = teacher.sha256 if teacher else ""
     if config.init_from == "resume" and (line := adopt_best(state, config, world)):
         errors.warn(line)
     evaluated = state.evaluated
@@ -163,6 +210,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     log = Log(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch.")]
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
+    how += [str(teacher)] * bool(teacher)
     how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
     lines = start_lines(config, given, world, start_checkpoint, forgotten)
     log.start(state, config, world, how, (*about_threads, *lines))

@@ -239,7 +239,7 @@ def help_text(cls):
     types_of = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for group in reversed(cls.__mro__):  # a base class is a group, titled by its docstring's first line
-        own = [fields[name] for name in inspect.get_annotations(group) if name in fields]
+        own = [fields.pop(name) for name in inspect.get_annotations(group) if name in fields]
         own = [field for field in own if not is_positional(field, types_of)]
         if own:
             title = "settings" if group is cls else docstring(group).splitlines()[0]

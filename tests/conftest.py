@@ -96,6 +96,13 @@ def write_text(path, words=3000):
     return path
 
 
+def write_sums(path):
+    """A file of conversations: each sum of two digits -> its result."""
+    pairs = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(10) for b in range(10)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), "utf-8")
+    return path
+
+
 def call(main, argv, monkeypatch, capsys):
     """A script's main as run from the command line: (exit status, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])

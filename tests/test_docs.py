@@ -11,6 +11,7 @@ import look
 import prepare
 import sample
 import train
+import tune
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "data/README.md", *ROOT.glob("docs/**/*.md")]
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "export": export,
     "bench": bench,
     "look": look,
+    "tune": tune,
 }
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -17,11 +17,13 @@ import export
 import prepare
 import sample
 import train
+import tune
 from kqv import errors
 
-COMMANDS = ["train.py", "sample.py", "prepare.py", "export.py", "bench.py"]
-MAINS = [train.main, sample.main, prepare.main, export.main, lambda argv: bench.main(["train", *argv])]
-IDS = ["train", "sample", "prepare", "export", "bench"]
+COMMANDS = ["train.py", "sample.py", "prepare.py", "export.py", "tune.py", "bench.py"]
+MAINS = [train.main, sample.main, prepare.main, export.main, tune.main]
+MAINS += [lambda argv: bench.main(["train", *argv])]
+IDS = ["train", "sample", "prepare", "export", "tune", "bench"]
 
 commands = pytest.mark.parametrize("name", COMMANDS, ids=IDS)
 

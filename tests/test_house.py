@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT
 
-COMMANDS = ("train", "sample", "prepare", "export", "bench", "look")
+COMMANDS = ("train", "sample", "prepare", "export", "bench", "look", "tune")
 # A room imports from itself and from those before it.
 ROOMS = (
     "printable",
@@ -22,7 +22,7 @@ ROOMS = (
     "files",
     "pickles",
 )
-ROOMS += ("text", "formats", "generation", "training", "looking", "measuring")
+ROOMS += ("text", "formats", "generation", "training", "tuning", "looking", "measuring")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("kqv/**/*.py"))

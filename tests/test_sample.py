@@ -698,6 +698,7 @@ REFUSED = {  # by the command line that makes them mean nothing; most have their
 }
 SOME_VALUE = {
     **{"init_from": "resume", "out_dir": "out", "checkpoint": "newest", "prompts": "a.txt", "start": "a"},
+    **{"base": "a"},
     **{"chat": True, "system": "a", "unknown": "skip", "num_samples": 1, "max_new_tokens": 500, "stop": "a"},
     **{"batch_size": 64, "format": "jsonl", "logprobs": True, "beams": 2, "length_penalty": 1.5},
     **{

@@ -30,6 +30,7 @@ from kqv.settings import fill, parse, read_given, setting
 from kqv.training.depth import settings_of_depth
 from kqv.values import as_utf8
 from train import TrainSettings
+from tune import TuneSettings
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # machines may be busy
 FIELDS = {field.name: field for field in dataclasses.fields(TrainSettings)}
@@ -578,13 +579,15 @@ ANY_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["C
 def values_of(field):
     """A strategy for the values that a setting may have."""
     kind = TYPES[field.name]
-    at_least, below = field.metadata.get("at_least"), field.metadata.get("below")
+    at_least, below, at_most = map(field.metadata.get, ("at_least", "below", "at_most"))
     if kind is bool:
         return st.booleans()
     if kind is int:
         return st.integers(at_least, None if below is None else below - 1)
     if kind is float:
         bounds = {"exclude_max": below is not None, "allow_nan": False, "allow_infinity": False}
+        if at_most is not None:
+            return st.floats(at_least, at_most)
         return st.floats(at_least, below, **bounds) | st.integers(
             math.ceil(at_least or 0), 2**53 if below is None else int(below) - 1
         )
@@ -776,8 +779,9 @@ def test_nanogpts_config_files_run_unchanged(name, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
-def test_every_config_file_of_this_repository_is_one_for_training(path):
-    assert parse(TrainSettings, [str(path)]) != TrainSettings()
+def test_every_config_file_of_this_repository_is_one_for_training_or_tuning(path):
+    kind = TuneSettings if path.stem.startswith("tune_") else TrainSettings
+    assert parse(kind, [str(path)]) != kind()
 
 
 OF_SIZE = {"n_layer", "n_embd", "n_head", "n_inner", "batch_size", "gradient_accumulation_steps", "max_iters"}

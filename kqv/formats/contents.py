@@ -6,18 +6,21 @@ from typing import get_type_hints
 import torch
 
 from kqv.errors import UserError
+from kqv.formats import base
 from kqv.forms import SIGNED, WHOLE, Numbers, require_form
 from kqv.text import tokenizers
 from model import GPTConfig
 
 PLAIN = (None, bool, SIGNED, float, str, list, tuple, dict)  # a setting of any program
 
+FINITE = Numbers(-1e308, 1e308)
+
 NUMBERS = {  # nanoGPT, for one, saves some of them as tensors
     "iter_num?": WHOLE,
     "windows?": WHOLE,
     "evaluated?": range(-1, 2**63),
     "bad_steps?": WHOLE,
-    "best_val_loss?": Numbers(0, float("inf")),
+    "best_val_loss?": Numbers(-float("inf"), float("inf")),  # below 0 where it is minus a reward
     "ids_in_loss?": range(1, 2**31),
     "threads?": range(1, 2**31),
 }
@@ -27,10 +30,14 @@ SWITCHES = {f"{name}?": bool for name, kind in get_type_hints(GPTConfig).items()
 FORM = {
     **NUMBERS,
     "model_args": {str: object, **SWITCHES, "dropout?": Numbers(0, 1)},
-    "config?": {str: PLAIN, "dataset?": re.compile("[^\0]*")},
+    "config?": {str: PLAIN, "dataset?": re.compile("[^\0]*"), "teacher?": re.compile("[^\0]*")},
     "belongs_to?": {str: str},
+    "history?": {"rewards": [FINITE], "dead": [bool]},  # see kqv/tuning/state.py
+    "start?": {name: base.FORM[name] for name in ("source", "sha256")},  # see kqv/tuning/start.py
+    "teacher?": str,
     "wandb_id?": (re.compile(r"[^/\\\s\0]{1,128}"), None),  # wandb makes names of files of it
     "tokenizer?": object,  # see tokenizers.require_definition
+    "base?": base.FORM,  # of an adapter
 }
 
 OF_READERS = ("folder", "from_huggingface")  # what a reader says of a checkpoint, and no checkpoint itself

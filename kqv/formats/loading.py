@@ -2,14 +2,15 @@
 What a user names, a run, a checkpoint, a folder or a model on the hub -> its weights, model and tokenizer.
 
 All weights come in one form, the contents of a checkpoint: a dict with `model` {parameter name: tensor},
-`model_args` (fields of GPTConfig), and, where they are known, `tokenizer`, `config` and more.
+`model_args` (fields of GPTConfig), and, where they are known, `tokenizer`, `config` and more. Of an adapter,
+`model` has only what it has learnt, and `base` says beside which weights: `model_of` reads and merges them.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kqv.errors import UserError, warn
-from kqv.formats import gguf_reading, huggingface, size
+from kqv.formats import base, gguf_reading, huggingface, lora, resize, size
 from kqv.formats.checkpoint import (
     BEST,
     NEWEST,
@@ -43,6 +44,7 @@ class WeightsSettings:
         "resume: from out_dir; or smollm2, gpt2, gpt2-medium|large|xl, a GGUF file, a Hugging Face folder",
         path=True,
     )
+    base: str = setting("", "where the base of an adapter is, if it is no more where it was", path=True)
 
 
 UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing, and when in words
@@ -82,7 +84,8 @@ def load_file(path, mapped):
         )
     require_contents(contents, path)
     contents["model"] = plain_weights(contents["model"], path)
-    tie_head(contents["model"], path, contents["model_args"].get("tied_head", True))
+    if "base" not in contents:
+        tie_head(contents["model"], path, contents["model_args"].get("tied_head", True))
     return {**contents, "folder": path} if is_sharded else contents
 
 
@@ -109,16 +112,18 @@ def find(out_dir, which):
 def load_chosen(config):
     """(path or name, contents) of the weights that a WeightsSettings names. Raises UserError."""
     if config.init_from != "resume":
-        return config.init_from, load_start(config.init_from)
-    path = find(config.out_dir, config.checkpoint)
-    return path, gguf_reading.load(path) if is_gguf(path) else load(path)
+        path, contents = config.init_from, load_start(config.init_from)
+    else:
+        path = find(config.out_dir, config.checkpoint)
+        contents = gguf_reading.load(path) if is_gguf(path) else load(path)
+    return path, base.moved(contents, path, config.base)
 
 
-def load_start(source, words=("resume",)):
+def load_start(source, words=("resume",), what="init_from"):
     """
     The contents of `source`: a checkpoint, a run's folder (its best checkpoint), a GGUF file, a Hugging Face
     folder, a built-in model (smollm2), or one on the Hugging Face hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    or ORG/NAME. Raises UserError, with the `words` that a command takes besides, if it is none of them.
+    or ORG/NAME. Raises UserError, with the `words` that the setting `what` takes besides, if it is none.
     """
     path = place_of(source)
     on_hub = source in huggingface.NAMES or (huggingface.HUB_ID.fullmatch(source) and not path.exists())
@@ -126,7 +131,7 @@ def load_start(source, words=("resume",)):
         return huggingface.load(source)
     if not path.exists():
         known = ", ".join((*words, *MODELS, *huggingface.NAMES))
-        raise UserError(f"init_from={source} is no file or folder, nor one of {known}")
+        raise UserError(f"{what}={source} is no file or folder, nor one of {known}")
     if is_gguf(path):
         return gguf_reading.load(path)
     return load(find(path, "best") if path.is_dir() and not (path / REST).exists() else path)
@@ -158,8 +163,11 @@ def is_gguf(path):
 def model_of(contents, path, dropout=None):
     """
     The GPT of a checkpoint's contents (`model`, `model_args`), with which it shares memory; `dropout`, if
-    given, in place of its own. Raises UserError, which names `path`, if the contents are not those of a GPT.
+    given, in place of its own. Of an adapter it is the merged model. Raises UserError, which names `path`, if
+    the contents are not those of a GPT.
     """
+    if "base" in contents:
+        return lora.merge(adapted_model_of(contents, path, dropout))
     try:
         config = shape_in(contents["model_args"])
         if dropout is not None:
@@ -171,12 +179,36 @@ def model_of(contents, path, dropout=None):
         raise UserError(f"{path} holds no weights of a GPT: {error}") from None
 
 
-def pair_of(contents, path):
+def adapted_model_of(contents, path, dropout=None):
     """
-    (GPT, tokenizer) of a checkpoint's contents, as `model_of` and `tokenizer_of`. Raises UserError where they
-    do not belong together.
+    The adapted GPT, not merged, of an adapter's contents: its base is read from where `base` says. Raises
+    UserError where that is missing or another, or the adapter does not fit it.
     """
-    gpt, tokenizer = model_of(contents, path), tokenizer_of(contents)
+    about, weights = contents["base"], contents["model"]
+    source = about["source"]
+    try:
+        found = load_start(source, (), "base")
+    except UserError as error:
+        raise UserError(f"the base of {path} can't be read: {error}; --base=PATH names its place") from None
+    base.require_whole(found, source, f"it can't be the base of {path}")
+    gpt = model_of(found, source, dropout)
+    base.require_same(found, source, about["sha256"], path)
+    try:
+        shape = shape_in(contents["model_args"])
+        new_ids = len(weights.get("transformer.wte.new_rows", ()))
+        resize.to_shape(gpt, shape, new_ids)
+        gpt.base = about
+        return lora.adapt_as_saved(gpt, weights, about["alpha"], new_ids).eval()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no adapter of {source}: {error}") from None
+
+
+def pair_of(contents, path, build=model_of):
+    """
+    (GPT, tokenizer) of a checkpoint's contents, as `build` and `tokenizer_of` make them. Raises UserError
+    where they do not belong together.
+    """
+    gpt, tokenizer = build(contents, path), tokenizer_of(contents)
     require_agreement(contents, path, gpt.config.vocab_size, tokenizer.vocab_size)
     return gpt, tokenizer
 

@@ -13,6 +13,15 @@ KEPT = {
 }
 
 
+def rounded(weight, dtype):
+    """The numbers of a weight (rows, cols) in float32 as they are after they were kept in `dtype`."""
+    if dtype == "q8_0" and weight.size(1) % 32 == 0:  # a block of 32 numbers has one scale
+        blocks = weight.reshape(-1, 32)
+        scale = blocks.abs().amax(dim=1, keepdim=True) / 127
+        return ((blocks / scale.clamp(min=1e-30)).round() * scale.half().float()).view_as(weight)
+    return KEPT["f16" if dtype == "q8_0" else dtype](weight).float()
+
+
 def require_numbers(gpt):
     """Raise UserError where a weight of `gpt` has anything but numbers."""
     for name, tensor in gpt.state_dict().items():

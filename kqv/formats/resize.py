@@ -1,6 +1,6 @@
 """A GPT with a shorter context, or with more or fewer ids than it was made for."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
@@ -23,6 +23,8 @@ def crop_block_size(gpt, block_size):
 
 def grow_vocab_size(gpt, vocab_size):
     """Add ids after the known ones, which stay as they are; the rows of new ids begin at random."""
+    if vocab_size == gpt.config.vocab_size:
+        return
     new = torch.empty(vocab_size - gpt.config.vocab_size, gpt.config.n_embd)
     gpt.config = replace(gpt.config, vocab_size=vocab_size)
     for part in (gpt.lm_head,) if gpt.config.tied_head else (gpt.lm_head, gpt.transformer.wte):
@@ -30,6 +32,23 @@ def grow_vocab_size(gpt, vocab_size):
         part.weight = nn.Parameter(torch.cat([part.weight.detach(), new]))  # (V, C)
     gpt.tie_head()
     gpt.lm_head.out_features = gpt.transformer.wte.num_embeddings = vocab_size
+
+
+def to_shape(gpt, shape, new_ids):
+    """
+    Let `gpt`, a base, have the shorter context and the more ids of `shape`, the GPTConfig of its adapter. The
+    base need not know the last `new_ids` ids. Raises ValueError where the two differ in more.
+    """
+    if not 0 <= shape.vocab_size - new_ids <= gpt.config.vocab_size <= shape.vocab_size:
+        raise ValueError(
+            f"it has {shape.vocab_size} ids, {new_ids} of them new, and the base {gpt.config.vocab_size}"
+        )
+    crop_block_size(gpt, shape.block_size)
+    grow_vocab_size(gpt, shape.vocab_size)
+    mine, other = (asdict(config) for config in (gpt.config, shape))
+    if differing := [name for name in mine if name != "dropout" and mine[name] != other[name]]:
+        name = differing[0]
+        raise ValueError(f"its {name} is {other[name]}, and that of the base {mine[name]}")
 
 
 def without_padding(gpt, vocab_size):

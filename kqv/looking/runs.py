@@ -50,19 +50,24 @@ def runs_of(folders):
 
 
 def draw_png(runs, path):
-    """The losses of the runs as a picture. Raises UserError where matplotlib is not installed."""
+    """
+    The losses of the runs as a picture, or the rewards where all were tuned by rewards. Raises UserError
+    where matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("--png needs: pip install matplotlib") from None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    of_rewards = all("val_reward" in run["curves"] for run in runs)
+    numbers = ("reward", "val_reward") if of_rewards else ("loss", "val_loss")
     for run in runs:
-        for name, style in (("loss", ":"), ("val_loss", "-")):
+        for name, style in zip(numbers, (":", "-"), strict=True):
             if name in run["curves"]:
                 steps, values = zip(*run["curves"][name], strict=True)
                 axes.plot(steps, values, style, label=f"{run['name']}: {name}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="mean reward" if of_rewards else "loss (nats a token)")
     axes.legend()
     with replacing(Path(path)) as beside:
         figure.savefig(beside, format="png", dpi=150)

@@ -15,8 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kqv.formats import lora
 from kqv.training import loss
-from model import GPT, Block, GPTConfig
+from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Job:
     compiled: bool = False
     itemsize: int = 2  # bytes of a number in matrix products and the stream: 2 in bfloat16, 4 in float32
     norm_itemsize: int = 0  # of a number that goes into LayerNorm; 0: itemsize
+    lora_rank: int = 0  # of adapters that are trained, and nothing else; 0: all weights are
+    lora_targets: tuple = lora.LAYERS
+
+    @property
+    def model(self):
+        """A GPT on the meta device."""
+        return model_of(self.shape, self.lora_rank, self.lora_targets)
 
     @property
     def tokens(self):
@@ -73,15 +81,21 @@ class Cluster:
 
 
 @functools.lru_cache(maxsize=64)
-def model_of(shape):
-    """A GPT of that shape on the meta device."""
+def model_of(shape, lora_rank=0, lora_targets=lora.LAYERS):
+    """A GPT of that shape on the meta device, adapted where there is a rank."""
     with torch.device("meta"):
-        return GPT(shape)
+        gpt = GPT(shape)
+    return lora.adapt(gpt, lora_rank, 1.0, lora_targets) if lora_rank else gpt
 
 
 def count(module):
     """How many parameters a module has; tied ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def learnt(module):
+    """How many of them are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def linear_layers(module):
@@ -91,11 +105,12 @@ def linear_layers(module):
 def block_activations(job):
     """Bytes that autograd keeps of one block for its backward pass."""
     alone = replace(job.shape, n_layer=1, vocab_size=1, dropout=0.0)
-    return job.batch_size * sequence_activations(alone, job.itemsize, job.norm_itemsize or job.itemsize)
+    itemsizes = job.itemsize, job.norm_itemsize or job.itemsize
+    return job.batch_size * sequence_activations(alone, *itemsizes, job.lora_rank, job.lora_targets)
 
 
 @functools.lru_cache(maxsize=64)
-def sequence_activations(shape, itemsize, norm_itemsize):
+def sequence_activations(shape, itemsize, norm_itemsize, lora_rank, lora_targets):
     """
     Bytes that autograd keeps of a block for each sequence: what two sequences keep, minus what one keeps. So
     weights and autocast's copies of them do not count. The block runs on tensors without numbers, with the
@@ -122,9 +137,12 @@ def sequence_activations(shape, itemsize, norm_itemsize):
         return sum(storage.nbytes() for storage in storages.values())
 
     with FakeTensorMode():
-        block = Block(shape)
+        gpt = GPT(shape)
+        if lora_rank:
+            lora.adapt(gpt, lora_rank, 1.0, lora_targets)
+        block = gpt.transformer.h[0]
         idx = torch.zeros(1, shape.block_size, dtype=torch.long)
-        _, rotation = GPT(shape).embed(idx, torch.arange(shape.block_size)[None])
+        _, rotation = gpt.embed(idx, torch.arange(shape.block_size)[None])
         return kept(2) - kept(1)
 
 
@@ -138,12 +156,15 @@ def loss_memory(job):
     logit and its gradient are all that is stored, and at once, the one in the place of the other. Chunks need
     the gradients that they add to, besides.
     """
-    V, C = model_of(job.shape).lm_head.weight.shape
+    V, C = job.model.lm_head.weight.shape
+    learns = job.lora_rank == 0  # else the head has no gradient
     chunks, rows = loss.split(job.tokens, V, job.compiled)
     if chunks == 1:
-        return rows * V * (job.itemsize if job.compiled else 12) + job.compiled * V * C * job.itemsize
+        return (
+            rows * V * (job.itemsize if job.compiled else 12) + job.compiled * learns * V * C * job.itemsize
+        )
     of_a_logit = 2 * job.itemsize if job.compiled else {2: 10, 4: 8}[job.itemsize]
-    return of_a_logit * rows * V + 4 * V * C + job.itemsize * chunks * rows * C
+    return of_a_logit * rows * V + learns * 4 * V * C + job.itemsize * chunks * rows * C
 
 
 def peak_bytes(job):
@@ -161,24 +182,29 @@ def peaks(job):
     {when: {part: bytes}} of the three times of a step that can hold most: the loss at the end of the forward
     pass, a block's backward pass, and the end of the backward pass.
     """
-    gpt, seen = model_of(job.shape), job.weight_itemsize
-    layers, N = len(gpt.transformer.h), count(gpt)
+    gpt, seen = job.model, job.weight_itemsize
+    layers, N, trained = len(gpt.transformer.h), count(gpt), learnt(gpt)
     block, outside_blocks = count(gpt.transformer.h[-1]), N - count(gpt.transformer.h)
-    head, tied = count(gpt.lm_head), job.shape.tied_head
-    matrices = sum(p.numel() for p in gpt.transformer.h.parameters() if p.dim() == 2)
-    of_optimizer = 4 * (2 * N - job.muon * matrices)  # AdamW's two moments, or Muon's one
+    head, tied = learnt(gpt.lm_head), job.shape.tied_head
+    matrices = sum(p.numel() for p in gpt.transformer.h.parameters() if p.dim() == 2 and p.requires_grad)
+    of_optimizer = 4 * (2 * trained - job.muon * matrices)  # AdamW's two moments, or Muon's one
     always = {"weights": 4 * N / job.shards, "optimizer": of_optimizer / job.shards}
     # The sum over earlier micro-batches, which FSDP too keeps whole, or the buckets of DDP.
-    kept = 4 * N * (job.accumulation > 1 or job.gpus > 1 and not job.sharded)
+    kept = 4 * trained * (job.accumulation > 1 or job.gpus > 1 and not job.sharded)
     if job.sharded:
         copies = copies_later = seen * (outside_blocks + 2 * block)  # gathered: this block and the next one
         reducing, blocks_left = (seen if kept else 4) * block, layers - 1  # the gradient of the last block
     else:
         # Autocast casts the weights of products, and keeps them to the end of the forward pass or longer.
-        copies = 2 * sum(map(count, linear_layers(gpt))) if job.itemsize == 2 else 0
+        cast = linear_layers(gpt)
+        if job.lora_rank:  # what goes into the first of them needs no gradient, for which its weight is kept
+            cast.remove(gpt.transformer.h[0].attn.c_attn)
+        copies = 2 * sum(map(count, cast)) if job.itemsize == 2 else 0
         copies_later = copies / layers if job.checkpointing else copies
         reducing, blocks_left = 0, layers
     stream = job.tokens * job.shape.n_embd * job.itemsize  # what goes into a block
+    # The input and output of ln_f. With frozen ends, its output and the first block's input are not kept.
+    ends = (job.checkpointing if job.lora_rank else 2) * stream
     in_block, again = block_activations(job), 0
     if job.checkpointing:  # a block is computed again, beside the largest gradient within it
         widest = max(layer.out_features for layer in linear_layers(gpt.transformer.h[-1]))
@@ -188,17 +214,17 @@ def peaks(job):
             **always,
             "gradients": kept,
             "copies": copies,
-            "activations": layers * in_block + 2 * stream,  # and the input and output of ln_f
+            "activations": layers * in_block + ends,
             "loss": loss_memory(job),
         },
         "a block's backward pass": {
             **always,
             "gradients": kept + seen * head + reducing,
             "copies": copies_later,
-            "activations": blocks_left * in_block + 2 * stream + again,
+            "activations": blocks_left * in_block + ends + again,
         },
         # A tied matrix has two gradients until they are added.
-        "the end of the backward pass": {**always, "gradients": 4 * (N + head * tied) / job.shards},
+        "the end of the backward pass": {**always, "gradients": 4 * (trained + head * tied) / job.shards},
     }
 
 
@@ -213,8 +239,8 @@ def traffic(job):
     A ring of k passes on (k - 1) / k of what it gathers or reduce-scatters, and twice that to all-reduce.
     Where it spans nodes, each of the m GPUs of a node takes 1 / m of the way between them.
     """
-    gpt, seen = model_of(job.shape), job.weight_itemsize
-    N, blocks = count(gpt), count(gpt.transformer.h)
+    gpt, seen = job.model, job.weight_itemsize
+    N, blocks = learnt(gpt), count(gpt.transformer.h)
     near, far = min(job.gpus, job.gpus_per_node), job.nodes  # GPUs in a node, nodes
 
     def ring(count):
@@ -235,12 +261,13 @@ def step_seconds(job, cluster, mfu):
     (least seconds of a step, seconds of its computing alone), if computing alone reaches `mfu` of the peak.
 
     Communication and computing overlap: weights are gathered while the same micro-batch computes, gradients
-    are reduced during the last one's backward pass. The backward pass takes twice the forward pass's time,
-    and once more where activations are computed again.
+    are reduced during the last one's backward pass. The backward pass takes twice the forward pass's time
+    without what frozen weights save, and once more where activations are computed again.
     """
-    flops = job.tokens * model_of(job.shape).flops_per_token()
-    forward = flops / (mfu * cluster.peak_flops) / 3
-    backward = forward * (3 if job.checkpointing else 2)
+    speed = mfu * cluster.peak_flops
+    forward = job.tokens * job.model.flops_per_token() / speed / 3
+    backward = job.tokens * lora.flops_per_token(job.model) / speed - forward
+    backward += forward * job.checkpointing
     sent = traffic(job)
 
     def links(*phases):

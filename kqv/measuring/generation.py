@@ -7,6 +7,7 @@ import torch
 
 from kqv.device import PlacementSettings, find_device, find_dtype, out_of_memory_as
 from kqv.errors import UsageError
+from kqv.formats.base import moved
 from kqv.formats.checkpoint import shape_in
 from kqv.formats.loading import load_start, model_of
 from kqv.generation.choice import EngineSettings, choose_engine
@@ -41,6 +42,7 @@ UNUSED = (  # rows of `refuse_unused`: names of settings, when they mean nothing
         lambda c: c.init_from != "scratch",
         "with --init_from, which names weights of a shape",
     ),
+    (("base",), lambda c: c.init_from == "scratch", "for a model from scratch"),
 )
 
 
@@ -51,6 +53,7 @@ class ModelSettings:
     init_from: str = setting(
         "scratch", "scratch: random weights; or weights that train.py starts from, as smollm2", path=True
     )
+    base: str = setting("", "where the base of an adapter is, if it is no more where it was", path=True)
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def bench_sample(argv):
 def model_to_measure(config, device):
     """The GPT that the settings name, on the device. Raises UserError, also where it is too short."""
     if config.init_from != "scratch":
-        contents = load_start(config.init_from, words=("scratch",))
+        contents = moved(load_start(config.init_from, words=("scratch",)), config.init_from, config.base)
         gpt = model_of(contents, config.init_from)
         require_room(config, gpt.config)
     else:

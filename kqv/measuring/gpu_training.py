@@ -50,7 +50,7 @@ def clip_apart(bad, optimizer, norm=None, grad_clip=0.0):
 WITHOUT = {
     "bfloat16 stream": {"kqv.training.objective.narrow_stream": lambda gpt: None},
     "large chunks": {"kqv.training.loss.LOGITS_AT_ONCE_COMPILED": 2**28},
-    "folded clip": {"train.step_unless": clip_apart},
+    "folded clip": {"kqv.training.step.step_unless": clip_apart},
 }
 
 

@@ -8,11 +8,13 @@ import torch
 
 from kqv.device import peak_flops
 from kqv.errors import UsageError
+from kqv.formats.lora import flops_per_token
 from kqv.measuring.costs import (
     Cluster,
     Job,
     count,
     highest_peak,
+    learnt,
     model_of,
     peak_bytes,
     step_seconds,
@@ -21,6 +23,7 @@ from kqv.measuring.costs import (
 from kqv.measuring.presets import PRESETS
 from kqv.measuring.report import ReportSettings, print_figures
 from kqv.settings import group, setting
+from kqv.training.lora import LoraSettings, targets_of
 from kqv.training.optimizer import training_bytes
 from model import GPTConfig
 
@@ -62,6 +65,8 @@ class PlannedWorkSettings:
     )
     activation_checkpointing: bool = setting(False, "as in train.py")
     optimizer: Literal["adamw", "muon"] = setting("adamw", "as in train.py; its computing is not counted")
+    lora_rank: int = setting(0, "as in train.py", at_least=0)
+    lora_targets: str = setting(LoraSettings.lora_targets, "as in train.py")
     compile: bool = setting(True, "as train.py does on a GPU")
     tokens_per_step: int = setting(
         2**19, "tokens in a step, rounded to what divides", at_least=1, below=2**50
@@ -128,18 +133,56 @@ def planned_job(config):
             f"gpus={gpus} do not fill nodes of gpus_per_node={node}: use --gpus={gpus // node * node} or "
             f"--gpus={-(-gpus // node) * node}, or give another --gpus_per_node"
         )
-    large = training_bytes(count(model_of(shape))) > 1e9 * config.memory_gb / 2
+    rank, targets = config.lora_rank, targets_of(config)
+    try:
+        large = training_bytes(model_of(shape, rank, targets)) > 1e9 * config.memory_gb / 2
+    except ValueError as error:
+        raise UsageError(f"lora_rank={rank} can't be: {error}") from None
+    if rank and config.parallel == "fsdp":
+        raise UsageError(f"parallel=fsdp does not go with lora_rank={rank}: use --parallel=ddp")
     sharded = config.parallel == "fsdp" or config.parallel == "auto" and large
     return Job(
         shape,
         gpus,
         node,
-        sharded and gpus > 1,
+        sharded and gpus > 1 and not rank,
         checkpointing=config.activation_checkpointing,
         muon=config.optimizer == "muon",
         compiled=config.compile,
         norm_itemsize=2 if config.compile else 4,  # autocast on a GPU computes LayerNorm in float32
+        lora_rank=rank,
+        lora_targets=targets,
     )
+
+
+def job_of_run(config, gpt, world, dtype, compiled, accumulation, longest):
+    """
+    The Job of a run of train.py or tune.py: its settings, the GPT that it trains, and what it has found here.
+    A step has `accumulation` micro-batches of each process, of rows of `longest` tokens.
+    """
+    sharded = world.size > 1 and world.find_parallel(config.parallel, gpt) == "fsdp"
+    return Job(
+        replace(gpt.config, block_size=longest),
+        world.size,
+        world.node_size,
+        sharded,
+        config.batch_size,
+        accumulation,
+        config.activation_checkpointing,
+        config.optimizer == "muon",
+        compiled,
+        dtype.itemsize,
+        norm_itemsize=4 if world.device.type == "cuda" and not compiled else dtype.itemsize,
+        lora_rank=config.lora_rank,
+        lora_targets=targets_of(config),
+    )
+
+
+def memory_in_words(job):
+    """The memory that each process needs when a step holds most."""
+    when, parts = highest_peak(job)
+    sizes = ", ".join(f"{part} {size / 1e6:,.0f}" for part, size in parts.items())
+    return f"memory by calculation: {sizes}, in all {sum(parts.values()) / 1e6:,.0f} MB at {when}"
 
 
 def job_that_fits(config, job):
@@ -151,11 +194,11 @@ def job_that_fits(config, job):
     if found := fitted(job):
         return found
     node = config.gpus_per_node
-    ways = {
-        "--activation_checkpointing=True": fitted(replace(job, checkpointing=True)),
-        "--parallel=fsdp": fitted(replace(job, sharded=job.gpus > 1)),
-        f"--gpus={node} --parallel=fsdp": fitted(replace(job, gpus=max(job.gpus, node), sharded=node > 1)),
-    }
+    ways = {"--activation_checkpointing=True": fitted(replace(job, checkpointing=True))}
+    if not job.lora_rank:
+        more = replace(job, gpus=max(job.gpus, node), sharded=node > 1)
+        ways["--parallel=fsdp"] = fitted(replace(job, sharded=job.gpus > 1))
+        ways[f"--gpus={node} --parallel=fsdp"] = fitted(more)
     if smaller := fitted(job, batch_size=0):
         ways = {f"--batch_size={smaller.batch_size}": smaller}
     smallest = with_batch(job, config.batch_size or 1, config.tokens_per_step)
@@ -185,8 +228,8 @@ def with_batch(job, batch_size, tokens_per_step):
 
 def report(job, cluster, mfu, tokens=0):
     """{what: {name: figure}} of a job and of a run over `tokens` tokens, 0: over 20 a parameter."""
-    gpt = model_of(job.shape)
-    N = count(gpt)
+    gpt = job.model
+    N = count(model_of(job.shape))
     tokens = tokens or 20 * N
     step, computing = step_seconds(job, cluster, mfu)
     tokens_per_step = job.tokens * job.accumulation * job.gpus
@@ -199,7 +242,7 @@ def report(job, cluster, mfu, tokens=0):
         for place in (0, 1)
     )
     return {
-        "model": {"parameters": N, "GFLOP a token": gpt.flops_per_token() / 1e9},
+        "model": {"parameters": N, "trained": learnt(gpt), "GFLOP a token": flops_per_token(gpt) / 1e9},
         "GPUs": {"number": job.gpus, "parallel": "fsdp" if job.sharded else "ddp", "to a copy": job.shards},
         "memory of each, GB": {**memory_gb, "in all": sum(memory_gb.values()), "fullest at": fullest_at},
         "a step": {

@@ -282,8 +282,12 @@ class Dataset:
         return (ids for ids, _ in self.marked_conversations(split))
 
     def marked_conversations(self, split):
-        """(its (T,) ids, (T,) bool which ones are learnt) of each conversation of a split, in order."""
-        starts = self.conversation_starts[split].tolist()
-        for start, end in zip(starts, starts[1:], strict=False):
-            ids = self.splits[split][start:end]
-            yield ids, (self.marks[split].of(ids, start) & LEARNT) > 0
+        """The `conversation` of each number, in order."""
+        count = len(self.conversation_starts[split]) - 1
+        return (self.conversation(split, number) for number in range(count))
+
+    def conversation(self, split, number):
+        """(the (T,) ids, (T,) bool which ones are learnt) of a conversation of a split."""
+        start, end = self.conversation_starts[split][number : number + 2].tolist()
+        ids = self.splits[split][start:end]
+        return ids, (self.marks[split].of(ids, start) & LEARNT) > 0

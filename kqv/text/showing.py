@@ -20,7 +20,7 @@ def show(data, count):
     What is learnt of conversations is green on a terminal, and elsewhere in [brackets].
     """
     names = {number: name for name, number in data.tokenizer.specials().items()}
-    marks = (COLOUR, PLAIN) if sys.stdout.isatty() else ("[", "]")
+    marks = learnt_marks()
     for number, (ids, learnt) in enumerate(islice(documents(data), count), 1):
         kind, some = ("conversation", f"{learnt.sum()}") if data.is_chat else ("document", "all")
         tokens = [token_text(data.tokenizer, names, one) for one in ids[:LONGEST].tolist()]
@@ -35,6 +35,11 @@ def show(data, count):
         more = f"|... {len(ids) - LONGEST} more" if len(ids) > LONGEST else ""
         print(f"{kind} {number}: {len(ids)} tokens, {some} of them learnt")
         print_text(f"{'|'.join(texts)}{more}\n", raw=True)  # control codes are written out already
+
+
+def learnt_marks():
+    """What is printed before and after what is learnt."""
+    return (COLOUR, PLAIN) if sys.stdout.isatty() else ("[", "]")
 
 
 def documents(data):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from kqv.errors import UserError
+from kqv.formats.lora import is_adapted
 from kqv.settings import setting
 
 # The GPUs with a copy engine for tiles (TMA), and memory enough for them on the chip: the H100 and H200, the
@@ -27,6 +28,10 @@ def fuse_mlps(gpt, device, dtype):
     Let each MLP of `gpt` be a FusedMLP with the same parameters. Raises UserError where its kernels can't
     train this model on that device, in that dtype.
     """
+    if is_adapted(gpt.transformer.h[0].mlp):
+        raise UserError(
+            "--fused_mlp=True can't train the adapters of an MLP: leave it out, or use --lora_targets=c_attn"
+        )
     if reason := not_fused(gpt.config, device, dtype):
         raise UserError(f"--fused_mlp=True {reason}: use --fused_mlp=False")
     from kqv.kernels.mlp import FusedMLP  # needs Triton

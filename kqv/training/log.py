@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from kqv import errors
 from kqv.device import peak_flops
+from kqv.formats import lora
 from kqv.settings import override, setting
 from kqv.training.batches import tokens_per_step
 from kqv.training.metrics import Metrics, start_wandb
@@ -49,6 +50,8 @@ class Log:
     """
     What a run prints, and the numbers that it records. In all processes but the main one it does nothing.
     """
+
+    command = "train.py"  # that goes on with the run
 
     def __init__(self, config, world, state, evaluated, dtype, wandb_run):
         self.config, self.is_main = config, world.is_main
@@ -103,10 +106,14 @@ class Log:
 
     def start(self, state, config, world, how, lines):
         """The first line: what is trained, and `how`. Then `lines`, what else a user should know."""
-        size, tokens = state.model.num_parameters() / 1e6, tokens_per_step(config)
-        self.line(f"{size:.2f}M parameters, {tokens:,} tokens a step, {world}, {', '.join(how)}")
+        size, work = lora.parameters_in_words(state.model), self.work_of_step(config)
+        self.line(f"{size}, {work}, {world}, {', '.join(how)}")
         for line in lines:
             self.line(line)
+
+    def work_of_step(self, config):
+        """What a step is, in words."""
+        return f"{tokens_per_step(config):,} tokens a step"
 
     def training(self, step, numbers):
         """
@@ -152,6 +159,10 @@ class Log:
             self.metrics.keep_file()
         self.record("save", step, {"save_stall_ms": 1000 * seconds})
 
+    def best(self, val_loss):
+        """The lowest validation loss in words."""
+        return f"best val loss {val_loss:.4f}"
+
     def close(self, state, stopping, received):
         """
         Print the last lines. Where the run is `stopping`, a signal has stopped it: `received`, or None where
@@ -161,13 +172,13 @@ class Log:
         seconds, out_dir = time.perf_counter() - self.started, shlex.quote(self.config.out_dir)
         who = received.name if received else "a signal to another process"
         how = f"stopped by {who}" if stopping else "done"
-        best = f", best val loss {state.best_val_loss:.4f}" if math.isfinite(state.best_val_loss) else ""
+        best = f", {self.best(state.best_val_loss)}" if math.isfinite(state.best_val_loss) else ""
         self.line(
             f"{how}: step {state.step} after {seconds:.1f} s "
             f"({self.paused:.1f} s of it evaluation and saving){best}"
         )
         if stopping and state.step:
-            self.line(f"to go on: python train.py --init_from=resume --out_dir={out_dir}")
+            self.line(f"to go on: python {self.command} --init_from=resume --out_dir={out_dir}")
         elif not stopping:
             self.line(f"to see what it writes: python sample.py --out_dir={out_dir}")
         if self.metrics:
@@ -182,4 +193,4 @@ def mfu_per_token(gpt, dtype, world):
     if world.device.type != "cuda":
         return None
     peak = peak_flops(torch.cuda.get_device_name(world.device), dtype)
-    return gpt.flops_per_token() / (peak * world.size) if peak else None
+    return lora.flops_per_token(gpt) / (peak * world.size) if peak else None

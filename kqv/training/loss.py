@@ -36,7 +36,7 @@ class LossSettings:
     )
 
 
-def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0, float8=False):
+def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0, float8=False, new_rows=None):
     """
     x (N, C), head (V, C), targets (N,) ids, -1 where a token does not count -> the mean cross-entropy of the
     logits x @ head.T, in nats. It is model.py's function of the same name with less memory.
@@ -44,16 +44,20 @@ def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0, floa
     With `label_smoothing` (Szegedy et al. 2016) the right answer is not the id alone: so large a share goes
     to all ids alike. Where no gradient is computed, as in an evaluation, it does not count, and no product is
     in `float8`.
+
+    A frozen head has no gradient. If its last rows learn, `new_rows` (n, C) is the parameter that has them,
+    in the same memory (kqv/formats/lora.py): the gradient is of these alone.
     """
     compiled, with_gradient = torch.compiler.is_compiling(), torch.is_grad_enabled()
     float8 = float8 and with_gradient
     chunks, rows = split(len(x), len(head), compiled)
     smoothing, ids = label_smoothing if with_gradient else 0.0, vocab_size or head.size(0)
-    if chunks == 1 and smoothing and not float8:  # it would be infinite with the bias
+    plain = chunks == 1 and not float8 and new_rows is None
+    if plain and smoothing:  # it would be infinite with the bias
         return F.cross_entropy(
             F.linear(x, head)[:, :ids], targets, ignore_index=-1, label_smoothing=smoothing
         )
-    if chunks == 1 and not float8:
+    if plain:
         return F.cross_entropy(F.linear(x, head, without_padding(head, ids)), targets, ignore_index=-1)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -62,10 +66,12 @@ def next_token_loss(x, head, targets, vocab_size=None, label_smoothing=0.0, floa
         rows = -(-rows // 16) * 16
     if missing := chunks * rows - len(x):  # so that all chunks have one shape, and are compiled once
         x, targets = F.pad(x, (0, 0, 0, missing)), F.pad(targets, (0, missing), value=-1)
-    arguments = head.detach().to(x.dtype), targets, rows, ids, smoothing, with_gradient, float8
+    learnt = head if new_rows is None else new_rows
+    frozen = len(head) - len(learnt) if learnt.requires_grad else len(head)
+    arguments = head.detach().to(x.dtype), targets, rows, ids, smoothing, with_gradient, float8, frozen
     work = loss_in_compiled_chunks if compiled else loss_in_chunks
     if with_gradient:
-        return ChunkedCrossEntropy.apply(x, head, work, *arguments) / count
+        return ChunkedCrossEntropy.apply(x, learnt, work, *arguments) / count
     return work(x, *arguments)[0] / count
 
 
@@ -95,29 +101,33 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     The summed cross-entropy, whose gradient is computed in its forward. Until backward it is the gradient of
     the sum over all tokens, not of the mean, so that float16 does not round it to zero.
 
-    `weight` is `head` in the type of the products. The head's gradient is summed in float32.
+    `learnt` are the rows of the head that learn. Their gradient is summed in float32.
     """
 
     @staticmethod
-    def forward(ctx, x, head, work, *arguments):
+    def forward(ctx, x, learnt, work, *arguments):
         loss, *gradients = work(x, *arguments)
         ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grad_loss, grad_head * grad_loss, *[None] * 8
+        grad_x, grad_learnt = ctx.saved_tensors
+        grad_learnt = grad_learnt * grad_loss if ctx.needs_input_grad[1] else None
+        return grad_x * grad_loss, grad_learnt, *[None] * 9
 
 
-def loss_in_chunks(x, weight, targets, rows, ids, smoothing, with_gradient, float8, loss_of_chunk=None):
+def loss_in_chunks(
+    x, weight, targets, rows, ids, smoothing, with_gradient, float8, frozen, loss_of_chunk=None
+):
     """
-    The summed loss, and its gradients of x (N, C) and in float32 of the weight (V, C), both empty where no
-    gradient is wanted. `rows` are a chunk's tokens, `ids` the rows of `weight` that are no padding.
+    The summed loss, and its gradients of x (N, C) and in float32 of the weight (V, C) without its first
+    `frozen` rows, both empty where no gradient is wanted. `rows` are a chunk's tokens, `ids` the rows of
+    `weight` that are no padding.
     """
     loss_of_chunk = loss_of_chunk or cross_entropy
     head = (Float8Head if float8 else Head)(weight)
-    loss, grad_x, grad_weight = room_for_loss(x, weight, with_gradient)
+    loss, grad_x, grad_weight = room_for_loss(x, weight[frozen:], with_gradient)
     room = None if float8 else x.new_empty(rows, weight.size(0))  # for the logits of a chunk
     for start in range(0, len(x), rows):
         part, answers = x[start : start + rows], targets[start : start + rows]  # (n, C), (n,)
@@ -126,7 +136,8 @@ def loss_in_chunks(x, weight, targets, rows, ids, smoothing, with_gradient, floa
         loss += loss_of_part
         if with_gradient:
             head.grad_x(low if float8 else gradient, grad_x[start : start + rows])  # (n, V) -> (n, C)
-            add_product(grad_weight, gradient.T, part)  # (V, n) @ (n, C) -> (V, C)
+            if len(grad_weight):
+                add_product(grad_weight, gradient[:, frozen:].T, part)  # (V, n) @ (n, C) -> (V, C)
         del logits, gradient, low  # before the next ones are made
     return loss, grad_x, grad_weight
 
@@ -150,14 +161,15 @@ def loss_in_compiled_chunks(
     smoothing: float,
     with_gradient: bool,
     float8: bool,
+    frozen: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments = x, weight, targets, rows, ids, smoothing, with_gradient, float8
+    arguments = x, weight, targets, rows, ids, smoothing, with_gradient, float8, frozen
     return loss_in_chunks(*arguments, loss_of_chunk=compiled_cross_entropy())
 
 
 @loss_in_compiled_chunks.register_fake
-def _(x, weight, targets, rows, ids, smoothing, with_gradient, float8):
-    return room_for_loss(x, weight, with_gradient)
+def _(x, weight, targets, rows, ids, smoothing, with_gradient, float8, frozen):
+    return room_for_loss(x, weight[frozen:], with_gradient)
 
 
 def add_product(total, a, b):

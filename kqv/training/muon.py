@@ -129,7 +129,7 @@ def muon_groups(gpt, config):
         elif name.startswith("transformer.h."):
             matrices[name.split(".", 3)[3]].append(parameter)  # "attn.c_attn.weight", of each block
         else:
-            others["head" if name == "lm_head.weight" else "embeddings"].append(parameter)
+            others["head" if name.startswith("lm_head.") else "embeddings"].append(parameter)
     attention = gpt.transformer.h[0].attn
     rows = {kind: [len(stack[0])] for kind, stack in matrices.items()}
     rows["attn.c_attn.weight"] = [heads * attention.head_size for heads in attention.heads]  # Q, K, V

@@ -17,6 +17,8 @@ def start_lines(config, given, world, start_checkpoint, names):
     """What a run says of its settings and its folder when it begins, as lines."""
     if changed := changed_settings(config, start_checkpoint):
         yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
+    if start_checkpoint and "base" in start_checkpoint and not config.lora_rank:
+        yield f"{config.init_from} is an adapter, merged into its base: all weights are trained"
     if unused := unused_settings(config, given, world):
         yield f"not used: {', '.join(unused)}"
     if config.init_from == "resume" and not config.eval_only:
@@ -45,6 +47,8 @@ def unused_settings(config, given, world):
         f"schedule is {config.schedule}": (not config.decay_lr, UNUSED[config.schedule]),
         "optimizer is adamw": (config.optimizer == "muon", MUON),
         "the head is the embedding": (not config.tied_head, ("head_learning_rate",)),
+        "no teacher is named": (config.teacher, ("distill_weight", "distill_temperature")),
+        "distill_weight is 0": (config.distill_weight, ("teacher", "distill_temperature")),
         "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
         "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
     }

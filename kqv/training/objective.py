@@ -7,27 +7,37 @@ import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from kqv.kernels.attention import attend_within_examples
+from kqv.training.distillation import Distilled
 from kqv.training.float8 import require_float8
 from kqv.training.fused_mlp import fuse_mlps
 from kqv.training.loss import next_token_loss
 from model import NextToken
 
 
-def make_objective(gpt, config, data, device, dtype):
+def make_objective(gpt, config, data, device, dtype, teacher=None):
     """
-    The NextToken of `gpt`, to train on the Dataset `data` as the settings say. Raises UserError where the
-    device can't do what is asked for.
+    The NextToken of `gpt`, to train on the Dataset `data` as the settings say, and if there is one from a
+    Teacher. Raises UserError where the device can't do what is asked for.
     """
-    if data.is_chat:
-        attend_within_examples(gpt, data.most_in_row(config.block_size), device, dtype)
+    for one in (gpt, teacher.gpt.to(device)) if teacher else (gpt,):
+        narrow_stream(one)
+        if data.is_chat:
+            attend_within_examples(one, data.most_in_row(config.block_size), device, dtype)
     if config.fused_mlp:
         fuse_mlps(gpt, device, dtype)
     float8 = config.dtype_head == "float8"
     if float8:
         require_float8(gpt.lm_head.weight, dtype, device)
-    narrow_stream(gpt)
-    loss = partial(next_token_loss, label_smoothing=config.label_smoothing, float8=float8)
+    loss = loss_of(gpt, config.label_smoothing, float8)
+    if teacher:
+        return Distilled(gpt, loss, data.tokenizer.vocab_size, teacher.gpt, config)
     return NextToken(gpt, loss, data.tokenizer.vocab_size)
+
+
+def loss_of(gpt, label_smoothing=0.0, float8=False):
+    """next_token_loss for a GPT, in the form that NextToken calls."""
+    new_rows = getattr(gpt.lm_head, "new_rows", None)  # which learn while the others are frozen
+    return partial(next_token_loss, label_smoothing=label_smoothing, float8=float8, new_rows=new_rows)
 
 
 def checkpoint_activations(gpt):

@@ -54,12 +54,12 @@ def parameter_groups(gpt, weight_decay):
     ]
 
 
-def training_bytes(num_parameters):
+def training_bytes(model):
     """
-    Bytes of float32 that training holds of a model at most: weights, gradients and AdamW's two moments. Muon
-    keeps one mean of a matrix in their place.
+    Bytes of float32 that training holds of a model at most: weights, and of those that are not frozen
+    gradients and AdamW's two moments. Muon keeps one mean of a matrix in their place.
     """
-    return 4 * num_parameters * (1 + 1 + 2)
+    return sum(4 * weight.numel() * (4 if weight.requires_grad else 1) for weight in model.parameters())
 
 
 # The learning rate

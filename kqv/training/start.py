@@ -1,5 +1,6 @@
 """From settings to the model that a run trains."""
 
+import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import torch
 
 from kqv import threads
 from kqv.errors import UsageError, UserError
-from kqv.formats import checkpoint, loading, resize, size
+from kqv.formats import base, checkpoint, loading, resize, size
 from kqv.formats.contents import padded, require_agreement
 from kqv.settings import fill, group, refuse, setting
 from kqv.text.names import folder_of, require_in_data
 from kqv.training.depth import settings_of_depth
+from kqv.training.lora import settings_of, start_adapter
 from model import GPT, GPTConfig
 
 
@@ -63,7 +65,7 @@ class ActivationSettings:
 ARCHITECTURE = tuple(field.name for field in fields(GPTConfig) if field.name not in ("vocab_size", "dropout"))
 
 # The run's task and place are new at each start; a resumed run takes all other settings from its checkpoint.
-TASK = ("out_dir", "init_from", "eval_only")
+TASK = ("out_dir", "init_from", "base", "eval_only", "show", "reward")
 PLACE = ("device", "backend", "timeout_minutes")  # in use before a checkpoint is read
 
 # old name in a checkpoint -> name
@@ -95,17 +97,38 @@ def resolve_start(config, given, world):
         if "dataset" in saved and "dataset" not in given:
             require_in_data(saved["dataset"])
         defaults = {name: value for name, value in saved.items() if name not in PLACE}
-        config = fill(type(config), given, {**defaults, **shape_of(start_checkpoint)})
+        found = {**shape_of(start_checkpoint), **settings_of(start_checkpoint)}
+        start_checkpoint = base.moved(start_checkpoint, newest, config.base)
+        config = fill(type(config), given, {**defaults, **found})
         return replace(config, init_from="resume"), start_checkpoint
     refuse(given, ("depth", "tokens_per_parameter"), "for weights to start from")
-    start, out_dir = Path(config.init_from).resolve(), Path(config.out_dir).resolve()
-    if out_dir in (start, start.parent) and not config.eval_only:
+    if replaces(config, config.init_from):
         raise UsageError(
             f"out_dir={config.out_dir} holds the weights to start from: use another --out_dir, "
             "or go on with that run by --init_from=resume"
         )
     start_checkpoint = loading.load_start(config.init_from, words=("scratch", "resume", "auto"))
+    start_checkpoint = base.moved(start_checkpoint, config.init_from, config.base)
     return fill(type(config), given, shape_of(start_checkpoint)), start_checkpoint
+
+
+def replaces(config, source):
+    """Whether a run saves where the weights `source` are: in out_dir, or in the folder that has this file."""
+    # resolve() would raise an error for links in a circle.
+    place, out_dir = (Path(os.path.realpath(path)) for path in (source, config.out_dir))
+    return out_dir in (place, place.parent) and not config.eval_only
+
+
+def require_run_of(command, config, start_checkpoint):
+    """Raise UsageError where the run to resume is one of another command than train.py or tune.py."""
+    if config.init_from != "resume":
+        return
+    made_by = "tune.py" if "history" in start_checkpoint else "train.py"
+    if made_by != command:
+        raise UsageError(
+            f"{config.out_dir} holds a run of {made_by}: go on with it by that, or begin anew from its "
+            f"weights by --init_from={config.out_dir}/{checkpoint.NEWEST} and another --out_dir"
+        )
 
 
 def require_same_depth(config, given, saved):
@@ -170,8 +193,9 @@ def build_model(config, start_checkpoint, data):
         gpt = new_model(config, data.tokenizer.vocab_size)
     else:
         gpt = model_of_checkpoint(config, start_checkpoint)
-        require_tokenizer(config, start_checkpoint, gpt, data.tokenizer)
-    config = replace(config, **{name: getattr(gpt.config, name) for name in ARCHITECTURE})
+        new_ids = require_tokenizer(config, start_checkpoint, gpt, data.tokenizer)
+        config = start_adapter(config, start_checkpoint, gpt, new_ids)
+    config = replace(config, **{name: getattr(gpt.config, name) for name in architecture_of(config)})
     data.require_length(config.block_size)
     return config, gpt.train()
 
@@ -207,7 +231,8 @@ def model_of_checkpoint(config, contents):
     """
     resumes = config.init_from == "resume"
     path = Path(config.out_dir, checkpoint.NEWEST) if resumes else config.init_from
-    gpt = loading.model_of(contents, path, dropout=config.dropout)
+    build = loading.adapted_model_of if resumes and "base" in contents else loading.model_of
+    gpt = build(contents, path, config.dropout)
     if not resumes and config.block_size < gpt.config.block_size:
         resize.crop_block_size(gpt, config.block_size)
     if resumes and (differing := unlike(config, gpt.config)):
@@ -218,9 +243,14 @@ def model_of_checkpoint(config, contents):
     return gpt
 
 
+def architecture_of(config):
+    """{name: value} of the architecture's settings that a command has. (tune.py has block_size alone.)"""
+    return {name: getattr(config, name) for name in ARCHITECTURE if hasattr(config, name)}
+
+
 def unlike(asked, found):
     """The settings of the architecture in which two configs differ, as text of each; () if in none."""
-    names = [name for name in ARCHITECTURE if getattr(asked, name) != getattr(found, name)]
+    names = [name for name, value in architecture_of(asked).items() if value != getattr(found, name)]
     return names and tuple(
         ", ".join(f"{name}={getattr(one, name)}" for name in names) for one in (asked, found)
     )
@@ -229,25 +259,28 @@ def unlike(asked, found):
 def require_tokenizer(config, contents, gpt, tokenizer):
     """
     Make room in `gpt` for the marks of a chat's tokenizer, if its base is the one that the checkpoint's
-    weights know. Raises UserError for any other tokenizer than theirs.
+    weights know. Returns how many of the last ids the weights did not know. Raises UserError for any other
+    tokenizer than theirs.
     """
     definition = tokenizer.to_json()
     known = contents.get("tokenizer", definition)
-    base = definition.get("base")
+    of_texts = definition.get("base")
     weights = config.out_dir if config.init_from == "resume" else config.init_from
-    if base and known == base:
+    if of_texts and known == of_texts:
         torch.manual_seed(config.seed)
         rows, needed = gpt.config.vocab_size, tokenizer.vocab_size
         resize.grow_vocab_size(gpt, rows if needed <= rows else padded(needed))
-    elif known != definition:
+        ids = tokenizer.base.vocab_size
+        return gpt.config.vocab_size - ids if needed > ids else 0
+    if known != definition:
         theirs = known["kind"]
         raise UserError(
             f"{folder_of(config.dataset)} was made with another tokenizer ({tokenizer.kind}, "
             f"{tokenizer.vocab_size} ids) than the weights of {weights} know ({theirs}, "
             f"{gpt.config.vocab_size} ids): prepare it with theirs, as by --tokenizer={weights}"
         )
-    else:
-        require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
+    require_agreement(contents, weights, gpt.config.vocab_size, tokenizer.vocab_size)
+    return 0
 
 
 def choose_threads(config, start_checkpoint, world):

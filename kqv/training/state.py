@@ -7,6 +7,7 @@ import torch
 
 from kqv.errors import UsageError, UserError, first_line
 from kqv.formats import checkpoint
+from kqv.formats.lora import contents_of
 from kqv.forms import WHOLE, require_form
 from kqv.training.optimizer import load_optimizer, make_optimizer
 from model import GPT
@@ -30,6 +31,7 @@ class TrainingState:
     evaluated: int = -1  # the step of the last evaluation
     best_val_loss: float = math.inf
     best_step: int | None = -1  # at which that was measured; -1: no loss yet, None: an older file, not known
+    teacher: str = ""  # the SHA-256 of the weights that the run learns from; "": it has no teacher
     # What `windows` and `best_val_loss` belong to, see the function `belongs_to`.
     belongs_to: dict = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class TrainingState:
 
     def state_dict(self):
         return {
-            "model": self.model.state_dict(),
+            **contents_of(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "bad_steps": self.bad_steps,
@@ -76,6 +78,7 @@ class TrainingState:
             "evaluated": self.evaluated,
             "best_val_loss": self.best_val_loss,
             "best_step": self.best_step,
+            "teacher": self.teacher,
             "belongs_to": self.belongs_to,
         }
 
@@ -124,14 +127,14 @@ def belongs_to(data, config):
     }
 
 
-def start_state(config, gpt, start_checkpoint, dtype, world):
+def start_state(config, gpt, start_checkpoint, dtype, world, kind=TrainingState):
     """
-    The state before the run's first step: new, or on resume as `start_checkpoint`, a checkpoint's contents,
-    has it. Raises UserError where that does not fit the model, and UsageError for another optimizer than its
-    own.
+    The state, of a `kind`, before the run's first step: new, or on resume as `start_checkpoint`, a
+    checkpoint's contents, has it. Raises UserError where that does not fit the model, and UsageError for
+    another optimizer than its own.
     """
     device = gpt.lm_head.weight.device
-    state = TrainingState(
+    state = kind(
         model=gpt,
         optimizer=make_optimizer(gpt, config, world.spread),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

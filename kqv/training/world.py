@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from kqv.errors import UserError
+from kqv.formats.lora import is_adapted
 from kqv.training.optimizer import training_bytes
 from kqv.training.sharding import is_sharded, work_on_some, work_on_whole
 
@@ -97,10 +98,14 @@ class World:
         Move the model to the device or, with `parallel="fsdp"`, shard it: each of its `layers` is gathered by
         itself, all other parameters together. A sharded model computes in `dtype`. Returns the model.
 
-        Raises UserError where nodes have different numbers of processes.
+        Raises UserError where nodes have different numbers of processes, and where LoRA would be sharded.
         """
         if self.size == 1 or self.find_parallel(parallel, model) == "ddp":
             return model.to(self.device)
+        if is_adapted(model):
+            raise UserError(
+                "a model that learns by LoRA can't be sharded: use --parallel=ddp, or train all weights"
+            )
         # Slow imports: only when sharding.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -128,8 +133,8 @@ class World:
             return choice
         if self.device.type != "cuda":
             return "ddp"
-        needed = training_bytes(sum(parameter.numel() for parameter in model.parameters()))
-        return "ddp" if needed <= torch.cuda.get_device_properties(self.device).total_memory / 2 else "fsdp"
+        memory = torch.cuda.get_device_properties(self.device).total_memory
+        return "ddp" if training_bytes(model) <= memory / 2 else "fsdp"
 
     def wrap(self, model):
         """The model that `place` returned, compiled or not, with gradients that are averaged."""

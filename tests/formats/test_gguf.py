@@ -1,5 +1,6 @@
 """GGUF files, read by the real llama.cpp and by the gguf package."""
 
+import copy
 import json
 import urllib.request
 from functools import cache
@@ -7,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from conftest import random_gpt, random_ids
 from exports import (
     CHATS,
@@ -26,7 +28,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import export
-from kqv.formats import families, gguf, loading
+from kqv.formats import checkpoint, families, gguf, loading, lora
+from kqv.formats.base import sha256_of
 from kqv.text.added import AddedTokenizer
 from kqv.text.tokenizers import ByteTokenizer
 
@@ -83,6 +86,21 @@ def in_llama_cpp(kind):
 def test_llama_cpp_goes_on_with_the_same_ids(kind):
     for ids, expected in islice(exported(kind).clear(100, least=1 if kind == "chat-char" else 64), 2):
         assert in_llama_cpp(kind).greedy(ids, 100) == expected
+
+
+def test_llama_cpp_goes_on_as_an_adapter_does(tmp_path):
+    pytest.importorskip("xllamacpp", reason="llama.cpp is not here: pip install xllamacpp")
+    base, tokenizer = exported("byte"), ByteTokenizer()
+    gpt = lora.adapt(copy.deepcopy(base.gpt), 4, 16.0)
+    for layer in lora.lora_layers(gpt):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    gpt.base = {"source": str(base.run), "sha256": sha256_of(base.gpt.state_dict()), "alpha": 16.0}
+    about = {"model_args": vars(gpt.config), "tokenizer": tokenizer.to_json()}
+    checkpoint.save(tmp_path / "best.pt", {**lora.contents_of(gpt), **about})
+    export.main([f"--out_dir={tmp_path}", f"--to={tmp_path / 'it.gguf'}"])
+    other = LlamaCpp(tmp_path / "it.gguf")
+    for ids, expected in islice(clear(gpt, tokenizer, 100, least=64), 2):
+        assert other.greedy(ids, 100) == expected
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -100,7 +100,8 @@ BAD = [float("inf"), float("nan"), -5, 10**400, True, "three", [1], {}, torch.ze
 
 @pytest.mark.parametrize("name", ["iter_num", "windows", "evaluated", "bad_steps", "best_val_loss"])
 def test_numbers_of_a_checkpoint_that_can_not_be_are_refused(tmp_path, name):
-    for value in BAD[1:] if name == "best_val_loss" else BAD:  # inf: of a run that was never evaluated
+    # A loss may be inf, of a run that was never evaluated, or below 0, as minus a reward is.
+    for value in [BAD[1], *BAD[3:]] if name == "best_val_loss" else BAD:
         torch.save({**contents_of(random_gpt()), name: value}, tmp_path / "x.pt")
         with pytest.raises(UserError, match=f"x.pt is damaged.*({name}|asks for)"):
             loading.load(tmp_path / "x.pt")

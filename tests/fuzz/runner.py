@@ -23,9 +23,11 @@ import export
 import prepare
 import sample
 import train
+import tune
 from kqv import errors
 
 MAINS = {"train": train.main, "sample": sample.main, "export": export.main, "prepare": prepare.main}
+MAINS |= {"tune": tune.main}
 SECONDS = 10  # of the CPU; more on the clock, since other work may go on beside
 MEMORY = 500 << 20  # that a command may take besides three times the file
 PRINTED = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]*")

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import export
 import prepare
+import train
+import tune
 from kqv.files import sha256_of_file
 from kqv.formats import sharded
 
@@ -26,6 +28,7 @@ from kqv.formats import sharded
 LENGTH = ["--max_iters=5", "--eval_interval=1", "--eval_iters=1", "--log_interval=1", "--lr_decay_iters=5"]
 CPU = ["--device=cpu", "--dtype=float32", "--compile=False"]
 RESUME = ["train", "--init_from=resume", *LENGTH, *CPU]
+TUNE = ["tune", "--init_from=resume", "--out_dir=out/tuned", "--reward=reward.py", "--max_iters=3", *CPU[:2]]
 FROM_WEIGHTS = ["--out_dir=new", *LENGTH, "--max_iters=2", *CPU]
 TEXT = ["--max_new_tokens=4", "--num_samples=1", "--start=keys", "--temperature=0", *CPU]
 
@@ -99,6 +102,8 @@ def of_text(path, mutators, checked=False):
 TARGETS = {
     "checkpoint": of_run("out/ckpt.pt", IN_TORCH, True, [RESUME] * 3),
     "sharded": of_run("out/sharded/ckpt.pt", IN_FOLDER, True, [[*RESUME, "--out_dir=out/sharded"]]),
+    "adapter": of_run("out/adapter/best.pt", IN_TORCH, True)._replace(needs=(*TEXTS, "base")),
+    "tuned": Target("out/tuned/ckpt.pt", [TUNE], IN_TORCH, (*TEXTS, "base", "reward.py"), True),
     "meta.json": of_set("data/tiny/meta.json", IN_JSON),
     "train.bin": of_set("data/tiny/train.bin", ANY),
     "meta.pkl": Target("data/nanogpt/meta.pkl", NANOGPT, IN_PICKLE, ("text.txt", "data/nanogpt")),
@@ -126,6 +131,23 @@ def make_originals(folder):
     train_in(folder, "--max_iters=3", *CPU)
     for name in ("best.pt", "ckpt.prev.pt", "metrics.jsonl"):
         Path("out", name).unlink(missing_ok=True)
+    shutil.copytree("out", "base")
+    adapter = ["--init_from=base", "--lora_rank=2", "--dataset=tiny", "--out_dir=out/adapter", *LENGTH, *CPU]
+    train.main(adapter)
+    Path("reward.py").write_text(
+        "def reward(prompt, completion, answer):\n    return completion.count('k')\n"
+    )
+    tune.main(
+        [
+            *TUNE[1:],
+            "--init_from=base",
+            "--dataset=tiny",
+            "--prompts_per_step=2",
+            "--prompt_tokens=4",
+            "--max_new_tokens=4",
+            "--max_iters=2",
+        ]
+    )
     make_nanogpt_set(Path("data/nanogpt"))
     make_sharded(Path("out/ckpt.pt"), Path("out/sharded/ckpt.pt"))
     make_models()

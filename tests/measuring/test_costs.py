@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from kqv.formats import lora
 from kqv.measuring import costs
 from kqv.measuring.costs import Cluster, Job
 from kqv.measuring.presets import PRESETS
@@ -56,6 +57,8 @@ def training(job, world):
     dtype = {2: torch.bfloat16, 4: torch.float32}[job.itemsize]
     torch.manual_seed(0)
     gpt = GPT(job.shape)
+    if job.lora_rank:
+        lora.adapt(gpt, job.lora_rank, 16.0, job.lora_targets)
     objective = NextToken(gpt, loss.next_token_loss)
     objective = world.place(objective, gpt.transformer.h, "fsdp" if job.sharded else "ddp", dtype)
     state = start_state(config, gpt, None, dtype, world)
@@ -98,9 +101,10 @@ def measured(job):
         step, state = training(job, world)
         step()  # makes the moments
         buckets = 0
+        trained = costs.learnt(job.model)
         if job.gpus > 1 and not job.sharded:
             step()  # makes DDP's buckets anew, in the order that gradients come
-            buckets = 4 * costs.count(GPT(job.shape))
+            buckets = 4 * trained
         return held(state) + buckets + most_allocated(step)
 
 
@@ -125,6 +129,12 @@ JOBS = {
     "ddp": Job(WIDE, gpus=2, batch_size=2),
     "ddp, accumulation": Job(WIDE, gpus=2, batch_size=2, accumulation=2),
     "ddp, heavy weights": Job(HEAVY, gpus=2),
+    "LoRA": Job(HEAVY, batch_size=2, lora_rank=4),
+    "LoRA, float32, some targets": Job(HEAVY, itemsize=4, lora_rank=4, lora_targets=("c_attn",)),
+    "LoRA, accumulation": Job(WIDE, batch_size=2, accumulation=2, lora_rank=8),
+    "LoRA, checkpointing": Job(HEAVY, batch_size=4, checkpointing=True, lora_rank=4),
+    "LoRA, Muon": Job(HEAVY, batch_size=4, muon=True, lora_rank=16),
+    "LoRA, ddp": Job(HEAVY, gpus=2, lora_rank=16),
     "fsdp": Job(WIDE, gpus=4, sharded=True, batch_size=4),
     "fsdp, float32": Job(WIDE, gpus=2, sharded=True, batch_size=4, itemsize=4),
     "fsdp, accumulation": Job(WIDE, gpus=4, sharded=True, batch_size=4, accumulation=2),
@@ -135,8 +145,9 @@ JOBS = {
 
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_memory_is_what_a_step_of_train_py_holds(job):
-    rough = job.sharded or job.checkpointing  # where several gradients and copies are on their way
-    assert costs.peak_bytes(job) == pytest.approx(measured(job), rel=0.08 if rough else 0.015)
+    # Several gradients and copies are on their way, or layers without an adapter keep less.
+    rough = job.sharded or job.checkpointing or job.lora_targets != lora.LAYERS
+    assert costs.peak_bytes(job) == pytest.approx(measured(job), rel=0.1 if rough else 0.015)
 
 
 GPT2 = {name: PRESETS[name].shape for name in ("124M", "350M", "774M")}
@@ -145,6 +156,7 @@ LARGE_JOBS = {
     "124M, float32, batch 1": Job(GPT2["124M"], itemsize=4),
     "124M, batch 1": Job(GPT2["124M"]),
     "124M, batch 2 x 2": Job(GPT2["124M"], batch_size=2, accumulation=2),
+    "124M, batch 4, LoRA": Job(GPT2["124M"], batch_size=4, lora_rank=8),
     "124M, batch 8": Job(GPT2["124M"], batch_size=8),
     "124M, batch 8, checkpointing": Job(GPT2["124M"], batch_size=8, checkpointing=True),
     "124M, batch 4, compiled": Job(GPT2["124M"], batch_size=4, compiled=True),

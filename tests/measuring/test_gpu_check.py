@@ -307,13 +307,13 @@ def test_a_curve_away_from_the_baseline_fails(variants):
 
 
 def test_what_a_variant_replaces_is_there_again_after_it():
-    before = train.step_unless
-    with pytest.raises(NotHere), patched({"train.step_unless": 1, "train.nothing": 2}):
+    before = train.train_step
+    with pytest.raises(NotHere), patched({"train.train_step": 1, "train.nothing": 2}):
         pass
-    assert train.step_unless is before
-    with patched({"train.step_unless": 1}):
-        assert train.step_unless == 1
-    assert train.step_unless is before
+    assert train.train_step is before
+    with patched({"train.train_step": 1}):
+        assert train.train_step == 1
+    assert train.train_step is before
 
 
 def test_a_clip_apart_is_the_clip_of_training():

@@ -153,6 +153,25 @@ def test_settings_change_the_plan(planned):
     assert tokens_per_second("--peak_tflops=98.9")[0] == pytest.approx(tokens_per_second()[0] / 10, rel=1e-3)
 
 
+def test_an_adapter_takes_less(planned):
+    whole, adapter, few = (
+        planned("--preset=774M", "--batch_size=4", *argv)
+        for argv in ([], ["--lora_rank=8"], ["--lora_rank=8", "--lora_targets=c_attn"])
+    )
+    parameters, C, layers = whole["model"]["parameters"], 1280, 36
+    sides = {"c_attn": 4 * C, "c_proj": 2 * C + 5 * C, "c_fc": 5 * C}  # in and out together
+    assert whole["model"]["trained"] == adapter["model"]["parameters"] == parameters
+    assert adapter["model"]["trained"] == 8 * layers * sum(sides.values())
+    assert few["model"]["trained"] == 8 * layers * sides["c_attn"]
+    memory = adapter["memory of each, GB"]
+    assert memory["weights"] == pytest.approx(4 * (parameters + adapter["model"]["trained"]) / 1e9)
+    assert memory["optimizer"] == pytest.approx(8 * adapter["model"]["trained"] / 1e9)
+    totals = [plan["memory of each, GB"]["in all"] for plan in (few, adapter, whole)]
+    assert totals == sorted(totals) and totals[1] < 0.7 * totals[2]
+    speeds = [plan["model"]["GFLOP a token"] for plan in (few, adapter, whole)]
+    assert speeds == sorted(speeds) and speeds[1] < 0.72 * speeds[2]
+
+
 @pytest.mark.parametrize(
     ("argv", "parts"),
     [
@@ -166,6 +185,10 @@ def test_settings_change_the_plan(planned):
         (["--preset=7B", "--gpus=8", "--parallel=ddp"], ["GB on each GPU", "try --parallel=fsdp"]),
         (["--preset=2.7B", "--gpus=8", "--memory_gb=22"], ["=22", "try --activation_checkpointing=True"]),
         (["--n_embd=49152", "--gpus=512"], ["GB on each GPU", "try a smaller model"]),
+        (["--lora_rank=769"], ["lora_rank=769 can't be", "attn.c_attn", "768"]),
+        (["--lora_rank=8", "--lora_targets=q"], ["lora_targets=q", "c_attn,c_proj,c_fc,c_gate"]),
+        (["--lora_rank=8", "--parallel=fsdp"], ["parallel=fsdp does not go with lora_rank=8", "ddp"]),
+        (["--preset=7B", "--lora_rank=8", "--memory_gb=20"], ["GB on each GPU", "try a smaller model"]),
         (["--batch_size=512"], ["batch_size=512 takes", "try --batch_size=128"]),
     ],
 )

@@ -32,7 +32,7 @@ import sample
 import train
 from kqv.errors import UserError, warn
 from kqv.files import sha256_of_file
-from kqv.formats import checkpoint, loading
+from kqv.formats import checkpoint, loading, lora
 from kqv.formats import sharded as sharded_format
 from kqv.training import failures
 from kqv.training.failures import FailureDetector
@@ -124,6 +124,15 @@ def test_processes_train_any_family_as_one(here, every_shape, parallel):
     shaped = [*RUN, *every_shape, "--dropout=0.1", "--max_iters=3"]
     train_in(here, *shaped[len(TINY_RUN) + 1 :], "--out_dir=one")
     run_ranks(2, *shaped, f"--parallel={parallel}", "--out_dir=two", "--activation_checkpointing=True")
+    assert_same_run("two", "one")
+    assert_close(moments("two"), moments("one"))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_learn_from_a_teacher_as_one(here, parallel):
+    taught = [*RUN, "--teacher=alone", "--n_layer=1", "--max_iters=3"]
+    train_in(here, *taught[len(TINY_RUN) + 1 :], "--out_dir=one")
+    run_ranks(2, *taught, f"--parallel={parallel}", "--out_dir=two")
     assert_same_run("two", "one")
     assert_close(moments("two"), moments("one"))
 
@@ -529,6 +538,15 @@ def test_data_that_differ_between_nodes_are_refused(nodes):
     assert_one_line(ends, "content of data/tiny", "process 0", "process 1")
 
 
+def test_teachers_that_differ_between_nodes_are_refused(nodes, straight):
+    for folder in nodes:
+        shutil.copytree(straight / "alone", folder / "alone")
+    contents = loading.load(nodes[1] / "alone/best.pt")
+    contents["model"]["transformer.ln_f.weight"] += 1
+    checkpoint.save(nodes[1] / "alone/best.pt", contents)
+    assert_one_line(failing(2, "--teacher=alone", folders=nodes, node_size=1), "the teacher", "process 1")
+
+
 def test_data_that_a_node_lacks_are_named_once(nodes):
     shutil.rmtree(nodes[1] / "data/tiny")
     assert_one_line(failing(2, folders=nodes, node_size=1), "data/tiny has no train.bin")
@@ -643,6 +661,10 @@ def test_a_model_is_sharded_by_itself_where_it_would_fill_a_gpu(monkeypatch):
         world = World(torch.device("cuda:0"), size=2)
         assert world.find_parallel("auto", gpt) == choice
     assert World(torch.device("cpu"), size=2).find_parallel("auto", gpt) == "ddp"
+    lora.adapt(gpt, 1, 16.0)
+    needed = 4 * count + 16 * sum(parameter.numel() for parameter in lora.learnt(gpt).values())
+    for properties.total_memory, choice in ((2 * needed, "ddp"), (2 * needed - 1, "fsdp")):
+        assert world.find_parallel("auto", gpt) == choice
     assert world.find_parallel("ddp", gpt) == "ddp"
 
 

@@ -42,13 +42,15 @@ function chart(runs, name, isLog) {
   return canvas;
 }
 
+const RISES = /reward$|^pass_at|^exact_match$|^distinct/;  // numbers whose highest value is the best
+
 section("runs", (element) => {
   const names = [...new Set(page.runs.flatMap(({ curves }) => Object.keys(curves)))];
-  let name = names.includes("val_loss") ? "val_loss" : names[0], isLog = false;
+  let name = ["val_loss", "val_reward"].find((each) => names.includes(each)) ?? names[0], isLog = false;
   const holder = make("div");
   const draw = () => {
     const rows = page.runs.filter(({ curves }) => curves[name]).map((run) => {
-      const points = run.curves[name], best = points.reduce((a, b) => (b[1] < a[1] ? b : a));
+      const points = run.curves[name], best = points.reduce((a, b) => ((RISES.test(name) ? b[1] > a[1] : b[1] < a[1]) ? b : a));
       return [run.name, `${points[0][0]}–${points[points.length - 1][0]}`, points[points.length - 1][1], best[1], `${best[0]}`];
     });
     const legend = make("p", {}, ...page.runs.map((run, i) => {
@@ -57,7 +59,7 @@ section("runs", (element) => {
       return make("span", {}, sign, `${run.name}  `);
     }));
     holder.replaceChildren(make("figure", {}, make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": say("runs.chart", { name }) }, chart(page.runs, name, isLog)), legend),
-      table([say("runs.run"), say("runs.steps"), say("runs.last"), say("runs.least"), say("runs.at")], rows, say("runs.table", { name })));
+      table([say("runs.run"), say("runs.steps"), say("runs.last"), say(RISES.test(name) ? "runs.most" : "runs.least"), say("runs.at")], rows, say("runs.table", { name })));
   };
   const select = make("select", { onchange: (event) => { name = event.target.value; draw(); } }, ...names.map((each) => make("option", { value: each }, each)));
   select.value = name;
