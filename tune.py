@@ -163,8 +163,8 @@ def resolve(config, given, world):
     require_lora(config, given, start_checkpoint)
     if not config.reward:
         raise UsageError(
-            "--reward is missing: name a Python file with def reward(prompt, completion, answer), also to go on "
-            "with a run, since no checkpoint says which code is run"
+            "--reward is missing: name a Python file with def reward(prompt, completion, answer), also to go "
+            "on with a run, since no checkpoint says which code is run"
         )
     if not config.dataset:
         raise UsageError("--dataset is missing: name the prepared set that prompts are taken from")
