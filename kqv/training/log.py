@@ -42,7 +42,8 @@ def start_tracking(config, start_checkpoint, world):
             config.wandb_project, config.wandb_run_name, asdict(config), resumed.get("wandb_id")
         )
     if wandb_run and wandb_run.sweep_id:
-        tried = {name: value for name, value in dict(wandb_run.config).items() if name in asdict(config)}
+        known, found = asdict(config), dict(wandb_run.config)  # with None for what was not given
+        tried = {name: found[name] for name in known.keys() & found if found[name] is not None}
     return override(config, world.share(tried), "the sweep's "), wandb_run
 
 

@@ -407,7 +407,7 @@ def test_smollm2_goes_on_as_in_llama_cpp(cli, tmp_path):
         assert found == tokenizer.encode(text).tolist()
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     for text, least in ((question, 4), ("The history of mathematics begins", 64)):
-        ids, new = tokenizer.encode_marked(text).tolist(), []
+        ids, new = tokenizer.base.encode_marked(text).tolist(), []
         while len(new) < 64 and not {*new[-1:]} & {*tokenizer.ends}:
             with torch.no_grad():
                 new.append(int(gpt.lm_head(gpt.hidden(torch.tensor([ids + new]))[0, -1]).argmax()))
