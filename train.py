@@ -28,7 +28,14 @@ from kqv.training.log import Log, LogSettings, start_tracking
 from kqv.training.lora import LoraSettings, require_lora
 from kqv.training.loss import LossSettings
 from kqv.training.muon import MuonSettings
-from kqv.training.notices import changed_settings, odd_learning_rates, overruled, start_lines
+from kqv.training.notices import (
+    changed_settings,
+    forgotten,
+    odd_learning_rates,
+    overruled,
+    start_lines,
+    uses_of_training,
+)
 from kqv.training.objective import (
     checkpoint_activations,
     compile_blocks,
@@ -115,6 +122,7 @@ def main(argv):
         own_folder(config, world) as folder,
     ):
         config, start_checkpoint = resolve_start(config, given, world)
+        require_run_of("train.py", config, start_checkpoint)
         require_lora(config, given, start_checkpoint)
         if config.show:
             return show(config, start_checkpoint, world)
@@ -180,7 +188,6 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     dtype = find_dtype(config.dtype, world.device)
     compiled = find_compile(config.compile, world.device)
     data = Dataset(config.dataset)
-    require_run_of("train.py", config, start_checkpoint)
     require_same_start(config, start_checkpoint, data, dtype, world)
     asked = config
     config, gpt = build_model(config, start_checkpoint, data)
@@ -200,7 +207,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     if config.init_from == "resume" and (line := adopt_best(state, config, world)):
         errors.warn(line)
     evaluated = state.evaluated
-    forgotten = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
+    names = state.begin_anew(belongs_to(data, config), changed_settings(config, start_checkpoint))
     if compiled and sharded:
         compile_blocks(gpt)
     if config.activation_checkpointing:
@@ -212,7 +219,8 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     how += ["fsdp" if sharded else "ddp"] * (world.size > 1) + ["compiled"] * compiled
     how += [str(teacher)] * bool(teacher)
     how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
-    lines = start_lines(config, given, world, start_checkpoint, forgotten)
+    said = uses_of_training(config), forgotten(names, config)
+    lines = start_lines(config, given, world, start_checkpoint, *said)
     log.start(state, config, world, how, (*about_threads, *lines))
     if start_checkpoint:
         start_checkpoint.clear()

@@ -24,7 +24,7 @@ from kqv.training.folder import own_folder
 from kqv.training.log import LogSettings, start_tracking
 from kqv.training.lora import LoraSettings, require_lora
 from kqv.training.muon import MuonSettings
-from kqv.training.notices import changed_settings, odd_learning_rates, what_is_replaced
+from kqv.training.notices import changed_settings, odd_learning_rates, start_lines
 from kqv.training.objective import checkpoint_activations, loss_of, set_precision
 from kqv.training.optimizer import OptimizerSettings, set_learning_rates
 from kqv.training.run import SaveSettings, make_saver
@@ -202,9 +202,12 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     log = TuningLog(config, world, state, evaluated, dtype, wandb_run)
     how = [str(dtype).removeprefix("torch."), config.method]
     how += [threads.named(torch.get_num_threads())] * (world.device.type == "cpu")
-    log.start(
-        state, config, world, how, (*about_threads, *start_lines(config, given, start_checkpoint, names))
-    )
+    uses = {
+        "the head is the embedding": (not gpt.config.tied_head, ("head_learning_rate",)),
+        f"method is {config.method}": (False, UNUSED[config.method]),
+    }
+    lines = start_lines(config, given, world, start_checkpoint, uses, forgotten(names))
+    log.start(state, config, world, how, (*about_threads, *lines))
     start_checkpoint.clear()
     autocast = torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
     saver = make_saver(config, world, False, state, folder)
@@ -226,13 +229,7 @@ def set_up(config, given, start_checkpoint, world, folder=None):
     )
 
 
-def start_lines(config, given, start_checkpoint, names):
-    """What a run says when it begins of its settings and its folder, as lines."""
-    if changed := changed_settings(config, start_checkpoint):
-        yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
-    if unused := [name for name in UNUSED[config.method] if name in given]:
-        yield f"not used: {', '.join(unused)} (method is {config.method})"
+def forgotten(names):
+    """A line, if a resumed run has forgotten its best reward."""
     if "best_val_loss" in names:
         yield "the best reward so far was not measured on what is evaluated now: the best begins anew"
-    if line := what_is_replaced(config):
-        yield line

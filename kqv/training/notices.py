@@ -13,18 +13,21 @@ SCHEDULE = "schedule", "warmup_iters", "cooldown_iters", "lr_decay_iters", "min_
 MUON = tuple(field.name for field in fields(MuonSettings))
 
 
-def start_lines(config, given, world, start_checkpoint, names):
-    """What a run says of its settings and its folder when it begins, as lines."""
+def start_lines(config, given, world, start_checkpoint, uses, forgotten):
+    """
+    What a run says of its settings and its folder when it begins, as lines. `uses` are those of its command,
+    see unused_settings, and `forgotten` lines about what a resumed run has forgotten.
+    """
     if changed := changed_settings(config, start_checkpoint):
         yield f"changed: {', '.join(f'{name} {change}' for name, change in changed.items())}"
     if start_checkpoint and "base" in start_checkpoint and not config.lora_rank:
         yield f"{config.init_from} is an adapter, merged into its base: all weights are trained"
-    if unused := unused_settings(config, given, world):
+    if unused := unused_settings(config, given, world, uses):
         yield f"not used: {', '.join(unused)}"
     if config.init_from == "resume" and not config.eval_only:
         if (step := int(start_checkpoint["iter_num"])) >= config.max_iters:
             yield f"no step is left: the run is at step {step}; to train on, --max_iters=N with a larger N"
-    yield from forgotten(names, config)
+    yield from forgotten
     if line := what_is_replaced(config):
         yield line
 
@@ -40,20 +43,30 @@ def changed_settings(config, start_checkpoint):
     return {name: f"{before[name]} -> {now[name]}" for name in changed}
 
 
-def unused_settings(config, given, world):
-    """The settings that were given but that this run has no use for, as "name (why)" each."""
+def unused_settings(config, given, world, uses):
+    """
+    The settings that were given but that this run has no use for, as "name (why)" each. `uses`, of the
+    command, as here: {why: (whether they are used, names)}.
+    """
     uses = {
         "decay_lr is False": (config.decay_lr, SCHEDULE),
         f"schedule is {config.schedule}": (not config.decay_lr, UNUSED[config.schedule]),
         "optimizer is adamw": (config.optimizer == "muon", MUON),
-        "the head is the embedding": (not config.tied_head, ("head_learning_rate",)),
-        "no teacher is named": (config.teacher, ("distill_weight", "distill_temperature")),
-        "distill_weight is 0": (config.distill_weight, ("teacher", "distill_temperature")),
         "wandb_log is False": (config.wandb_log, ("wandb_project", "wandb_run_name", "wandb_resume")),
         "it is one process": (world.size > 1, ("parallel", "backend", "timeout_minutes")),
+        **uses,
     }
     reasons = {name: why for why, (used, names) in uses.items() if not used for name in names}
     return [f"{name} ({why})" for name, why in reasons.items() if name in given]
+
+
+def uses_of_training(config):
+    """What train.py adds to the table of unused_settings."""
+    return {
+        "the head is the embedding": (not config.tied_head, ("head_learning_rate",)),
+        "no teacher is named": (config.teacher, ("distill_weight", "distill_temperature")),
+        "distill_weight is 0": (config.distill_weight, ("teacher", "distill_temperature")),
+    }
 
 
 def forgotten(names, config):
