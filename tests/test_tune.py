@@ -202,6 +202,29 @@ def test_what_a_method_has_no_use_for_is_said(tuned, method, name):
     assert status == 0 and f"not used: {name} (method is {method})" in out
 
 
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ("--min_lr=1e-5", "min_lr (schedule is constant)"),
+        ("--muon_learning_rate=0.5", "muon_learning_rate (optimizer is adamw)"),
+        ("--wandb_project=x", "wandb_project (wandb_log is False)"),
+    ],
+)
+def test_what_training_has_no_use_for_is_said_here_too(tuned, given, why):
+    status, out, _ = tuned(tune.main, *TUNE, "--max_iters=1", given)
+    assert status == 0 and f"not used: {why}" in out
+
+
+@pytest.mark.parametrize(
+    "given", ["--max_new_tokens=2", "--temperature=0.5", "--seed=5", "--prompt_tokens=3"]
+)
+def test_completions_of_another_kind_forget_the_best(tuned, given):
+    assert tuned(tune.main, *TUNE, "--max_iters=1")[0] == 0
+    again = ["--init_from=resume", "--out_dir=out/tuned", "--max_iters=2", MINE]
+    status, out, _ = tuned(tune.main, *again, given)
+    assert status == 0 and "the best begins anew" in out
+
+
 @pytest.mark.parametrize("name", ["--reward", "--dataset", "--init_from"])
 def test_what_must_be_given(tuned, name):
     status, out, err = tuned(tune.main, *(option for option in TUNE if not option.startswith(name)))

@@ -61,7 +61,8 @@ class TuningState(TrainingState):
 
 
 def belongs_to(data, config):
-    """What the best reward of a run belongs to: prompts, number of completions, and the user's function."""
+    """What the best reward of a run belongs to: prompts, how they are completed, and the user's function."""
     function = hashlib.sha256(Path(config.reward).read_bytes()).hexdigest()[:16]
-    what = f"{config.eval_prompts} prompts x {config.num_samples}, reward {function}"
+    drawn = ("eval_prompts", "prompt_tokens", "num_samples", "max_new_tokens", "temperature", "seed")
+    what = ", ".join(f"{name} {getattr(config, name)}" for name in drawn) + f", reward {function}"
     return {"best_val_loss": f"{data.fingerprint(['val'])}, {what}"}
