@@ -126,7 +126,7 @@ def require_run_of(command, config, start_checkpoint):
     made_by = "tune.py" if "history" in start_checkpoint else "train.py"
     if made_by != command:
         raise UsageError(
-            f"{config.out_dir} holds a run of {made_by}: go on with it by that, or begin anew from its "
+            f"{config.out_dir} holds a run of {made_by}: resume it by {made_by}, or begin anew from its "
             f"weights by --init_from={config.out_dir}/{checkpoint.NEWEST} and another --out_dir"
         )
 
